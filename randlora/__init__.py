@@ -1,0 +1,17 @@
+"""Full-rank and low-rank fine-tuning, side by side: RandLoRA and its peers behind one seat and one trainer."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from randlora.adapters import adapt, load_adapter, merge, merged, save_adapter
+
+__all__ = ["adapt", "load_adapter", "merge", "merged", "save_adapter"]
+
+
+def __getattr__(name: str):  # type: ignore[no-untyped-def]
+    # Importing torch takes seconds; a typo on the command line should not wait for it.
+    if name in __all__:
+        from randlora import adapters
+
+        return getattr(adapters, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

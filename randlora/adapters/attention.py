@@ -1,0 +1,129 @@
+"""nn.MultiheadAttention opened into linear maps, and closed again.
+
+The original hides its projections in a parameter and in a module whose forward is never called, so nothing
+can sit on them. The opened module computes the same function from two linears.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_openable(module: nn.Module) -> bool:
+    """Whether the attention has one fused projection and no extra key or value rows."""
+    return (
+        type(module) is nn.MultiheadAttention
+        and module._qkv_same_embed_dim
+        and module.bias_k is None
+        and module.bias_v is None
+        and not module.add_zero_attn
+    )
+
+
+class OpenedAttention(nn.Module):
+    """The function of an nn.MultiheadAttention over width e, from in_proj (3e × e) and out_proj (e × e)."""
+
+    def __init__(self, closed: nn.MultiheadAttention):
+        super().__init__()
+        self.embed_dim = closed.embed_dim
+        self.num_heads = closed.num_heads
+        self.dropout = closed.dropout
+        self.batch_first = closed.batch_first
+        self.train(closed.training)
+        # Built on meta and given the original's own parameters: nothing is copied.
+        self.in_proj = nn.Linear(self.embed_dim, 3 * self.embed_dim, closed.in_proj_bias is not None, device="meta")
+        self.in_proj.weight = closed.in_proj_weight
+        if closed.in_proj_bias is not None:
+            self.in_proj.bias = closed.in_proj_bias
+        self.out_proj: nn.Module = closed.out_proj
+
+    def close(self) -> nn.MultiheadAttention:
+        """The plain nn.MultiheadAttention again, around the present weights."""
+        bias: Tensor | None = self.in_proj.bias
+        closed = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            dropout=self.dropout,
+            bias=bias is not None,
+            batch_first=self.batch_first,
+            device="meta",
+        )
+        closed.in_proj_weight, closed.in_proj_bias = self.in_proj.weight, bias
+        closed.out_proj = self.out_proj  # type: ignore[assignment]
+        return closed.train(self.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward, shapes and masks included (True hides, floats are added)."""
+        unbatched = query.dim() == 2
+        first = 0 if unbatched or self.batch_first else 1
+        q, k, v = (
+            tensor.transpose(0, first) if not unbatched else tensor.unsqueeze(0)
+            for tensor in self._project(query, key, value)
+        )
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, e / heads)
+        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            context = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights.squeeze(0) if unbatched else weights
+        else:
+            weights = None
+            # is_causal is a hint that needs attn_mask beside it, so the mask alone decides.
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        output = self.out_proj(context.transpose(1, 2).flatten(-2))
+        return (output.squeeze(0) if unbatched else output.transpose(0, first)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if query is key and key is value:
+            return self.in_proj(query).chunk(3, dim=-1)
+        # Different inputs: the fused map runs on each, and each gives the third that is wanted.
+        return tuple(self.in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """Both masks as one to add to the scores, broadcastable to (B, heads, L, S), or None."""
+        total = None
+        for mask, is_padding in ((attn_mask, False), (padding, True)):
+            if mask is None:
+                continue
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+            mask = mask.to(q.dtype)
+            if is_padding:
+                mask = mask.reshape(-1, 1, 1, k.shape[-2])
+            elif mask.dim() == 3:
+                mask = mask.unflatten(0, (-1, self.num_heads))
+            total = mask if total is None else total + mask
+        return total
+
+
+def open_attention(model: nn.Module) -> None:
+    """Replaces every nn.MultiheadAttention inside `model` by its opened form, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_openable(child):
+                setattr(parent, name, OpenedAttention(child))  # type: ignore[arg-type]
+
+
+def close_attention(model: nn.Module) -> None:
+    """Replaces every opened attention whose projections are plain linears by nn.MultiheadAttention, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, OpenedAttention):
+                setattr(parent, name, child.close())

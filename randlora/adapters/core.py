@@ -1,0 +1,203 @@
+"""adapt, merged, merge: the life of an adapted model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from randlora.adapters.attention import close_attention, open_attention
+from randlora.adapters.seat import AdaptedLinear, Site, Update
+from randlora.adapters.targets import Place, places
+from randlora.errors import SettingsError
+
+if TYPE_CHECKING:
+    from randlora.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was adapted. Counts are numbers, not bytes; `total_parameters` has the trained ones in it."""
+
+    sites: list[Site]
+    trainable_parameters: int
+    total_parameters: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know when it builds its updates."""
+
+    seed: int
+    device: torch.device
+    weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
+
+
+@dataclass
+class Adaptation:
+    """How a model was adapted; it hangs on the model that `adapt` was given."""
+
+    method: Method
+    targets: list[str]
+    seed: int
+    sites: list[Site]
+    updates: dict[str, Update]
+    unfrozen: dict[str, nn.Parameter] = field(default_factory=dict)  # trained as they are, beside the sites
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor by name: ``site:name`` for an update's, the model's own name otherwise."""
+        named = {
+            f"{site}:{name}": parameter
+            for site, update in self.updates.items()
+            for name, parameter in update.named_parameters()
+        }
+        return named | self.unfrozen
+
+
+def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 0) -> Report:
+    """Puts `method`'s updates on the linear maps that `targets` name, in place, and freezes all else.
+
+    `targets` are fnmatch patterns on module names; ``name[q]`` is a slice of a fused matrix. Attention modules
+    are opened into linears. Raises SettingsError (a ValueError) when a pattern matches nothing, when a weight
+    is shared between modules, or when the model is adapted already; the model is then as it was.
+    """
+    if adaptation_of(model) is not None:
+        raise SettingsError("the model is adapted already: merge it, or load it anew")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    open_attention(model)
+    try:
+        found = places(model, targets)
+        modules = {place.module: model.get_submodule(place.module) for place in found}
+        updates, sites = _build(method, found, modules, seed)
+    except Exception:
+        close_attention(model)
+        raise
+
+    seated = {id(module.weight) for module in modules.values()}
+    unfrozen = {
+        name: p for name, p in model.named_parameters() if method.unfreezes(name) and id(p) not in seated
+    }
+    _require_float32(unfrozen, model)
+    model.requires_grad_(False)
+    for parameter in unfrozen.values():
+        parameter.requires_grad_(True)
+    for name, module in modules.items():
+        here = [(place.rows, updates[place.site]) for place in found if place.module == name]
+        _replace(model, name, AdaptedLinear(module, here))
+
+    adaptation = Adaptation(method, list(targets), seed, sites, updates, unfrozen)
+    model.__dict__["_adaptation"] = adaptation
+    beside = sum(site.trainable_parameters for site in sites if not updates[site.name].replaces_base)
+    trainable = sum(site.trainable_parameters for site in sites) + sum(p.numel() for p in unfrozen.values())
+    return Report(sites, trainable, total + beside)
+
+
+def _build(
+    method: Method, found: list[Place], modules: Mapping[str, nn.Module], seed: int
+) -> tuple[dict[str, Update], list[Site]]:
+    weights = {}
+    for place in found:
+        weight = AdaptedLinear(modules[place.module], []).weight.detach()
+        weights[place.site] = weight if place.rows is None else weight[place.rows]
+    sites = [Site(name, *weight.shape) for name, weight in weights.items()]
+    device = next(iter(weights.values())).device
+    updates = dict(method.updates(sites, Context(seed, device, weights)))
+    if set(updates) != set(weights):
+        raise RuntimeError(f"{type(method).__name__}.updates must return one update for each site")
+    counted = []
+    for site in sites:
+        parameters = list(updates[site.name].parameters())
+        counted.append(dataclasses.replace(site, trainable_parameters=sum(p.numel() for p in parameters)))
+        if any(p.dtype != torch.float32 for p in parameters):
+            raise RuntimeError(f"{type(method).__name__}: trained tensors are float32 whatever the base's dtype")
+    return updates, counted
+
+
+def adaptation_of(model: nn.Module) -> Adaptation | None:
+    """The adaptation of `model` or of a module inside it."""
+    for module in model.modules():
+        if "_adaptation" in module.__dict__:
+            return module.__dict__["_adaptation"]
+    return None
+
+
+def require_adaptation(model: nn.Module) -> Adaptation:
+    """As adaptation_of; SettingsError when there is none."""
+    adaptation = adaptation_of(model)
+    if adaptation is None:
+        raise SettingsError("the model is not adapted: call randlora.adapt first")
+    return adaptation
+
+
+def seats(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model gives the same outputs at the base's cost; the price is one copy of the adapted weights.
+
+    The base is not written to, and nothing is subtracted afterwards: the merged copies are dropped.
+    Gradients do not reach the updates inside.
+    """
+    adapted = [seat for seat in seats(model).values() if seat._merged is None]
+    for seat in adapted:
+        seat.stash_merged()
+    try:
+        yield model
+    finally:
+        for seat in adapted:
+            seat.drop_merged()
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Makes plain modules again, with the updates in their weights, for good; returns the model."""
+    require_adaptation(model)
+    for name, seat in seats(model).items():
+        _replace(model, name, seat.plain())
+    return _restore(model)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Takes the updates off again: the model as it was before `adapt`, all of it frozen; returns the model."""
+    require_adaptation(model)
+    for name, seat in seats(model).items():
+        _replace(model, name, seat.base)
+    return _restore(model)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _restore(model: nn.Module) -> nn.Module:
+    close_attention(model)
+    for module in model.modules():
+        module.__dict__.pop("_adaptation", None)
+    return model
+
+
+def _require_float32(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            close_attention(model)
+            raise SettingsError(f"{name} is {parameter.dtype}: load the model in float32 to train all of it")
+
+
+@torch.no_grad()
+def relative_norms(model: nn.Module) -> dict[str, float]:
+    """‖ΔW‖ / ‖W0‖ (Frobenius) of every adapted module, by name."""
+    return {
+        name: float(
+            torch.stack([u.delta(s.weight[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()  # type: ignore[operator]
+            / s.weight.float().norm().clamp_min(1e-30)
+        )
+        for name, s in seats(model).items()
+    }

@@ -1,0 +1,144 @@
+"""The seat: a frozen linear map with updates on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """An adapted weight matrix: a linear module of the model, or a named slice of a fused one."""
+
+    name: str
+    out_features: int
+    in_features: int
+    trainable_parameters: int = 0
+
+    @property
+    def small(self) -> int:
+        """The smaller side, the rank of a full-rank update."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def large(self) -> int:
+        return max(self.out_features, self.in_features)
+
+
+class Frozen(NamedTuple):
+    """The linear map under an update: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Update(nn.Module):
+    """What a method adds to one site: its parameters are trained and counted, its buffers are fixed.
+
+    A subclass gives `delta`; it overrides `forward` where an exact form is cheaper than forming W'.
+    """
+
+    replaces_base = False  # True when the trained numbers stand in for W0 instead of beside it
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """W' - W0, float32 (out, in), given the frozen weight; most methods read only its shape."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        """x W'ᵀ + b for x (..., in)."""
+        return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
+
+
+class Segment(NamedTuple):
+    """Rows of a fused matrix, and the update that sits on them, if any."""
+
+    rows: slice
+    update: Update | None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear module, never written to, and its updates: one for the whole matrix or one per slice of rows.
+
+    `base` is an nn.Linear, or transformers' Conv1D, which stores its weight transposed (in, out).
+    """
+
+    def __init__(self, base: nn.Module, updates: Sequence[tuple[slice | None, Update]]):
+        super().__init__()
+        self.base = base
+        self.transposed = not isinstance(base, nn.Linear)
+        self.updates = nn.ModuleList(update for _, update in updates)
+        self.rows = [rows or slice(0, self.out_features) for rows, _ in updates]
+        self._merged: Tensor | None = None
+
+    # Code around the model reads these of its linears (open_clip and transformers ask for weight.dtype).
+    @property
+    def weight(self) -> Tensor:
+        """The frozen W0, (out, in)."""
+        return self.base.weight.T if self.transposed else self.base.weight  # type: ignore[union-attr, operator, return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def segments(self) -> list[Segment]:
+        """All rows in order, adapted or not."""
+        found, start = [], 0
+        for rows, update in sorted(zip(self.rows, self.updates, strict=True), key=lambda pair: pair[0].start):
+            if rows.start > start:
+                found.append(Segment(slice(start, rows.start), None))
+            found.append(Segment(rows, update))  # type: ignore[arg-type]
+            start = rows.stop
+        if start < self.out_features:
+            found.append(Segment(slice(start, self.out_features), None))
+        return found
+
+    def frozen(self, rows: slice) -> Frozen:
+        return Frozen(self.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged is not None:
+            return F.linear(x, self._merged, self.bias)
+        outputs = []
+        for rows, update in self.segments():
+            base = self.frozen(rows)
+            outputs.append(base(x) if update is None else update(x, base))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W' in the base's dtype, (out, in); the sum is taken in float32 at least."""
+        merged = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        for rows, update in zip(self.rows, self.updates, strict=True):
+            merged[rows] += update.delta(self.weight[rows])  # type: ignore[operator]
+        return merged.to(self.weight.dtype)
+
+    def stash_merged(self) -> None:
+        """From here on forward costs what the base costs; the base keeps its numbers."""
+        self._merged = self.merged_weight()
+
+    def drop_merged(self) -> None:
+        self._merged = None
+
+    @torch.no_grad()
+    def plain(self) -> nn.Module:
+        """The base module with W' in place of W0, for good."""
+        weight = self.merged_weight()
+        weight = weight.T.contiguous() if self.transposed else weight
+        self.base.weight = nn.Parameter(weight, requires_grad=False)
+        return self.base

@@ -1,0 +1,54 @@
+"""From a composed config to the objects it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from randlora.errors import SettingsError
+
+ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
+
+
+def build(config: Any) -> Any:
+    """The object of a plain config: mappings with a `_target_` are called with their other keys, innermost first.
+
+    Only targets under randlora (and the prefixes in $RANDLORA_ALLOW) are called: a config is data, and must not be able to
+    run just anything. Raises SettingsError for other targets, unknown keys and missing ones.
+    """
+    if isinstance(config, list):
+        return [build(item) for item in config]
+    if not isinstance(config, Mapping):
+        return config
+    settings = {key: build(value) for key, value in config.items() if key != "_target_"}
+    if "_target_" not in config:
+        return settings
+    made = _find(config["_target_"])
+    if dataclasses.is_dataclass(made):
+        known = [f.name for f in dataclasses.fields(made) if f.init]
+        for key in settings:
+            if key not in known:
+                raise SettingsError(f"{made.__name__} has no setting {key!r}; it has {', '.join(known)}")
+    try:
+        return made(**settings)
+    except TypeError as error:
+        raise SettingsError(f"{config['_target_']}: {error}") from error
+
+
+def _find(target: str) -> Any:
+    allowed = ("randlora.", *(prefix for prefix in os.environ.get(ALLOW, "").split(",") if prefix))
+    if not isinstance(target, str) or not target.startswith(allowed):
+        raise SettingsError(
+            f"_target_={target!r}: only {', '.join(allowed)} may be named; add your package to ${ALLOW}, comma-separated"
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"_target_={target!r} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise SettingsError(f"_target_={target!r} is not a class")
+    return found

@@ -1,0 +1,1 @@
+"""Data sets to batches: sources, subsets, images, order."""

@@ -1,0 +1,10 @@
+"""What an update is: one paper, one file."""
+
+from randlora.methods.base import Method
+from randlora.methods.full import FullFineTuning
+from randlora.methods.lora import LoRA
+from randlora.methods.nola import NoLA
+from randlora.methods.randlora import RandLoRA
+from randlora.methods.vera import VeRA
+
+__all__ = ["FullFineTuning", "LoRA", "Method", "NoLA", "RandLoRA", "VeRA"]

@@ -1,0 +1,85 @@
+"""NoLA: low-rank factors as combinations of fixed random matrices (Koohpayegani et al., 2023, arXiv 2310.02556)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.adapters.seat import Frozen, Site, Update
+from randlora.bases import DenseBasis, check_distribution
+from randlora.errors import check_count
+from randlora.methods.base import Method, check_low_rank, relative_scale
+
+
+@dataclass(frozen=True)
+class NoLA(Method):
+    """ΔW = (alpha / rank) · (Σ_j β_j B_j)(Σ_j α_j A_j) with fixed A_j (rank × in), B_j (out × rank).
+
+    The 2·num_bases coefficients are trained, whatever the site's shape. β starts at zero, so that ΔW does;
+    α at 1/√num_bases, so that Σ_j α_j A_j starts as a random matrix of LoRA's initial size. (NoLA's authors reach
+    the same by a fixed A_0 with α = 0; the RandLoRA authors' code starts both at 1/num_bases, away from zero.)
+    One bank of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank.
+    """
+
+    rank: int = 1
+    num_bases: int = 1024
+    alpha: float | None = None
+    dropout: float = 0.0
+    basis: str = "uniform"
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        check_low_rank(self)
+        check_count("NoLA.num_bases", self.num_bases)
+        check_distribution(self.basis, self.sparsity)
+
+    def updates(self, sites: Sequence[Site], context) -> Mapping[str, Update]:  # type: ignore[no-untyped-def]
+        def bank(name: str, width: int) -> DenseBasis:
+            return DenseBasis(
+                name,
+                self.num_bases,
+                self.rank * width,
+                seed=context.seed,
+                distribution=self.basis,
+                sparsity=self.sparsity,
+                device=context.device,
+            )
+
+        A = bank("nola.A", max(site.in_features for site in sites))
+        B = bank("nola.B", max(site.out_features for site in sites))
+        return {site.name: NoLAUpdate(self, site, A, B, context.device) for site in sites}
+
+
+class NoLAUpdate(Update):
+    """The update of one site."""
+
+    def __init__(self, method: NoLA, site: Site, A: DenseBasis, B: DenseBasis, device: torch.device):
+        super().__init__()
+        self.rank, self.dropout = method.rank, method.dropout
+        self.bank_A, self.bank_B = A, B
+        # As in LoRA: A within the variance of U(±1/√in), B of order one.
+        self.scale = relative_scale(method.rank, method.alpha) / math.sqrt(3 * site.in_features)
+        n = method.num_bases
+        self.alpha = nn.Parameter(torch.full((n,), 1 / math.sqrt(n), device=device))
+        self.beta = nn.Parameter(torch.zeros(n, device=device))
+
+    def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """A (rank × in) and B (out × rank), the scale in A."""
+        r, n = self.rank, self.alpha.shape[0]
+        A = (self.scale * self.alpha) @ self.bank_A(n, r * in_features, self.alpha.dtype)
+        B = self.beta @ self.bank_B(n, r * out_features, self.beta.dtype)
+        return A.view(r, in_features), B.view(out_features, r)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        A, B = self.factors(*weight.shape)
+        return B @ A
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        A, B = self.factors(*base.weight.shape)
+        low = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))
+        return base(x) + F.linear(low, B.to(low.dtype))

@@ -1,0 +1,108 @@
+"""What every model offers to the tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from randlora.adapters.targets import match
+from randlora.errors import SettingsError
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What an image tower wants: a square of `size` pixels, normalised by `mean` and `std` (RGB, of 0 to 1)."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass
+class Backbone:
+    """A loaded model, ready to be adapted and given a head.
+
+    `module` is what is adapted. `kind` decides the head: clip, vision, text or causal_lm. `pixels` is there for image
+    towers; `tokenizer` makes the tokenizer of a text tower when first asked (a dry run never asks). `width` is the
+    length of one feature vector, `features` computes them: (module, inputs) -> (B, width).
+    """
+
+    module: nn.Module
+    kind: str
+    width: int
+    pixels: Pixels | None = None
+    tokenizer: Callable[[], Any] | None = None
+    features: Callable[..., Any] | None = None
+    head_dropout: float = 0.0
+    head_hidden: bool = False  # a hidden layer with tanh before the classifier, as RoBERTa's
+
+
+@dataclass(frozen=True)
+class Model:
+    """Names a model and its target sets; subclasses say how it is made."""
+
+    kind: ClassVar[str]
+
+    name: str
+    targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def load(self) -> Backbone:
+        """The real weights. Raises SettingsError when they cannot be had."""
+        raise NotImplementedError
+
+    def skeleton(self) -> Backbone:
+        """The same modules on the meta device: shapes without numbers, disk or network."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises SettingsError for what can be known wrong at once, such as a missing folder."""
+
+    def patterns(self, targets: str | Sequence[str]) -> list[str]:
+        """The patterns of a named target set, or the list of patterns given; checked against the model's outline."""
+        if not isinstance(targets, str):
+            patterns = [str(pattern) for pattern in targets]
+        elif targets in self.targets:
+            patterns = list(self.targets[targets])
+        else:
+            raise SettingsError(
+                f"targets={targets}: model {self.name} has the sets {', '.join(self.targets)}; "
+                "or give a list of patterns"
+            )
+        outline = self.outline()
+        if outline is not None:
+            match(outline, patterns)
+        return patterns
+
+    def outline(self) -> list[str] | None:
+        """The names of the model's linear maps, if they are known without building it.
+
+        Building even an empty model means importing transformers or open_clip, which takes many seconds; with the
+        outline, a pattern that matches nothing is refused at once. Written by scripts/outlines.py.
+        """
+        path = ARCHITECTURES / "outlines" / f"{self.name}.json"
+        return expand(json.loads(path.read_text())) if path.is_file() else None
+
+
+def expand(outline: Sequence[Sequence[Any]]) -> list[str]:
+    """Names from [template, count] pairs: ["layers.*.fc", 3] is layers.0.fc, layers.1.fc, layers.2.fc."""
+    return [template.replace("*", str(i), 1) for template, count in outline for i in range(count or 1)]
+
+
+def package_file(location: str, install: str) -> Path:
+    """The path of ``package/file`` inside an installed package; SettingsError with the command to install it."""
+    package, _, inside = location.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError(f"the weights are in the Python package {package}, which is not installed: {install}")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.exists():
+        raise SettingsError(f"the Python package {package} has no {inside}: {install}")
+    return path

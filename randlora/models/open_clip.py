@@ -1,0 +1,124 @@
+"""CLIP models through open_clip: any architecture and tag, or a local checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from randlora.errors import SettingsError
+from randlora.models.base import Backbone, Model, Pixels
+
+EMBEDDED = Path(__file__).parent / "clip_tiny"
+
+
+@dataclass(frozen=True)
+class OpenClip(Model):
+    """A CLIP with both towers.
+
+    `architecture` is a name that open_clip knows (clip_tiny, shipped here, is added to them). `pretrained` is one of
+    open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or None for random
+    weights drawn from torch's seed. `patch_dropout` is the share of image patches left out while training (FLIP); None is
+    the architecture's own.
+    """
+
+    kind: ClassVar[str] = "clip"
+
+    architecture: str = "clip_tiny"
+    pretrained: str | None = "embedded"
+    patch_dropout: float | None = None
+
+    def check(self) -> None:
+        if self.pretrained == "embedded" and not self._embedded().is_file():
+            raise SettingsError(f"no weights for {self.architecture} are embedded; give pretrained a tag or a path")
+
+    def skeleton(self) -> Backbone:
+        with torch.device("meta"):
+            return self._backbone(self._create(None, "meta"))
+
+    def load(self) -> Backbone:
+        import open_clip
+
+        _add_architectures()
+        weights = str(self._embedded()) if self.pretrained == "embedded" else self.pretrained
+        if weights is not None and not Path(weights).is_file():
+            tags = open_clip.list_pretrained_tags_by_model(self.architecture)
+            if weights not in tags:
+                raise SettingsError(
+                    f"pretrained={weights!r}: neither a file nor a tag of {self.architecture}, "
+                    f"which has {', '.join(tags) or 'none'}"
+                )
+            self._require_same_gelu(weights)
+        return self._backbone(self._create(weights, "cpu"))
+
+    def _create(self, weights: str | None, device: str) -> nn.Module:
+        import open_clip
+
+        _add_architectures()
+        if self.architecture not in open_clip.list_models():
+            raise SettingsError(f"architecture={self.architecture!r} is not one that open_clip knows")
+        try:
+            with _quiet():
+                return open_clip.create_model(
+                    self.architecture,
+                    pretrained=weights,
+                    pretrained_text=False,
+                    force_patch_dropout=self.patch_dropout,
+                    device=device,
+                )
+        except (RuntimeError, OSError) as error:
+            raise SettingsError(f"cannot load {self.architecture} with pretrained={weights!r}: {error}") from error
+
+    def _embedded(self) -> Path:
+        return EMBEDDED / f"{self.architecture}.safetensors"
+
+    def _require_same_gelu(self, tag: str) -> None:
+        """open_clip warns and computes the wrong thing when OpenAI's weights meet an exact GELU."""
+        import open_clip
+
+        wanted = bool((open_clip.get_pretrained_cfg(self.architecture, tag) or {}).get("quick_gelu", False))
+        built = bool((open_clip.get_model_config(self.architecture) or {}).get("quick_gelu", False))
+        if wanted != built:
+            name = self.architecture.removesuffix("-quickgelu")
+            raise SettingsError(
+                f"pretrained={tag} was trained {'with' if wanted else 'without'} QuickGELU and {self.architecture} is "
+                f"{'with' if built else 'without'} it: set architecture={name}{'-quickgelu' if wanted else ''}"
+            )
+
+    def _backbone(self, module: nn.Module) -> Backbone:
+        import open_clip
+
+        preprocess = open_clip.get_model_preprocess_cfg(module)
+        size = preprocess["size"]
+        return Backbone(
+            module=module,
+            kind=self.kind,
+            width=module.visual.output_dim,  # type: ignore[union-attr, arg-type]
+            pixels=Pixels(size if isinstance(size, int) else size[0], preprocess["mean"], preprocess["std"]),
+            tokenizer=lambda: open_clip.get_tokenizer(self.architecture),
+        )
+
+
+def _add_architectures() -> None:
+    import open_clip
+
+    if "clip_tiny" not in open_clip.list_models():
+        open_clip.add_model_config(EMBEDDED)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs to the root logger that weights are random; here that is asked for."""
+    import logging
+
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

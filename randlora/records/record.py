@@ -1,0 +1,140 @@
+"""The record of one run: a folder named by what was run, written so that a killed run leaves no half file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from randlora.records.console import Console
+
+FINISHED, FAILED, DIVERGED, OUT_OF_MEMORY, INTERRUPTED = "finished", "failed", "diverged", "out_of_memory", "interrupted"
+
+
+class Logger(Protocol):
+    """A mirror of the record, such as a dashboard."""
+
+    def start(self, name: str, config: Mapping[str, Any], folder: Path, tags: list[str]) -> None: ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self, result: Mapping[str, Any]) -> None: ...
+
+
+class Record:
+    """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
+
+    `writes` is False on every process but the first, and then nothing is written, mirrored or printed.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], loggers: Iterable[Logger], console: Console, writes: bool = True):
+        self.folder, self.config, self.console, self.writes = folder, config, console, writes
+        self.loggers = list(loggers) if writes else []
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of the run, if it has ended before."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def clear(self) -> None:
+        """Forgets an earlier attempt."""
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self, tags: list[str], config_yaml: str) -> None:
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+        write(self.folder / "config.yaml", config_yaml)
+        self._status("running")
+        for logger in self.loggers:
+            logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder, tags)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if not self.writes:
+            return
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite(metrics)})
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+        for logger in self.loggers:
+            logger.log(metrics, step)
+
+    def say(self, text: str) -> None:
+        if not self.writes:
+            return
+        self.console.say(text)
+        with (self.folder / "train.log").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        if self.writes:
+            self.console.progress(step, steps, text)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
+        self.console.close()
+        write(self.folder / "result.json", json.dumps(finite(result), indent=1) + "\n")
+        self._status(result["status"])
+        for logger in self.loggers:
+            logger.finish(result)
+
+    def _status(self, status: str) -> None:
+        state = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
+        write(self.folder / "status.json", json.dumps(state) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity as text: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("randlora", "torch", "transformers", "open_clip_torch", "accelerate", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this code, with ``+`` when the work tree has changes; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

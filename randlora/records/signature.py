@@ -1,0 +1,33 @@
+"""Which runs are the same run: a hash of the settings that change the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Where data and records lie, who watches, and how far apart the log lines are do not change a result.
+INDIFFERENT = {
+    "run_root", "data_root", "dry_run", "resume", "tags", "logger",
+    "trainer.device", "trainer.workers", "trainer.log_every", "trainer.save_every", "trainer.evaluation_batch_size",
+}  # fmt: skip
+
+
+def signature(config: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits; equal for configs that differ in indifferent settings alone."""
+    text = json.dumps(_without(config, ""), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: _without(item, f"{path}.{key}".lstrip("."))
+            for key, item in value.items()
+            # A source's root is the data root again, wherever a task holds it.
+            if f"{path}.{key}".lstrip(".") not in INDIFFERENT and not f"{path}.{key}".endswith(".source.root")
+        }
+    if isinstance(value, list | tuple):
+        return [_without(item, path) for item in value]
+    return value

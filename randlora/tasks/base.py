@@ -1,0 +1,143 @@
+"""What every task offers to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from randlora.data.loader import Split
+from randlora.data.sources import Source
+from randlora.data.subsets import at_most, carve, carved_size, check_budget, few_shot, fractional
+from randlora.errors import SettingsError
+from randlora.models.base import Backbone, Model
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the training set is used: `shots` per class, a `fraction`, or all. `seed` draws it."""
+
+    seed: int
+    shots: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(self.shots, self.fraction)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and its score; the model decides the head.
+
+    `sizes` are the rows of the source's splits as published (or a list of them, where reduced copies are known to go
+    round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set without a validation split has one carved from its training set: a tenth,
+    `validation_size` rows at most. `test_size` bounds the test set where all of it takes too long; such a number is
+    not comparable with published ones, and the record's config shows it.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
+    headline: ClassVar[str]
+    version: ClassVar[int] = 1  # raised when scores stop being comparable
+
+    name: str
+    source: Source
+    sizes: Mapping[str, int | Sequence[int]]
+    validation_size: int = 5000
+    test_size: int | None = None
+
+    def check_model(self, model: Model) -> None:
+        """Raises SettingsError for a model of a kind that the task cannot use."""
+        if model.kind not in self.kinds:
+            raise SettingsError(
+                f"task={self.name} needs a model of kind {' or '.join(self.kinds)}; model={model.name} is {model.kind}"
+            )
+
+    def training_size(self, budget: Budget) -> int:
+        """The rows of the training split, from the published sizes."""
+        count = _published(self.sizes["train"])[0]
+        if "validation" not in self.sizes:
+            count -= carved_size(count, self.validation_size)
+        if budget.shots is not None:
+            return budget.shots * self.class_count()
+        return count if budget.fraction is None else max(1, round(count * budget.fraction))
+
+    def class_count(self) -> int:
+        """How many classes `shots` multiplies; SettingsError for a task without classes."""
+        raise SettingsError(f"shots: task {self.name} has no classes to draw from; use fraction")
+
+    def splits(self, backbone: Backbone, budget: Budget) -> Splits:
+        """Opens the data. Raises SettingsError when they are missing or have another size than published."""
+        tables = {split: self.source.open(split) for split in self.sizes}
+        for split, sizes in self.sizes.items():
+            if len(tables[split]) not in _published(sizes):
+                expected = " or ".join(map(str, _published(sizes)))
+                raise SettingsError(f"{self.name}: the {split} split has {len(tables[split])} rows, expected {expected}")
+        count = len(tables["train"])
+        train, validation = np.arange(count), None
+        if "validation" not in tables:
+            train, validation = carve(count, carved_size(count, self.validation_size), self.name)
+        if budget.shots is not None:
+            self.class_count()
+            train = train[few_shot(tables["train"].column("label")[train], budget.shots, budget.seed)]
+        elif budget.fraction is not None:
+            train = train[fractional(len(train), budget.fraction, budget.seed)]
+        if validation is None:
+            held = tables["validation"]
+            validation = at_most(len(held), self.validation_size, self.name)
+        else:
+            held = tables["train"]
+        test = at_most(len(tables["test"]), self.test_size, self.name)
+        return Splits(
+            Split(tables["train"], train, self.encoder(backbone, training=True), augment_seed=budget.seed),
+            Split(held, validation, self.encoder(backbone, training=False)),
+            Split(tables["test"], test, self.encoder(backbone, training=False)),
+        )
+
+    # What a task must give, and what it may.
+
+    def bind(self, backbone: Backbone) -> nn.Module:
+        """The model with its head. Cheap, and right on the meta device."""
+        raise NotImplementedError
+
+    def encoder(self, backbone: Backbone, training: bool) -> Any:
+        """A picklable function from an example of the source to an item."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Items to a batch; tensors in it are moved to the device. By default every field is stacked."""
+        return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
+
+    def weight(self, batch: Mapping[str, Any]) -> int:
+        """How many terms the mean of `loss` is over, so that micro-batches add up to their step's mean."""
+        return len(next(iter(batch.values())))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+        """One entry per example in every column: what `score` needs."""
+        raise NotImplementedError
+
+    def score(self, columns: Mapping[str, list]) -> dict[str, float]:
+        """Metrics by name, from the columns of all examples."""
+        raise NotImplementedError
+
+    def zero_shot(self, backbone: Backbone) -> bool:
+        """Whether the bound model can be scored before training."""
+        return False
+
+
+def _published(sizes: int | Sequence[int]) -> Sequence[int]:
+    return [sizes] if isinstance(sizes, int) else sizes

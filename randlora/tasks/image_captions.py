@@ -1,0 +1,84 @@
+"""Contrastive pretraining on images and captions made from their class names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.data.images import Transform
+from randlora.models.base import Backbone
+from randlora.tasks.image_classification import ClipClassifier, ImageClassification
+
+
+@dataclass(frozen=True)
+class ImageCaptions(ImageClassification):
+    """As ImageClassification, trained with the symmetric contrastive loss over the pairs of a batch.
+
+    A caption is one of `captions`, drawn per example, with {name} filled in, and {kind}, the everyday word that `kinds_of`
+    lists the class under. Every pair in a batch whose caption is true of the image is a positive (UniCL, Yang et al. 2022,
+    arXiv 2204.03610): pairs of one class, or of one kind where the caption names the kind alone. Scored by
+    zero-shot classification.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("clip",)
+
+    captions: Sequence[str] = ("a photo of a {name}",)
+    kinds_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def bind(self, backbone: Backbone) -> nn.Module:
+        return ContrastiveClip(backbone, self.class_names, self.templates, within_batch=False)
+
+    def encoder(self, backbone: Backbone, training: bool) -> Any:
+        encode = super().encoder(backbone, training)
+        if not training:
+            return encode
+        assert backbone.tokenizer is not None
+        tokenizer, kind_of = backbone.tokenizer(), self._kind_of()
+        tokens = [
+            tokenizer([caption.format(name=name, kind=kind_of[name]) for caption in self.captions])
+            for name in self.class_names
+        ]
+        general = torch.tensor(["{name}" not in caption for caption in self.captions])
+        words = list(dict.fromkeys(kind_of.values()))
+        kinds = torch.tensor([words.index(kind_of[name]) for name in self.class_names])
+        return partial(_encode_pair, encode, torch.stack(tokens), general, kinds)
+
+    def _kind_of(self) -> dict[str, str]:
+        """Every class's kind; the name itself where none is given."""
+        given = {name: kind for kind, names in self.kinds_of.items() for name in names}
+        return {name: given.get(name, name) for name in self.class_names}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        logits = model(batch["image"], tokens=batch["tokens"]).float()  # (images, captions)
+        same_class = batch["label"][:, None] == batch["label"]
+        same_kind = batch["kind"][:, None] == batch["kind"]
+        true = torch.where(batch["general"], same_kind, same_class).float()
+        to_text = (true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
+        to_image = (true / true.sum(0) * logits.log_softmax(0)).sum(0)
+        return -(to_text + to_image).mean() / 2
+
+
+def _encode_pair(
+    encode: Transform, tokens: Tensor, general: Tensor, kinds: Tensor, example: Mapping[str, Any]
+) -> dict[str, Any]:
+    item: dict[str, Any] = encode(example)  # type: ignore[assignment]
+    label, caption = item["label"], int(torch.randint(tokens.shape[1], ()))
+    return {**item, "tokens": tokens[label, caption], "general": general[caption], "kind": kinds[label]}
+
+
+class ContrastiveClip(ClipClassifier):
+    """The classifier, which in training compares every image with every caption of the batch."""
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, tokens: Tensor | None = None) -> Any:
+        """With tokens (B, length), logits (B, B); without, logits over the classes."""
+        if tokens is None:
+            return super().forward(images, labels)
+        features = F.normalize(self.clip.encode_image(images), dim=-1)  # type: ignore[operator]
+        texts = F.normalize(self.clip.encode_text(tokens), dim=-1)  # type: ignore[operator]
+        return self.similarity(features, texts)

@@ -1,0 +1,148 @@
+"""Image classification: by class names with CLIP, by a linear head with a vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.data.images import Transform, check_augmentation, evaluation_transform, training_transform
+from randlora.errors import SettingsError, check_choice
+from randlora.models.base import Backbone
+from randlora.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class ImageClassification(Task):
+    """Columns `image` and `label`; top-1 accuracy.
+
+    `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere. `classes` says
+    what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's loss, cheaper when
+    there are many), or ``all``. Evaluation always compares with all.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
+    headline: ClassVar[str] = "accuracy"
+
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ("An image of {}",)
+    classes: str = "all"
+    augmentation: str = "crop_flip"
+
+    def __post_init__(self) -> None:
+        check_augmentation(self.augmentation)
+        check_choice("classes", self.classes, ("batch", "all"))
+        if len(set(self.class_names)) != len(self.class_names) or not self.class_names:
+            raise SettingsError(f"task {self.name}: class_names must be different and at least one")
+
+    def class_count(self) -> int:
+        return len(self.class_names)
+
+    def bind(self, backbone: Backbone) -> nn.Module:
+        if backbone.kind == "clip":
+            return ClipClassifier(backbone, self.class_names, self.templates, within_batch=self.classes == "batch")
+        return LinearClassifier(backbone, len(self.class_names))
+
+    def encoder(self, backbone: Backbone, training: bool) -> Any:
+        assert backbone.pixels is not None
+        augmentation = self.augmentation if training else "none"
+        transform = training_transform(backbone.pixels, augmentation) if training else evaluation_transform(backbone.pixels)
+        return partial(_encode, transform)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        logits, targets = model(batch["image"], batch["label"])
+        return F.cross_entropy(logits.float(), targets)
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+        logits = model(batch["image"]).float()
+        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        return {"predicted": logits.argmax(-1).tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
+
+    def score(self, columns: Mapping[str, list]) -> dict[str, float]:
+        right = sum(p == y for p, y in zip(columns["predicted"], columns["label"], strict=True))
+        count = len(columns["label"])
+        return {"accuracy": right / count, "loss": sum(columns["loss"]) / count}
+
+    def zero_shot(self, backbone: Backbone) -> bool:
+        return backbone.kind == "clip"
+
+
+def _encode(transform: Transform, example: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image": transform(example["image"]), "label": int(example["label"])}
+
+
+class ClipClassifier(nn.Module):
+    """Cosine similarity of images to the texts of the class names, times exp(logit_scale).
+
+    Texts go through the text tower once per step, not once per image. Features that cannot change (a frozen tower in
+    training, any tower in evaluation) are computed once.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, backbone: Backbone, names: Sequence[str], templates: Sequence[str], within_batch: bool):
+        super().__init__()
+        assert backbone.tokenizer is not None
+        self.clip = backbone.module
+        self.within_batch = within_batch
+        texts = [template.format(name) for name in names for template in templates]
+        tokens = backbone.tokenizer()(texts)  # (classes · templates, length)
+        self.register_buffer("tokens", tokens.unflatten(0, (len(names), len(templates))), persistent=False)
+        self._kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> ClipClassifier:
+        if mode != self.training:
+            self._kept = None
+        return super().train(mode)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (B, classes); with labels, (logits, targets) over the classes that training compares with."""
+        features = F.normalize(self.clip.encode_image(images), dim=-1)  # type: ignore[operator]
+        if labels is None:
+            return self.similarity(features, self.text_features())
+        if self.within_batch:
+            present, targets = labels.unique(return_inverse=True)
+            return self.similarity(features, self.text_features(present)), targets
+        return self.similarity(features, self.text_features()), labels
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        logits = self.clip.logit_scale.exp() * images @ texts.T.to(images.dtype)  # type: ignore[union-attr, operator]
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+    def text_features(self, classes: Tensor | None = None) -> Tensor:
+        """Unit text features (classes, width) of all classes, or of those given."""
+        if self._kept is not None:
+            return self._kept if classes is None else self._kept[classes]
+        tokens = self.tokens if classes is None else self.tokens[classes]
+        features = F.normalize(self.clip.encode_text(tokens.flatten(0, 1)), dim=-1)  # type: ignore[operator]
+        features = F.normalize(features.unflatten(0, tokens.shape[:2]).mean(1), dim=-1)
+        if not features.requires_grad:
+            if classes is not None:
+                with torch.no_grad():
+                    return self.text_features()[classes]
+            self._kept = features
+        return features
+
+
+class LinearClassifier(nn.Module):
+    """A linear head on the image features: weights N(0, 0.01), as the paper's DINOv2 head, and a bias."""
+
+    def __init__(self, backbone: Backbone, classes: int):
+        super().__init__()
+        assert backbone.features is not None
+        self.backbone, self.features = backbone.module, backbone.features
+        self.head = nn.Linear(backbone.width, classes, device=next(backbone.module.parameters()).device)
+        if self.head.weight.device.type != "meta":
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (B, classes); with labels, (logits, labels)."""
+        logits = self.head(self.features(self.backbone, images).float())
+        return logits if labels is None else (logits, labels)

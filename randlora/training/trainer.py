@@ -1,0 +1,333 @@
+"""The loop that every method, model and task goes through."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from randlora.adapters.core import adaptation_of, merged, relative_norms
+from randlora.data.loader import Split, evaluation_keys, loader, training_keys
+from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.streams import integer
+from randlora.tasks.base import Splits, Task
+from randlora.training import checkpoint
+from randlora.training.schedule import check_schedule, rate_factor
+from randlora.training.watch import LossWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer a number."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; a checkpoint is there to go on from."""
+
+
+class Observer(Protocol):
+    """What the loop tells about itself."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, step: int, steps: int, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a finished training leaves: metrics of the splits, and what it took."""
+
+    metrics: dict[str, float]
+    steps: int
+    train_seconds: float  # without evaluation and checkpoints
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """AdamW with the settings that all methods share.
+
+    `epochs` or, where given, `max_steps` is the length. A step is `batch_size` examples over all processes, in micro-batches
+    of `micro_batch_size` per process (None: at once). `learning_rate` is the updates'; `head_learning_rate` the task head's
+    (None: the same). `warmup`: a part of the steps below 1, a number of steps from 1 on. `schedule` ends at `final_rate`
+    times the rate. `precision` bf16 is autocast; trained tensors stay float32. `evaluate_every` steps the validation set is
+    scored (None: at the end only), `save_every` steps a checkpoint is written (None: only when interrupted).
+    `device` is auto, cpu or cuda.
+    """
+
+    epochs: float = 10
+    max_steps: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    evaluation_batch_size: int = 256
+    learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    final_rate: float = 0.01
+    max_grad_norm: float | None = 1.0
+    precision: str = "fp32"
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    device: str = "auto"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("trainer.epochs", self.epochs)
+        for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
+            if getattr(self, name) is not None:
+                check_count(f"trainer.{name}", getattr(self, name))
+        for name in ("batch_size", "evaluation_batch_size", "log_every"):
+            check_count(f"trainer.{name}", getattr(self, name))
+        check_count("trainer.workers", self.workers, 0)
+        check_positive("trainer.learning_rate", self.learning_rate)
+        if self.head_learning_rate is not None:
+            check_positive("trainer.head_learning_rate", self.head_learning_rate)
+        if self.max_grad_norm is not None:
+            check_positive("trainer.max_grad_norm", self.max_grad_norm)
+        check_range("trainer.weight_decay", self.weight_decay, 0)
+        check_schedule(self.schedule, self.warmup, self.final_rate)
+        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
+        check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
+
+    def steps(self, examples: int) -> int:
+        """The optimiser's steps over a training set of this size."""
+        return self.max_steps or max(1, round(self.epochs * examples / self.batch_size))
+
+    def accelerator(self) -> Accelerator:
+        """The devices and processes of this run."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # Updates are reached by every forward; whole models are not (a mask token, a pooler).
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
+        if self.batch_size % accelerator.num_processes:
+            raise SettingsError(
+                f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"
+            )
+        return accelerator
+
+    def fit(
+        self, task: Task, model: nn.Module, splits: Splits, *, seed: int, folder: Path, observer: Observer,
+        accelerator: Accelerator, zero_shot: bool = False,
+    ) -> Fit:  # fmt: skip
+        """Trains `model` (adapted, with its head) and scores it; goes on from a checkpoint in `folder`, if any."""
+        return _Run(self, task, model, splits, seed, folder, observer, accelerator).fit(zero_shot)
+
+
+class _Run:
+    """One training: the settings, and what changes while it goes."""
+
+    def __init__(
+        self, trainer: Trainer, task: Task, model: nn.Module, splits: Splits, seed: int, folder: Path,
+        observer: Observer, accelerator: Accelerator,
+    ):  # fmt: skip
+        self.settings, self.task, self.splits, self.seed = trainer, task, splits, seed
+        self.folder, self.observer, self.accelerator = folder, observer, accelerator
+        adaptation = adaptation_of(model)
+        assert adaptation is not None
+        self.adaptation = adaptation
+        self.plain = model.to(accelerator.device)  # .to before the optimiser sees the parameters
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=tuple(trainer.betas))
+        self.model: nn.Module = accelerator.prepare(model)
+        self.steps = trainer.steps(len(splits.train))
+        self.watch = LossWatch()
+        self.interrupted = False
+
+    def fit(self, zero_shot: bool) -> Fit:
+        metrics: dict[str, float] = {}
+        start, seconds = 0, 0.0
+        resumable = checkpoint.latest(self.folder)
+        if zero_shot:
+            metrics |= self.evaluate("zero_shot", self.splits.test)
+            self.observer.say(f"before training: {_brief(metrics)}")
+        if resumable is not None:
+            state = checkpoint.restore(resumable, self.trained, self.optimizer)
+            start, seconds = int(state["step"]), state["train_seconds"]
+            self.observer.say(f"going on from step {start} of {self.steps}")
+        with self._listening():
+            seconds = self.train(start, seconds)
+        self.adaptation.method.finish(self.adaptation.updates.values())
+        metrics |= self.evaluate("validation", self.splits.validation)
+        metrics |= self.evaluate("test", self.splits.test)
+        self.observer.log(metrics | self.norms(), self.steps)
+        return Fit(metrics, self.steps, seconds, seconds / self.steps)
+
+    def train(self, start: int, seconds: float) -> float:
+        """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
+        settings, batches = self.settings, self._batches(start)
+        for step in range(start, self.steps):
+            began = time.perf_counter()
+            # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
+            torch.manual_seed(integer("noise", self.seed, step, self.accelerator.process_index))
+            factor = rate_factor(step, self.steps, settings.schedule, settings.warmup, settings.final_rate)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            loss, norm = self.step(batches, step)
+            seconds += time.perf_counter() - began
+            self._report(step, loss, norm, factor * settings.learning_rate)
+            done = step + 1
+            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < self.steps:
+                scores = self.evaluate("validation", self.splits.validation) | self.norms()
+                self.observer.log(scores, done)
+                self.observer.say(f"step {done}: {_brief(scores)}")
+            if self.interrupted or (settings.save_every and done % settings.save_every == 0 and done < self.steps):
+                self._save(done, seconds)
+            if self.interrupted:
+                raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
+        return seconds
+
+    def step(self, batches: Iterator[dict[str, Any]], step: int) -> tuple[float, float]:
+        """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
+        self.model.train()
+        micro = [self._to_device(next(batches)) for _ in range(self._micro_batches())]
+        weights = [self.task.weight(batch) for batch in micro]
+        world = self.accelerator.num_processes
+        total = self._sum(float(sum(weights)))
+        mean = torch.zeros((), device=self.accelerator.device)
+        for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
+            last = i == len(micro) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self._autocast():
+                    loss = self.task.loss(self.model, batch)
+                # Processes' gradients are averaged, so each counts `world` times over the weight of all.
+                share = loss * (weight * world / total)
+                penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
+                self.accelerator.backward(share if penalty is None else share + penalty)
+            mean += loss.detach() * (weight / total)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
+        value, size = self._sum(float(mean)), float(norm)
+        if not (math.isfinite(value) and math.isfinite(size)):
+            last_good = checkpoint.latest(self.folder)
+            raise Diverged(
+                f"step {step}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {last_good or 'none'}"
+            )
+        updates = self.adaptation.updates
+        self.adaptation.method.after_backward(updates.values(), step)
+        self.optimizer.step()
+        self.adaptation.method.after_step(updates.values(), step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, size
+
+    @torch.no_grad()
+    def evaluate(self, name: str, split: Split) -> dict[str, float]:
+        """Metrics of a split, as ``name/metric``; every process takes its share."""
+        if not len(split):
+            return {}
+        keys = evaluation_keys(
+            len(split), self.settings.evaluation_batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        )
+        columns: dict[str, list] = {}
+        self.plain.eval()
+        with merged(self.plain), self._autocast():
+            for batch in loader(split, keys, self.task.collate, self.settings.workers):
+                for key, values in self.task.predict(self.plain, self._to_device(batch)).items():
+                    columns.setdefault(key, []).extend(values)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            shares = gather_object([columns])
+            columns = {key: [value for share in shares for value in share.get(key, [])] for key in columns}
+        return {f"{name}/{key}": value for key, value in self.task.score(columns).items()}
+
+    def norms(self) -> dict[str, float]:
+        """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted modules."""
+        values = list(relative_norms(self.plain).values())
+        return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The method's groups, and one for the task's head."""
+        settings, own = self.settings, {id(p) for p in self.adaptation.trained().values()}
+        groups = self.adaptation.method.parameter_groups(
+            self.adaptation.trained(), settings.learning_rate, settings.weight_decay
+        )
+        head = [p for p in self.trained.values() if id(p) not in own]
+        if head:
+            rate = settings.head_learning_rate or settings.learning_rate
+            groups.append({"params": head, "lr": rate, "weight_decay": settings.weight_decay})
+        return [group | {"initial_lr": group["lr"]} for group in groups]
+
+    def _batches(self, start: int) -> Iterator[dict[str, Any]]:
+        share = self.settings.batch_size // self.accelerator.num_processes
+        keys = training_keys(
+            len(self.splits.train),
+            self.settings.batch_size,
+            min(self.settings.micro_batch_size or share, share),
+            range(start, self.steps),
+            self.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return iter(loader(self.splits.train, keys, self.task.collate, self.settings.workers))
+
+    def _micro_batches(self) -> int:
+        share = self.settings.batch_size // self.accelerator.num_processes
+        return math.ceil(share / min(self.settings.micro_batch_size or share, share))
+
+    def _report(self, step: int, loss: float, norm: float, rate: float) -> None:
+        done = step + 1
+        warning = self.watch.add(loss)
+        if warning:
+            self.observer.say(f"step {done}: {warning}")
+        if done % self.settings.log_every == 0 or done == self.steps:
+            self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
+        self.observer.progress(done, self.steps, f"loss {loss:.3f}")
+
+    def _save(self, done: int, seconds: float) -> None:
+        if self.accelerator.is_main_process:
+            state = {"step": done, "train_seconds": seconds}
+            checkpoint.save(self.folder, state, self.trained, self.optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _sum(self, value: float) -> float:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum"))
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run at the next step's end, with a checkpoint."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.interrupted = True
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: nobody to listen for
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _brief(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,0 +1,59 @@
+"""python train.py method=randlora model=clip task=cifar10: compose the settings, run them, say how it ended.
+
+Exit codes: 0 finished or skipped, 1 failed, 2 wrong settings, 85 interrupted with a checkpoint to resume.
+Only Hydra is imported before the settings are known to compose, so a typo answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+codes: list[int] = []  # of the runs of this command, one or a sweep
+
+
+def execute(config: DictConfig) -> float | None:
+    """One run; returns its validation score, which a sweeper may optimise."""
+    from randlora.errors import SettingsError
+
+    try:
+        settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        from randlora.run import Experiment, dry_run, run, table
+
+        experiment = Experiment.from_config(settings)
+        if settings["dry_run"]:
+            plan = dry_run(experiment)
+            print(json.dumps(plan) if settings["dry_run"] == "json" else table(plan))
+            codes.append(0)
+            return None
+        outcome = run(experiment, OmegaConf.to_yaml(config, resolve=True))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        codes.append(2)
+        return None
+    codes.append(outcome.code)
+    return outcome.objective
+
+
+def main() -> int:
+    # Hydra would print a traceback's tail and exit with 1; with this it raises, and we can say it in a sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        hydra.main(version_base="1.3", config_path="configs", config_name="train")(execute)()
+    except (HydraException, OmegaConfBaseException) as error:
+        from randlora.overrides import explain
+
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return max(codes, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
