@@ -160,7 +160,7 @@ KEYS: dict[str, Any] = dict.fromkeys(
     (
         "status", "headline", "metrics", "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes",
         "train_seconds", "seconds_per_step", "peak_memory_bytes", "steps", "seed", "signature", "config", "versions",
-        "commit", "device", "error",
+        "commit", "device", "error", "examples",
     )
 )  # fmt: skip
 
@@ -217,6 +217,7 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
         "seconds_per_step": fit.seconds_per_step,
         "peak_memory_bytes": memory.bytes(),
         "steps": fit.steps,
+        "examples": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
     }
 
 

@@ -1,4 +1,4 @@
-"""Images to tensors: one evaluation transform, and the paper's augmentations."""
+"""Images to tensors, with the paper's augmentations."""
 
 from __future__ import annotations
 
@@ -21,49 +21,27 @@ def check_augmentation(name: str) -> None:
     check_choice("augmentation", name, AUGMENTATIONS)
 
 
-def evaluation_transform(pixels: Pixels) -> Transform:
-    """Short side to `size`, central square, normalised: CLIP's evaluation transform."""
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+def image_transform(pixels: Pixels, augmentation: str) -> Transform:
+    """From a PIL image; the random ones draw from torch's generator.
 
-    resize = Resize(pixels.size, InterpolationMode.BICUBIC, antialias=True)
-    return Compose([resize, CenterCrop(pixels.size), *_to_tensor(pixels)])
-
-
-def training_transform(pixels: Pixels, augmentation: str) -> Transform:
-    """With random augmentation from torch's generator.
-
-    * ``none``: the evaluation transform.
+    * ``none``: short side to `size`, central square: CLIP's transform for evaluation.
     * ``crop``: RandomResizedCrop with scale 0.5 to 1, bicubic; for digits and signs, which a flip would change.
     * ``crop_flip``: the same and a horizontal flip, the paper's default (its code, src/finetune.py).
     * ``strong``: SimCLR-like, crop from 0.2, colour jitter, grey, flip (its --strong-augs).
     """
-    from torchvision.transforms import (
-        ColorJitter,
-        Compose,
-        InterpolationMode,
-        RandomApply,
-        RandomGrayscale,
-        RandomHorizontalFlip,
-        RandomResizedCrop,
-    )
+    from torchvision import transforms as T
 
+    bicubic = T.InterpolationMode.BICUBIC
+    finish = [T.Lambda(_to_rgb), T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
     if augmentation == "none":
-        return evaluation_transform(pixels)
+        return T.Compose([T.Resize(pixels.size, bicubic), T.CenterCrop(pixels.size), *finish])
     smallest = 0.2 if augmentation == "strong" else 0.5
-    steps: list[Any] = [
-        RandomResizedCrop(pixels.size, scale=(smallest, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    ]
+    steps: list[Any] = [T.RandomResizedCrop(pixels.size, scale=(smallest, 1.0), interpolation=bicubic)]
     if augmentation == "strong":
-        steps += [RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), RandomGrayscale(0.2)]
+        steps += [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2)]
     if augmentation != "crop":
-        steps.append(RandomHorizontalFlip())
-    return Compose([*steps, *_to_tensor(pixels)])
-
-
-def _to_tensor(pixels: Pixels) -> list[Any]:
-    from torchvision.transforms import Lambda, Normalize, ToTensor
-
-    return [Lambda(_to_rgb), ToTensor(), Normalize(pixels.mean, pixels.std)]
+        steps.append(T.RandomHorizontalFlip())
+    return T.Compose([*steps, *finish])
 
 
 def _to_rgb(image: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,15 +14,23 @@ from randlora.data.sources import Table
 from randlora.streams import integer, permutation
 
 Item = Mapping[str, Any]
-Collate = Callable[[Sequence[Item]], dict[str, Any]]
+
+
+class Encoder:
+    """From an example of a source to an item, and from items to a batch; picklable, since workers run it."""
+
+    def __call__(self, example: Item) -> Item:
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        """A batch. Tensors in it are moved to the device; here every field is stacked."""
+        return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
 
 
 class Split(Dataset):
     """Chosen rows of a table, encoded when read. A key is (row, position in the run)."""
 
-    def __init__(
-        self, table: Table, rows: np.ndarray, encode: Callable[[Item], Item], augment_seed: int | None = None
-    ):
+    def __init__(self, table: Table, rows: np.ndarray, encode: Encoder, augment_seed: int | None = None):
         self.table, self.rows, self.encode, self.augment_seed = table, rows, encode, augment_seed
 
     def __len__(self) -> int:
@@ -61,12 +69,12 @@ def evaluation_keys(count: int, batch_size: int, rank: int = 0, world: int = 1) 
         yield [(row, row) for row in rows[start : start + batch_size]]
 
 
-def loader(split: Split, keys: Iterator[list[tuple[int, int]]], collate: Collate, workers: int) -> DataLoader:
+def loader(split: Split, keys: Iterator[list[tuple[int, int]]], workers: int) -> DataLoader:
     """A DataLoader over the batches of `keys`."""
     return DataLoader(
         split,
         batch_sampler=list(keys),
-        collate_fn=collate,
+        collate_fn=split.encode.collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,

@@ -52,6 +52,7 @@ class Model:
     kind: ClassVar[str]
 
     name: str
+    architecture: str | None = None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def load(self) -> Backbone:
@@ -87,7 +88,7 @@ class Model:
         Building even an empty model means importing transformers or open_clip, which takes many seconds; with the
         outline, a pattern that matches nothing is refused at once. Written by scripts/outlines.py.
         """
-        path = ARCHITECTURES / "outlines" / f"{self.name}.json"
+        path = ARCHITECTURES / "outlines" / f"{self.architecture}.json"
         return expand(json.loads(path.read_text())) if path.is_file() else None
 
 

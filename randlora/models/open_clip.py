@@ -29,7 +29,7 @@ class OpenClip(Model):
 
     kind: ClassVar[str] = "clip"
 
-    architecture: str = "clip_tiny"
+    architecture: str | None = "clip_tiny"
     pretrained: str | None = "embedded"
     patch_dropout: float | None = None
 

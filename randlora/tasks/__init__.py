@@ -1,7 +1,9 @@
 """What is learned, and how it is scored."""
 
 from randlora.tasks.base import Budget, Splits, Task
+from randlora.tasks.commonsense import Commonsense
 from randlora.tasks.image_captions import ImageCaptions
 from randlora.tasks.image_classification import ImageClassification
+from randlora.tasks.text_classification import TextClassification
 
-__all__ = ["Budget", "ImageCaptions", "ImageClassification", "Splits", "Task"]
+__all__ = ["Budget", "Commonsense", "ImageCaptions", "ImageClassification", "Splits", "Task", "TextClassification"]

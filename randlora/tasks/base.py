@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from randlora.data.loader import Split
+from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source
 from randlora.data.subsets import at_most, carve, carved_size, check_budget, few_shot, fractional
 from randlora.errors import SettingsError
@@ -47,7 +46,6 @@ class Task:
     """
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
-    headline: ClassVar[str]
     version: ClassVar[int] = 1  # raised when scores stop being comparable
 
     name: str
@@ -110,13 +108,14 @@ class Task:
         """The model with its head. Cheap, and right on the meta device."""
         raise NotImplementedError
 
-    def encoder(self, backbone: Backbone, training: bool) -> Any:
-        """A picklable function from an example of the source to an item."""
+    @property
+    def headline(self) -> str:
+        """The metric that a result is known by."""
         raise NotImplementedError
 
-    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Items to a batch; tensors in it are moved to the device. By default every field is stacked."""
-        return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
+    def encoder(self, backbone: Backbone, training: bool) -> Encoder:
+        """From the source's examples to batches."""
+        raise NotImplementedError
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         """How many terms the mean of `loss` is over, so that micro-batches add up to their step's mean."""

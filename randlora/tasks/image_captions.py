@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.images import Transform
+from randlora.data.loader import Item
 from randlora.models.base import Backbone
-from randlora.tasks.image_classification import ClipClassifier, ImageClassification
+from randlora.tasks.image_classification import ClipClassifier, ImageClassification, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class ImageCaptions(ImageClassification):
     def bind(self, backbone: Backbone) -> nn.Module:
         return ContrastiveClip(backbone, self.class_names, self.templates, within_batch=False)
 
-    def encoder(self, backbone: Backbone, training: bool) -> Any:
-        encode = super().encoder(backbone, training)
+    def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
+        images = super().encoder(backbone, training)
         if not training:
-            return encode
+            return images
         assert backbone.tokenizer is not None
         tokenizer, kind_of = backbone.tokenizer(), self._kind_of()
         tokens = [
@@ -47,7 +47,7 @@ class ImageCaptions(ImageClassification):
         general = torch.tensor(["{name}" not in caption for caption in self.captions])
         words = list(dict.fromkeys(kind_of.values()))
         kinds = torch.tensor([words.index(kind_of[name]) for name in self.class_names])
-        return partial(_encode_pair, encode, torch.stack(tokens), general, kinds)
+        return PairEncoder(images.transform, torch.stack(tokens), general, kinds)
 
     def _kind_of(self) -> dict[str, str]:
         """Every class's kind; the name itself where none is given."""
@@ -64,12 +64,22 @@ class ImageCaptions(ImageClassification):
         return -(to_text + to_image).mean() / 2
 
 
-def _encode_pair(
-    encode: Transform, tokens: Tensor, general: Tensor, kinds: Tensor, example: Mapping[str, Any]
-) -> dict[str, Any]:
-    item: dict[str, Any] = encode(example)  # type: ignore[assignment]
-    label, caption = item["label"], int(torch.randint(tokens.shape[1], ()))
-    return {**item, "tokens": tokens[label, caption], "general": general[caption], "kind": kinds[label]}
+class PairEncoder(ImageEncoder):
+    """An image with one of its class's captions: tokens (classes, captions, length), and what they speak of."""
+
+    def __init__(self, transform: Transform, tokens: Tensor, general: Tensor, kinds: Tensor):
+        super().__init__(transform)
+        self.tokens, self.general, self.kinds = tokens, general, kinds
+
+    def __call__(self, example: Item) -> dict[str, Any]:
+        item = super().__call__(example)
+        label, caption = item["label"], int(torch.randint(self.tokens.shape[1], ()))
+        return {
+            **item,
+            "tokens": self.tokens[label, caption],
+            "general": self.general[caption],
+            "kind": self.kinds[label],
+        }
 
 
 class ContrastiveClip(ClipClassifier):

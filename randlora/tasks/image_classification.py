@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.images import Transform, check_augmentation, evaluation_transform, training_transform
+from randlora.data.images import Transform, check_augmentation, image_transform
+from randlora.data.loader import Encoder, Item
 from randlora.errors import SettingsError, check_choice
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
@@ -27,7 +27,6 @@ class ImageClassification(Task):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
-    headline: ClassVar[str] = "accuracy"
 
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ("An image of {}",)
@@ -40,6 +39,10 @@ class ImageClassification(Task):
         if len(set(self.class_names)) != len(self.class_names) or not self.class_names:
             raise SettingsError(f"task {self.name}: class_names must be different and at least one")
 
+    @property
+    def headline(self) -> str:
+        return "accuracy"
+
     def class_count(self) -> int:
         return len(self.class_names)
 
@@ -48,11 +51,9 @@ class ImageClassification(Task):
             return ClipClassifier(backbone, self.class_names, self.templates, within_batch=self.classes == "batch")
         return LinearClassifier(backbone, len(self.class_names))
 
-    def encoder(self, backbone: Backbone, training: bool) -> Any:
+    def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         assert backbone.pixels is not None
-        augmentation = self.augmentation if training else "none"
-        transform = training_transform(backbone.pixels, augmentation) if training else evaluation_transform(backbone.pixels)
-        return partial(_encode, transform)
+        return ImageEncoder(image_transform(backbone.pixels, self.augmentation if training else "none"))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         logits, targets = model(batch["image"], batch["label"])
@@ -72,8 +73,14 @@ class ImageClassification(Task):
         return backbone.kind == "clip"
 
 
-def _encode(transform: Transform, example: Mapping[str, Any]) -> dict[str, Any]:
-    return {"image": transform(example["image"]), "label": int(example["label"])}
+class ImageEncoder(Encoder):
+    """image (3, size, size) float32 and label."""
+
+    def __init__(self, transform: Transform):
+        self.transform = transform
+
+    def __call__(self, example: Item) -> dict[str, Any]:
+        return {"image": self.transform(example["image"]), "label": int(example["label"])}
 
 
 class ClipClassifier(nn.Module):

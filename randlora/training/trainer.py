@@ -239,7 +239,7 @@ class _Run:
         columns: dict[str, list] = {}
         self.plain.eval()
         with merged(self.plain), self._autocast():
-            for batch in loader(split, keys, self.task.collate, self.settings.workers):
+            for batch in loader(split, keys, self.settings.workers):
                 for key, values in self.task.predict(self.plain, self._to_device(batch)).items():
                     columns.setdefault(key, []).extend(values)
         if self.accelerator.num_processes > 1:
@@ -277,7 +277,7 @@ class _Run:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(loader(self.splits.train, keys, self.task.collate, self.settings.workers))
+        return iter(loader(self.splits.train, keys, self.settings.workers))
 
     def _micro_batches(self) -> int:
         share = self.settings.batch_size // self.accelerator.num_processes
@@ -301,9 +301,10 @@ class _Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.accelerator.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    def _to_device(self, batch: Any) -> Any:
+        if isinstance(batch, torch.Tensor):
+            return batch.to(self.accelerator.device, non_blocking=True)
+        return {key: self._to_device(value) for key, value in batch.items()} if isinstance(batch, dict) else batch
 
     def _sum(self, value: float) -> float:
         """Over all processes."""

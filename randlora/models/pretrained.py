@@ -1,0 +1,160 @@
+"""Where a transformers model's weights and architecture come from."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from randlora.errors import SettingsError, check_choice
+from randlora.models.base import ARCHITECTURES, Model, package_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Pretrained(Model):
+    """A transformers model by name.
+
+    `weights` is a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder, or a GGUF
+    file, which is converted once). A relative folder is looked for here and in the folders of `search`. None means random
+    weights of the architecture. `architecture` names a JSON shipped in randlora/models/architectures, from which
+    the skeleton is built without the hub; None: the folder's own config.json.
+    """
+
+    weights: str | None = None
+    revision: str | None = None
+    search: Sequence[str] = ()
+    install: str = ""  # the command that installs the package of `weights`
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, DTYPES)
+        if self.architecture is not None and not (ARCHITECTURES / f"{self.architecture}.json").is_file():
+            known = sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
+            raise SettingsError(f"architecture={self.architecture!r}: choose one of {', '.join(known)}")
+
+    def check(self) -> None:
+        self._location  # noqa: B018 -- raises when a package or a folder is missing
+
+    @cached_property
+    def _location(self) -> str | None:
+        """A path that exists, or a hub name, or None."""
+        if self.weights is None:
+            return None
+        if self.weights.startswith("package:"):
+            return str(package_file(self.weights.removeprefix("package:"), self.install))
+        folders = [Path(self.weights), *(Path(folder) / self.weights for folder in self.search)]
+        found = next((folder for folder in folders if folder.exists()), None)
+        if found is None and self.search:
+            looked = ", ".join(map(str, folders))
+            raise SettingsError(
+                f"the weights of {self.name} are in none of {looked}; set model.weights=FOLDER or $RANDLORA_MODELS"
+            )
+        return str(found or self.weights)
+
+    def configuration(self) -> Any:
+        """The transformers configuration, without the hub where an architecture is named."""
+        from transformers import AutoConfig
+
+        if self.architecture is not None:
+            return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
+        return _asked(self.name, lambda: AutoConfig.from_pretrained(self._location, revision=self.revision))
+
+    def empty(self, mapping: Any) -> nn.Module:
+        """The module of `mapping` (a transformers class or auto-mapping) on the meta device."""
+        configuration = self.configuration()
+        with torch.device("meta"):
+            cls = mapping[type(configuration)]
+            return cls(configuration, **_without_pooler(cls))
+
+    def pretrained(self, mapping: Any) -> nn.Module:
+        """The same with its weights."""
+        dtype = DTYPES[self.dtype]
+        if self._location is None:
+            configuration = self.configuration()
+            cls = mapping[type(configuration)]
+            return cls(configuration, **_without_pooler(cls)).to(dtype)
+        folder = self.folder()
+        configuration = _asked(self.name, lambda: _config(folder, self.revision))
+        cls = mapping[type(configuration)]
+        return _asked(
+            self.name,
+            lambda: cls.from_pretrained(
+                folder, config=configuration, revision=self.revision, dtype=dtype, **_without_pooler(cls)
+            ),
+        )
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if self._location is None:
+            raise SettingsError(f"model {self.name} has random weights and so no tokenizer: give model.weights")
+        return _asked(self.name, lambda: AutoTokenizer.from_pretrained(self.folder(), revision=self.revision))
+
+    def folder(self) -> str:
+        """What from_pretrained takes: the folder or hub name; a GGUF file is converted to a folder once."""
+        location = self._location
+        assert location is not None
+        if not location.endswith(".gguf"):
+            return location
+        return str(_converted(Path(location), self.install))
+
+
+def _config(folder: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, revision=revision)
+
+
+def _without_pooler(cls: type) -> dict[str, bool]:
+    """Encoders come without BERT's pooler, which no task here uses and which would count as a linear map."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}  # type: ignore[misc]
+
+
+def _asked(name: str, call: Any) -> Any:
+    """transformers' errors about files and hub as one sentence."""
+    try:
+        return call()
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SettingsError(
+            f"cannot load model {name}: {first} (offline? set model.weights to a folder with the files)"
+        ) from error
+
+
+def _converted(gguf: Path, install: str) -> Path:
+    """The GGUF file as a folder of safetensors and tokenizer, kept in the cache: converting takes half a minute."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "randlora"
+    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if (folder / "config.json").is_file():
+        return folder
+    from safetensors.torch import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ImportError as error:
+        raise SettingsError(f"reading {gguf.name} needs the package gguf: {install}") from error
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    # The numbers are unpacked, but transformers calls the model quantised and would not save it.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(draft)
+    save_model(model, str(draft / "model.safetensors"), metadata={"format": "pt"})
+    tokenizer.save_pretrained(draft)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.rename(folder)
+    except OSError:  # another process was quicker
+        pass
+    return folder

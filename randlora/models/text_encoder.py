@@ -1,0 +1,62 @@
+"""Text encoders of transformers: BERT, RoBERTa and their kin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from randlora.errors import check_choice, check_range
+from randlora.models.base import Backbone
+from randlora.models.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class TextEncoder(Pretrained):
+    """Features are the first token's state (``first``) or the mean over the text's tokens (``mean``).
+
+    `head_hidden` puts a hidden layer with tanh before the classifier, as RobertaForSequenceClassification does.
+    """
+
+    kind: ClassVar[str] = "text"
+
+    pooling: str = "first"
+    head_hidden: bool = False
+    head_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model.pooling", self.pooling, ("first", "mean"))
+        check_range("model.head_dropout", self.head_dropout, 0, 1)
+
+    def skeleton(self) -> Backbone:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        return self._backbone(self.empty(MODEL_MAPPING))
+
+    def load(self) -> Backbone:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        return self._backbone(self.pretrained(MODEL_MAPPING))
+
+    def _backbone(self, module: nn.Module) -> Backbone:
+        return Backbone(
+            module=module,
+            kind=self.kind,
+            width=module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            tokenizer=self.tokenizer,
+            features=partial(_pooled, self.pooling),
+            head_hidden=self.head_hidden,
+            head_dropout=self.head_dropout,
+        )
+
+
+def _pooled(pooling: str, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, width) from input_ids, attention_mask and, where the model has them, token_type_ids, each (B, length)."""
+    states = module(**inputs).last_hidden_state
+    if pooling == "first":
+        return states[:, 0]
+    mask = inputs["attention_mask"][..., None].to(states.dtype)
+    return (states * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,55 @@
+"""Vision transformers of transformers: ViT and DINOv2."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from randlora.errors import check_count
+from randlora.models.base import Backbone, Pixels
+from randlora.models.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class VisionTransformer(Pretrained):
+    """Features are the class token after the last norm. Position embeddings are interpolated to `image_size` pixels."""
+
+    kind: ClassVar[str] = "vision"
+
+    image_size: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("model.image_size", self.image_size)
+
+    def skeleton(self) -> Backbone:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        return self._backbone(self.empty(MODEL_MAPPING))
+
+    def load(self) -> Backbone:
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        return self._backbone(self.pretrained(MODEL_MAPPING))
+
+    def _backbone(self, module: nn.Module) -> Backbone:
+        options = {}
+        if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+            options["interpolate_pos_encoding"] = True  # ViT asks for it; DINOv2 always does
+        return Backbone(
+            module=module,
+            kind=self.kind,
+            width=module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            pixels=Pixels(self.image_size, tuple(self.mean), tuple(self.std)),  # type: ignore[arg-type]
+            features=partial(_class_token, options),
+        )
+
+
+def _class_token(options: dict[str, Any], module: nn.Module, images: Tensor) -> Tensor:
+    return module(pixel_values=images, **options).last_hidden_state[:, 0]

@@ -1,0 +1,163 @@
+"""Classification and regression of sentences and of pairs: GLUE, with its official metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.data.loader import Encoder, Item
+from randlora.data.texts import pad_inputs
+from randlora.errors import SettingsError, check_count
+from randlora.models.base import Backbone
+from randlora.tasks.base import Task
+
+
+def _accuracy(label: Sequence[float], predicted: Sequence[float]) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(label, predicted)
+
+
+def _f1(label: Sequence[float], predicted: Sequence[float]) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(label, predicted, zero_division=0.0)
+
+
+def _matthews(label: Sequence[float], predicted: Sequence[float]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(label, predicted)
+
+
+def _pearson(label: Sequence[float], predicted: Sequence[float]) -> float:
+    from scipy.stats import pearsonr
+
+    return _defined(pearsonr(label, predicted).statistic)
+
+
+def _spearman(label: Sequence[float], predicted: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return _defined(spearmanr(label, predicted).statistic)
+
+
+def _defined(correlation: float) -> float:
+    """A constant prediction correlates with nothing; SciPy calls that NaN."""
+    return 0.0 if correlation != correlation else float(correlation)
+
+
+METRICS: Mapping[str, Callable[[Sequence[float], Sequence[float]], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+
+
+@dataclass(frozen=True)
+class TextClassification(Task):
+    """Columns `texts` (one or two) and `label`: a class, or a number where `class_names` is empty.
+
+    The first of `metrics` is the headline. Texts are cut at `max_length` tokens.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("text", "causal_lm")
+
+    texts: Sequence[str] = ("sentence",)
+    class_names: Sequence[str] = ()
+    metrics: Sequence[str] = ("accuracy",)
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        check_count("task.max_length", self.max_length)
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        if unknown or not self.metrics:
+            raise SettingsError(f"task.metrics={list(self.metrics)!r}: choose from {', '.join(METRICS)}")
+
+    @property
+    def headline(self) -> str:
+        return self.metrics[0]
+
+    def class_count(self) -> int:
+        return len(self.class_names) or super().class_count()
+
+    def bind(self, backbone: Backbone) -> nn.Module:
+        return TextHead(backbone, max(1, len(self.class_names)))
+
+    def encoder(self, backbone: Backbone, training: bool) -> TextEncoder:
+        assert backbone.tokenizer is not None
+        return TextEncoder(backbone.tokenizer(), self.texts, self.max_length)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return self._losses(model(batch["inputs"]), batch["label"]).mean()
+
+    def weight(self, batch: Mapping[str, Any]) -> int:
+        return len(batch["label"])
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+        outputs = model(batch["inputs"]).float()
+        predicted = outputs.argmax(-1) if self.class_names else outputs.squeeze(-1)
+        losses = self._losses(outputs, batch["label"])
+        return {"predicted": predicted.tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
+
+    def score(self, columns: Mapping[str, list]) -> dict[str, float]:
+        label, predicted = columns["label"], columns["predicted"]
+        if self.class_names:
+            label = [int(value) for value in label]
+        scores = {metric: float(METRICS[metric](label, predicted)) for metric in self.metrics}
+        return scores | {"loss": sum(columns["loss"]) / len(label)}
+
+    def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        if self.class_names:
+            return F.cross_entropy(outputs.float(), labels.long(), reduction="none")
+        return F.mse_loss(outputs.float().squeeze(-1), labels, reduction="none")
+
+
+class TextEncoder(Encoder):
+    """Tokenised texts and a float32 label (-1 would be a hidden one, and is refused)."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int):
+        self.tokenizer, self.texts, self.max_length = tokenizer, list(texts), max_length
+
+    def __call__(self, example: Item) -> dict[str, Any]:
+        if example["label"] == -1:
+            raise SettingsError("this split has hidden labels (-1): map another one in task.source.splits")
+        encoded = self.tokenizer(*(example[name] for name in self.texts), truncation=True, max_length=self.max_length)
+        return {**encoded, "label": float(example["label"])}
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        labels = torch.tensor([item["label"] for item in items], dtype=torch.float32)
+        return {"inputs": pad_inputs(items, self.tokenizer.pad_token_id), "label": labels}  # type: ignore[arg-type]
+
+
+class TextHead(nn.Module):
+    """Dropout, a hidden layer with tanh where the model's own head has one, and a linear map to the outputs."""
+
+    def __init__(self, backbone: Backbone, outputs: int):
+        super().__init__()
+        assert backbone.features is not None
+        self.backbone, self.features = backbone.module, backbone.features
+        device = next(backbone.module.parameters()).device
+        layers: list[nn.Module] = [nn.Dropout(backbone.head_dropout)]
+        if backbone.head_hidden:
+            layers += [
+                nn.Linear(backbone.width, backbone.width, device=device),
+                nn.Tanh(),
+                nn.Dropout(backbone.head_dropout),
+            ]
+        self.head = nn.Sequential(*layers, nn.Linear(backbone.width, outputs, device=device))
+        for layer in self.head:
+            if isinstance(layer, nn.Linear) and device.type != "meta":
+                nn.init.normal_(layer.weight, std=0.02)  # as BERT's and RoBERTa's classifiers
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, outputs)."""
+        return self.head(self.features(self.backbone, inputs).float())

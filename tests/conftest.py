@@ -1,0 +1,77 @@
+"""What tests share: an offline world, small models, composed settings, and real data where a machine has them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"}
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+REPOSITORY = Path(__file__).parent.parent
+DATA = REPOSITORY.parent / "shared" / "data"
+MODELS = REPOSITORY.parent / "shared" / "models"
+
+torch.set_num_threads(1)
+
+
+def settings(*overrides: str) -> dict:
+    """The composed config of a command line, as plain data."""
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        config = compose("train", overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+class Conv1D(nn.Module):
+    """Stands where transformers' Conv1D does, whose import takes seconds: weight (in, out)."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+class Toy(nn.Module):
+    """One site of every shape: square, tall, wide, transposed, fused."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.square = nn.Linear(width, width)
+        self.tall = nn.Linear(width, 60)
+        self.wide = nn.Linear(60, width, bias=False)
+        self.c_attn = Conv1D(3 * width, width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, width) to the same; every linear map takes part."""
+        x = self.norm(x + self.wide(torch.tanh(self.tall(self.square(x)))))
+        q, k, v = self.c_attn(x).chunk(3, -1)
+        x = x + torch.tanh(q) * torch.sigmoid(k) + v
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+TOY_TARGETS = ["square", "tall", "wide", "c_attn[q]", "c_attn[v]", "attention.in_proj", "attention.out_proj"]
+
+
+@pytest.fixture
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not DATA.is_dir():
+        pytest.skip("the shared copies of the public data sets are not on this machine")
+    return DATA

@@ -1,0 +1,111 @@
+"""Bases: the same bits everywhere, slices that do not depend on the whole, the moments they claim."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest, norm
+
+from randlora.bases import DenseBasis, draw
+from randlora.bases.dense import _log, _normal_quantile
+from randlora.errors import SettingsError
+from randlora.streams import permutation, words
+
+# SHA-256 of draw(33, 65, "golden", 7), taken when layout 1 was written: a change here is a change of every adapter.
+GOLDEN = {
+    "uniform": "d05aed1e25f54c11f3900b520f25966de849201fb21a353fe96a6103dd0ffbf4",
+    "normal": "6a300f20b13776bdd739c9631a2e52c9bc427febae6b3948f799a91063d6bc04",
+    "ternary": "c6e7399ce589ab8b22b466529a6728223884300d48fd17eda41c642f238b13a3",
+}
+
+
+def sha256(distribution: str) -> str:
+    basis = DenseBasis("golden", 33, 65, seed=7, distribution=distribution)
+    return basis.sha256()
+
+
+@pytest.mark.parametrize("distribution", GOLDEN)
+def test_bits_are_the_recorded_ones(distribution: str) -> None:
+    assert sha256(distribution) == GOLDEN[distribution]
+
+
+def test_bits_are_the_same_in_another_process_with_other_threads_and_default_dtype() -> None:
+    code = (
+        "import torch; torch.set_num_threads(2); torch.set_default_dtype(torch.float64); torch.manual_seed(5);"
+        "from randlora.bases import DenseBasis; print(DenseBasis('golden', 33, 65, seed=7, distribution='normal').sha256())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == GOLDEN["normal"]
+
+
+@pytest.mark.parametrize("distribution", GOLDEN)
+def test_a_block_does_not_depend_on_the_whole(distribution: str) -> None:
+    small = draw(5, 7, "b", 0, distribution=distribution)
+    large = draw(50, 70, "b", 0, distribution=distribution)
+    assert torch.equal(small, large[:5, :7])
+
+
+def test_names_seeds_and_rows_give_different_numbers() -> None:
+    base = draw(4, 64, "b", 0)
+    assert not torch.equal(base, draw(4, 64, "c", 0))
+    assert not torch.equal(base, draw(4, 64, "b", 1))
+    assert not torch.equal(base[0], base[1])
+
+
+def test_distributions_against_scipy() -> None:
+    u = draw(64, 4096, "moments", 0).flatten().numpy()
+    z = draw(64, 4096, "moments", 0, distribution="normal").flatten().numpy()
+    assert kstest(u, "uniform", (-np.sqrt(3), 2 * np.sqrt(3))).pvalue > 1e-3
+    assert kstest(z, "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sparsity", [2.0, 3.0, 27.7])
+def test_ternary_has_its_zeros_and_unit_variance(sparsity: float) -> None:
+    x = draw(64, 4096, "moments", 0, distribution="ternary", sparsity=sparsity)
+    assert sorted(x.unique().abs().round(decimals=4).unique().tolist())[-1] == pytest.approx((sparsity / 2) ** 0.5, abs=1e-4)
+    assert (x == 0).float().mean().item() == pytest.approx(1 - 2 / sparsity, abs=0.01)
+    assert x.var().item() == pytest.approx(1, abs=0.03)
+
+
+def test_own_logarithm_and_quantile_against_numpy_and_scipy() -> None:
+    p = np.concatenate([np.linspace(1e-4, 1 - 1e-4, 10001), 10.0 ** -np.arange(1, 10)])
+    assert np.abs(_log(p) - np.log(p)).max() < 1e-14
+    assert np.abs(_normal_quantile(p) - norm.ppf(p)).max() < 1e-6
+
+
+def test_half_precision_models_keep_float32_bases() -> None:
+    basis = DenseBasis("b", 8, 8, seed=0)
+    before = basis.sha256()
+    basis.half()
+    assert basis.sha256() == before
+    assert basis(4, 4, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_nothing_is_drawn_on_the_meta_device() -> None:
+    assert DenseBasis("b", 100_000, 100_000, seed=0, device="meta").matrix.is_meta
+
+
+def test_streams_leave_the_global_generators_alone() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    draw(4, 4, "b", 0)
+    permutation(10, "p")
+    words(10, "w")
+    assert (torch.rand(1), np.random.rand()) == before
+
+
+def test_permutation_is_one() -> None:
+    assert sorted(permutation(1000, "p", 3)) == list(range(1000))
+
+
+def test_wrong_settings_are_refused() -> None:
+    from randlora.methods import RandLoRA
+
+    for bad in ({"basis": "cauchy"}, {"sparsity": 3.0}, {"basis": "ternary", "sparsity": 1.0}):
+        with pytest.raises(SettingsError):
+            RandLoRA(rank=2, **bad)

@@ -1,0 +1,251 @@
+"""The contract that every method keeps, on square, tall, wide, fused and transposed sites."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from conftest import TOY_TARGETS, Toy
+from randlora.adapters.core import relative_norms, seats
+from randlora.adapters.seat import Frozen, Site
+from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, VeRA
+
+METHODS = [
+    LoRA(rank=4),
+    VeRA(rank=16),
+    VeRA(rank=16, basis="ternary"),
+    NoLA(num_bases=32, rank=2),
+    RandLoRA(rank=5),
+    RandLoRA(rank=5, num_bases="floor", basis="normal"),
+    RandLoRA(rank=4, num_bases=3, zero="gamma", basis="ternary", sparsity=6.0),
+    FullFineTuning(train="targets"),
+]
+NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
+every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
+
+
+def closed_form(method: Method, site: Site) -> int:
+    """Trained numbers of a site, by the papers' formulas."""
+    small, total = min(site.out_features, site.in_features), site.out_features + site.in_features
+    if isinstance(method, LoRA):
+        return method.rank * total
+    if isinstance(method, VeRA):
+        return method.rank + site.out_features
+    if isinstance(method, NoLA):
+        return 2 * method.num_bases
+    if isinstance(method, RandLoRA):
+        rounded = {"ceil": math.ceil(small / method.rank), "floor": small // method.rank}
+        n = method.num_bases if isinstance(method.num_bases, int) else rounded[method.num_bases]
+        return n * (method.rank + small)
+    return site.out_features * site.in_features
+
+
+def claimed_rank(method: Method, site: Site) -> int:
+    """The rank of ΔW for trained numbers in general position."""
+    small = min(site.out_features, site.in_features)
+    if isinstance(method, LoRA | NoLA):
+        return min(method.rank, small)
+    if isinstance(method, VeRA):
+        return min(method.rank, small)
+    if isinstance(method, RandLoRA):
+        return min(method.rank * (closed_form(method, site) // (method.rank + small)), small)
+    return small
+
+
+def adapted(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Toy, randlora.adapters.Report]:
+    torch.manual_seed(0)
+    model = Toy()
+    report = randlora.adapt(model, method, TOY_TARGETS, seed=3)
+    return model.to(dtype), report
+
+
+def randomise(model: nn.Module) -> None:
+    """Trained numbers away from their start, as after a training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@every_method
+def test_starts_at_the_base(method: Method, toy: Toy) -> None:
+    x = torch.randn(2, 5, 24)
+    before = toy(x)
+    randlora.adapt(toy, method, TOY_TARGETS)
+    torch.testing.assert_close(toy(x), before, rtol=0, atol=1e-6)
+    assert set(relative_norms(toy).values()) == {0.0}
+
+
+@every_method
+def test_counts_are_the_closed_form(method: Method) -> None:
+    model, report = adapted(method)
+    assert [site.name for site in report.sites] == [
+        "square", "tall", "wide", "c_attn[q]", "c_attn[v]", "attention.in_proj", "attention.out_proj",
+    ]  # fmt: skip
+    for site in report.sites:
+        assert site.trainable_parameters == closed_form(method, site), site
+    assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@every_method
+def test_rank_is_the_claimed_one(method: Method) -> None:
+    model, report = adapted(method)
+    randomise(model)
+    updates = {site.name: update for site, update in zip(report.sites, all_updates(model), strict=True)}
+    for site in report.sites:
+        weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64)
+        assert torch.linalg.matrix_rank(updates[site.name].delta(weight)) == claimed_rank(method, site), site
+
+
+def all_updates(model: nn.Module) -> list:
+    return [update for seat in seats(model).values() for update in seat.updates]
+
+
+@every_method
+@pytest.mark.parametrize("tokens", [1, 7, 400])
+def test_forward_and_gradients_equal_the_naive_formula(method: Method, tokens: int) -> None:
+    """Oracle: x (W0 + ΔW)ᵀ + b through autograd in float64, with ΔW from `delta`."""
+    model, _ = adapted(method)
+    randomise(model)
+    for seat in seats(model).values():
+        for rows, update in zip(seat.rows, seat.updates, strict=True):
+            base = seat.frozen(rows)
+            x = torch.randn(tokens, seat.in_features, dtype=torch.float64, requires_grad=True)
+            trained = list(update.parameters())
+            fast = update(x, base)
+            slow = Frozen(base.weight + update.delta(base.weight), base.bias)(x)
+            torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+            weights = torch.randn_like(fast)
+            ours = torch.autograd.grad((fast * weights).sum(), [x, *trained])
+            theirs = torch.autograd.grad((slow * weights).sum(), [x, *trained])
+            for mine, oracle in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, oracle, rtol=1e-11, atol=1e-11)
+
+
+@every_method
+def test_every_trained_tensor_of_every_site_receives_gradient(method: Method) -> None:
+    model, _ = adapted(method)
+    randomise(model)
+    model(torch.randn(2, 5, 24, dtype=torch.float64)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@every_method
+def test_the_base_stays_bit_identical(method: Method, toy: Toy) -> None:
+    before = {name: p.detach().clone() for name, p in toy.named_parameters()}
+    randlora.adapt(toy, method, TOY_TARGETS)
+    optimizer = torch.optim.AdamW([p for p in toy.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        toy(torch.randn(2, 5, 24)).square().sum().backward()
+        optimizer.step()
+        with randlora.merged(toy), torch.no_grad():
+            toy(torch.randn(1, 5, 24))
+    randlora.adapters.unload(toy)
+    after = dict(toy.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in before.items():
+        assert torch.equal(after[name], parameter), name
+
+
+@every_method
+def test_save_load_and_merge_keep_the_outputs(method: Method, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model, _ = adapted(method, torch.float32)
+    randomise(model)
+    x = torch.randn(2, 5, 24)
+    expected = model(x).detach()
+    with randlora.merged(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    randlora.save_adapter(model, tmp_path)
+
+    torch.manual_seed(0)
+    other = Toy()
+    plain = [(name, type(module)) for name, module in other.named_modules()]
+    randlora.load_adapter(other, tmp_path)
+    torch.testing.assert_close(other(x), expected, rtol=1e-6, atol=1e-6)
+    randlora.merge(other)
+    torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert [(name, type(module)) for name, module in other.named_modules()] == plain
+
+
+@every_method
+def test_a_low_precision_base_trains_float32_numbers(method: Method) -> None:
+    torch.manual_seed(0)
+    model = Toy().bfloat16()
+    randlora.adapt(model, method, TOY_TARGETS)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    output = model(torch.randn(2, 5, 24, dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+
+
+@every_method
+def test_autocast_stays_near_float32(method: Method) -> None:
+    model, _ = adapted(method, torch.float32)
+    x = torch.randn(2, 5, 24)
+    for tokens in (x, x.repeat(40, 1, 1)):
+        expected = model(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(tokens).float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", [LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5)])
+def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method, toy: Toy) -> None:
+    x = torch.randn(300, 5, 24)
+    before = toy(x)
+    randlora.adapt(toy, method, TOY_TARGETS)
+    torch.testing.assert_close(toy(x), before)  # the update is zero, the base is not dropped
+    randomise(toy)
+    assert not torch.equal(toy(x), toy(x))
+    toy.eval()
+    assert torch.equal(toy(x), toy(x))
+
+
+def test_bases_are_shared_between_sites_and_not_saved(toy: Toy) -> None:
+    randlora.adapt(toy, RandLoRA(rank=4), TOY_TARGETS)
+    pointers = {update.basis_B.matrix.data_ptr() for update in all_updates(toy)}
+    assert len(pointers) == 1
+    assert not [name for name in toy.state_dict() if "basis" in name]
+
+
+def test_a_sites_slice_does_not_depend_on_which_others_are_adapted() -> None:
+    alone, all_of_them = Toy(), Toy()
+    randlora.adapt(alone, RandLoRA(rank=4), ["square"])
+    randlora.adapt(all_of_them, RandLoRA(rank=4), TOY_TARGETS)
+    few, many = all_updates(alone)[0], all_updates(all_of_them)[0]
+    for ours, theirs in zip(few.bases(24, torch.float32), many.bases(24, torch.float32), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_full_fine_tuning_trains_everything_else_too(toy: Toy) -> None:
+    total = sum(p.numel() for p in toy.parameters())
+    report = randlora.adapt(toy, FullFineTuning(), TOY_TARGETS)
+    # The k slice of c_attn is not targeted, so it alone stays.
+    assert report.trainable_parameters == total - 24 * 24
+    assert report.total_parameters == total
+    assert toy.norm.weight.requires_grad
+
+
+def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
+    with pytest.raises(ValueError, match="float32"):
+        randlora.adapt(toy.bfloat16(), FullFineTuning(), ["square"])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (LoRA, {"rank": 0}), (LoRA, {"rank": 2.5}), (LoRA, {"alpha": 0}), (LoRA, {"dropout": 1.0}), (LoRA, {"rank": True}),
+        (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}), (NoLA, {"basis": "x"}),
+        (RandLoRA, {"rank": 0}), (RandLoRA, {"num_bases": "round"}), (RandLoRA, {"num_bases": 0}),
+        (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(method: type, settings: dict) -> None:
+    with pytest.raises(ValueError, match=method.__name__ + "|basis"):
+        method(**settings)
