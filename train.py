@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ def execute(config: DictConfig) -> float | None:
     from randlora.errors import SettingsError
 
     try:
-        settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         from randlora.run import Experiment, dry_run, run, table
 
         experiment = Experiment.from_config(settings)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["adapt", "load_adapter", "merge", "merged", "save_adapter"]
 
 
-def __getattr__(name: str):  # type: ignore[no-untyped-def]
+def __getattr__(name: str):
     # Importing torch takes seconds; a typo on the command line should not wait for it.
     if name in __all__:
         from randlora import adapters

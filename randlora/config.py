@@ -16,8 +16,8 @@ ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separat
 def build(config: Any) -> Any:
     """The object of a plain config: mappings with a `_target_` are called with their other keys, innermost first.
 
-    Only targets under randlora (and the prefixes in $RANDLORA_ALLOW) are called: a config is data, and must not be able to
-    run just anything. Raises SettingsError for other targets, unknown keys and missing ones.
+    Only targets under randlora (and the prefixes in $RANDLORA_ALLOW) are called: a config is data, and must not be
+    able to run just anything. Raises SettingsError for other targets, unknown keys and missing ones.
     """
     if isinstance(config, list):
         return [build(item) for item in config]
@@ -42,7 +42,7 @@ def _find(target: str) -> Any:
     allowed = ("randlora.", *(prefix for prefix in os.environ.get(ALLOW, "").split(",") if prefix))
     if not isinstance(target, str) or not target.startswith(allowed):
         raise SettingsError(
-            f"_target_={target!r}: only {', '.join(allowed)} may be named; add your package to ${ALLOW}, comma-separated"
+            f"_target_={target!r}: only {', '.join(allowed)} may be named; add others to ${ALLOW}, comma-separated"
         )
     module, _, name = target.rpartition(".")
     try:

@@ -10,7 +10,7 @@ class SettingsError(ValueError):
 
 def check_choice(name: str, value: object, allowed: object) -> None:
     """Raises SettingsError unless `value` is one of the `allowed` names."""
-    if value not in allowed:  # type: ignore[operator]
+    if value not in allowed:
         raise SettingsError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")  # type: ignore[call-overload]
 
 

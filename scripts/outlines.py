@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def outline(names: list[str]) -> list[list]:
-    """[template, count] pairs that randlora.models.base.expand turns back into `names`, in their order within a layer."""
+    """[template, count] pairs that randlora.models.base.expand turns back into `names`."""
     counts: dict[str, int] = {}
     for name in names:
         template = re.sub(r"\d+", "*", name, count=1)

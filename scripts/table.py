@@ -12,7 +12,19 @@ from rich.table import Table
 
 from randlora.errors import SettingsError
 
-COLUMNS = ("task", "model", "method", "seed", "metric", "zero-shot", "trained", "parameters", "seconds", "MiB", "status")
+COLUMNS = (
+    "task",
+    "model",
+    "method",
+    "seed",
+    "metric",
+    "zero-shot",
+    "trained",
+    "parameters",
+    "seconds",
+    "MiB",
+    "status",
+)
 
 
 def row(folder: Path, result: dict[str, Any]) -> list[str]:

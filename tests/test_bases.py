@@ -34,7 +34,8 @@ def test_bits_are_the_recorded_ones(distribution: str) -> None:
 def test_bits_are_the_same_in_another_process_with_other_threads_and_default_dtype() -> None:
     code = (
         "import torch; torch.set_num_threads(2); torch.set_default_dtype(torch.float64); torch.manual_seed(5);"
-        "from randlora.bases import DenseBasis; print(DenseBasis('golden', 33, 65, seed=7, distribution='normal').sha256())"
+        "from randlora.bases import DenseBasis;"
+        "print(DenseBasis('golden', 33, 65, seed=7, distribution='normal').sha256())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == GOLDEN["normal"]
@@ -64,7 +65,9 @@ def test_distributions_against_scipy() -> None:
 @pytest.mark.parametrize("sparsity", [2.0, 3.0, 27.7])
 def test_ternary_has_its_zeros_and_unit_variance(sparsity: float) -> None:
     x = draw(64, 4096, "moments", 0, distribution="ternary", sparsity=sparsity)
-    assert sorted(x.unique().abs().round(decimals=4).unique().tolist())[-1] == pytest.approx((sparsity / 2) ** 0.5, abs=1e-4)
+    assert sorted(x.unique().abs().round(decimals=4).unique().tolist())[-1] == pytest.approx(
+        (sparsity / 2) ** 0.5, abs=1e-4
+    )
     assert (x == 0).float().mean().item() == pytest.approx(1 - 2 / sparsity, abs=0.01)
     assert x.var().item() == pytest.approx(1, abs=0.03)
 

@@ -195,7 +195,9 @@ def test_autocast_stays_near_float32(method: Method) -> None:
             torch.testing.assert_close(model(tokens).float(), expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("method", [LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5)])
+@pytest.mark.parametrize(
+    "method", [LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5)]
+)
 def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method, toy: Toy) -> None:
     x = torch.randn(300, 5, 24)
     before = toy(x)
@@ -240,7 +242,8 @@ def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (LoRA, {"rank": 0}), (LoRA, {"rank": 2.5}), (LoRA, {"alpha": 0}), (LoRA, {"dropout": 1.0}), (LoRA, {"rank": True}),
+        (LoRA, {"rank": 0}), (LoRA, {"rank": 2.5}), (LoRA, {"alpha": 0}), (LoRA, {"dropout": 1.0}),
+        (LoRA, {"rank": True}),
         (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}), (NoLA, {"basis": "x"}),
         (RandLoRA, {"rank": 0}), (RandLoRA, {"num_bases": "round"}), (RandLoRA, {"num_bases": 0}),
         (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),

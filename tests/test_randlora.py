@@ -64,7 +64,7 @@ def test_the_forms_agree(shape: tuple[int, int]) -> None:
 
 
 def test_a_second_backward_is_refused() -> None:
-    seat, update = update_of((24, 24), RandLoRA(rank=5))
+    seat, _ = update_of((24, 24), RandLoRA(rank=5))
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(seat(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

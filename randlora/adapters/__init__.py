@@ -6,8 +6,8 @@ from randlora.adapters.files import load_adapter, save_adapter
 from randlora.adapters.seat import AdaptedLinear, Frozen, Site, Update
 
 __all__ = [
-    "AdaptedLinear",
     "Adaptation",
+    "AdaptedLinear",
     "Frozen",
     "Report",
     "Site",

@@ -52,7 +52,7 @@ class OpenedAttention(nn.Module):
             batch_first=self.batch_first,
             device="meta",
         )
-        closed.in_proj_weight, closed.in_proj_bias = self.in_proj.weight, bias
+        closed.in_proj_weight, closed.in_proj_bias = self.in_proj.weight, bias  # type: ignore[assignment]
         closed.out_proj = self.out_proj  # type: ignore[assignment]
         return closed.train(self.training)
 

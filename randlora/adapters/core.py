@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.attention import close_attention, open_attention
-from randlora.adapters.seat import AdaptedLinear, Site, Update
+from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
 from randlora.errors import SettingsError
 
@@ -79,9 +79,7 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
         raise
 
     seated = {id(module.weight) for module in modules.values()}
-    unfrozen = {
-        name: p for name, p in model.named_parameters() if method.unfreezes(name) and id(p) not in seated
-    }
+    unfrozen = {name: p for name, p in model.named_parameters() if method.unfreezes(name) and id(p) not in seated}
     _require_float32(unfrozen, model)
     model.requires_grad_(False)
     for parameter in unfrozen.values():
@@ -102,7 +100,7 @@ def _build(
 ) -> tuple[dict[str, Update], list[Site]]:
     weights = {}
     for place in found:
-        weight = AdaptedLinear(modules[place.module], []).weight.detach()
+        weight = linear_weight(modules[place.module]).detach()
         weights[place.site] = weight if place.rows is None else weight[place.rows]
     sites = [Site(name, *weight.shape) for name, weight in weights.items()]
     device = next(iter(weights.values())).device
@@ -196,7 +194,7 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
     """‖ΔW‖ / ‖W0‖ (Frobenius) of every adapted module, by name."""
     return {
         name: float(
-            torch.stack([u.delta(s.weight[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()  # type: ignore[operator]
+            torch.stack([u.delta(s.weight[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
             / s.weight.float().norm().clamp_min(1e-30)
         )
         for name, s in seats(model).items()

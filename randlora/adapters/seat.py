@@ -57,6 +57,12 @@ class Update(nn.Module):
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of an nn.Linear or of transformers' Conv1D as (out, in), a view."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
 class Segment(NamedTuple):
     """Rows of a fused matrix, and the update that sits on them, if any."""
 
@@ -82,7 +88,7 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen W0, (out, in)."""
-        return self.base.weight.T if self.transposed else self.base.weight  # type: ignore[union-attr, operator, return-value]
+        return linear_weight(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -125,7 +131,7 @@ class AdaptedLinear(nn.Module):
         """W' in the base's dtype, (out, in); the sum is taken in float32 at least."""
         merged = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         for rows, update in zip(self.rows, self.updates, strict=True):
-            merged[rows] += update.delta(self.weight[rows])  # type: ignore[operator]
+            merged[rows] += update.delta(self.weight[rows])
         return merged.to(self.weight.dtype)
 
     def stash_merged(self) -> None:

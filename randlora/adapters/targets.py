@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from randlora.adapters.seat import AdaptedLinear
+from randlora.adapters.seat import AdaptedLinear, linear_weight
 from randlora.errors import SettingsError
 
 _SLICED = re.compile(r"(.+)\[(\w+)\]")
@@ -102,8 +102,7 @@ def named_slices(name: str, module: nn.Module, config: object = None) -> Mapping
 
     `config` is the transformers configuration, needed where keys and values have fewer heads than queries.
     """
-    weight = module.weight
-    out_features = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]  # type: ignore[index, union-attr]
+    out_features = linear_weight(module).shape[0]
     role = name.rpartition(".")[2]
     if role == "gate_up_proj":
         sizes = {"gate": out_features // 2, "up": out_features // 2}

@@ -93,7 +93,7 @@ class DenseBasis(nn.Module):
             matrix = self._cast
         return matrix[:rows, :columns]
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         # model.half() must not round the bases: the stored numbers stay float32, only the device follows.
         device = fn(torch.empty(0, device=self.matrix.device)).device
         self.matrix, self._cast = self.matrix.to(device), None

@@ -32,11 +32,11 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     from torchvision import transforms as T
 
     bicubic = T.InterpolationMode.BICUBIC
-    finish = [T.Lambda(_to_rgb), T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
+    begin, finish = T.Lambda(_to_rgb), [T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
     if augmentation == "none":
-        return T.Compose([T.Resize(pixels.size, bicubic), T.CenterCrop(pixels.size), *finish])
+        return T.Compose([begin, T.Resize(pixels.size, bicubic), T.CenterCrop(pixels.size), *finish])
     smallest = 0.2 if augmentation == "strong" else 0.5
-    steps: list[Any] = [T.RandomResizedCrop(pixels.size, scale=(smallest, 1.0), interpolation=bicubic)]
+    steps: list[Any] = [begin, T.RandomResizedCrop(pixels.size, scale=(smallest, 1.0), interpolation=bicubic)]
     if augmentation == "strong":
         steps += [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2)]
     if augmentation != "crop":
@@ -45,4 +45,5 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
 
 
 def _to_rgb(image: Any) -> Any:
+    # First of all: a palette's indices cannot be interpolated.
     return image.convert("RGB")

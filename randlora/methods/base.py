@@ -84,7 +84,8 @@ def method_from(description: Mapping[str, Any]) -> Method:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+    direct: list[type] = cls.__subclasses__()
+    return direct + [sub for one in direct for sub in _subclasses(one)]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

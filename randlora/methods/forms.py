@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def choose_form(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, dropout: bool) -> str:
+def choose_form(tokens: int, large: int, small: int, dtype: torch.dtype, dropout: bool) -> str:
     """``activation`` or ``materialised``, whichever multiplies less for this many tokens; both are exact.
 
     With N ≈ d, the activation form adds T·N·(4D + 6d) operations to the frozen layer's forward and backward, the
     materialised form 6·D·N·d + 2·T·D·d. Dropout on the update's input needs the first. So does
     a precision below float32: W0 + ΔW rounded to it would lose what is small in ΔW.
     """
-    large, small = max(out_features, in_features), min(out_features, in_features)
     if dropout or dtype not in (torch.float32, torch.float64):
         return "activation"
     return "materialised" if tokens * (2 * large + 6 * small) > 6 * large * small else "activation"
@@ -43,7 +42,7 @@ class Activation(torch.autograd.Function):
     """x ΔWᵀ by products with the activations; for few tokens."""
 
     @staticmethod
-    def forward(ctx, x, lambda_, gamma, A, B, scale, out_features):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, lambda_, gamma, A, B, scale, out_features):
         ctx.save_for_backward(x, lambda_, gamma, A, B)
         ctx.scale, ctx.tall = scale, out_features >= x.shape[-1]
         with _autocast_off(x):
@@ -54,7 +53,7 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient):
         x, lambda_, gamma, A, B = ctx.saved_tensors
         with _autocast_off(x):
             M = (ctx.scale * factor(lambda_, gamma, A)).to(B.dtype)
@@ -74,14 +73,14 @@ class Materialised(torch.autograd.Function):
     """x (W0 + ΔW)ᵀ by forming W' once forward and once backward; for many tokens."""
 
     @staticmethod
-    def forward(ctx, x, lambda_, gamma, A, B, scale, weight):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, lambda_, gamma, A, B, scale, weight):
         ctx.save_for_backward(x, lambda_, gamma, A, B, weight)
         ctx.scale = scale
         return x @ _merged(lambda_, gamma, A, B, scale, weight).T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient):
         x, lambda_, gamma, A, B, weight = ctx.saved_tensors
         g = gradient.flatten(0, -2)
         dx = gradient @ _merged(lambda_, gamma, A, B, ctx.scale, weight) if ctx.needs_input_grad[0] else None

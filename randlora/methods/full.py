@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.errors import check_choice
 from randlora.methods.base import Method
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class FullFineTuning(Method):
     def __post_init__(self) -> None:
         check_choice("FullFineTuning.train", self.train, ("all", "targets"))
 
-    def updates(self, sites: Sequence[Site], context) -> Mapping[str, Update]:  # type: ignore[no-untyped-def]
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: FullUpdate(context.weights[site.name]) for site in sites}
 
     def unfreezes(self, name: str) -> bool:

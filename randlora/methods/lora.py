@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import draw
 from randlora.methods.base import Method, check_low_rank, relative_scale
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
 
-    def updates(self, sites: Sequence[Site], context) -> Mapping[str, Update]:  # type: ignore[no-untyped-def]
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: LoRAUpdate(self, site, context.seed, context.device) for site in sites}
 
 

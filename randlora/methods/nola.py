@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import DenseBasis, check_distribution
 from randlora.errors import check_count
 from randlora.methods.base import Method, check_low_rank, relative_scale
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class NoLA(Method):
         check_count("NoLA.num_bases", self.num_bases)
         check_distribution(self.basis, self.sparsity)
 
-    def updates(self, sites: Sequence[Site], context) -> Mapping[str, Update]:  # type: ignore[no-untyped-def]
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         def bank(name: str, width: int) -> DenseBasis:
             return DenseBasis(
                 name,

@@ -80,7 +80,7 @@ class RandLoRA(Method):
 
 
 class RandLoRAUpdate(Update):
-    """The update of one site: ΔW = scale · B M (out × in), or its transpose where out < in; see randlora.methods.forms."""
+    """The update of one site: ΔW = scale · B M, transposed where out < in; see randlora.methods.forms."""
 
     def __init__(self, method: RandLoRA, site: Site, A: DenseBasis, B: DenseBasis, device: torch.device):
         super().__init__()
@@ -105,9 +105,10 @@ class RandLoRAUpdate(Update):
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         dtype = compute_dtype(x)
-        A, B = self.bases(max(base.weight.shape), dtype)
         tokens = x.numel() // x.shape[-1]
-        form = choose_form(tokens, *base.weight.shape, dtype, self.training and self.dropout > 0)
+        large, small = max(base.weight.shape), min(base.weight.shape)
+        form = choose_form(tokens, large, small, dtype, dropout=self.training and self.dropout > 0)
+        A, B = self.bases(large, dtype)
         if form == "materialised":
             y = Materialised.apply(x, self.lambda_, self.gamma, A, B, self.scale, base.weight)
             return y if base.bias is None else y + base.bias.to(y.dtype)

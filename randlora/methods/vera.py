@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import DenseBasis, check_distribution
 from randlora.errors import check_positive
 from randlora.methods.base import Method, check_low_rank
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class VeRA(Method):
         check_positive("VeRA.d_initial", self.d_initial)
         check_distribution(self.basis, self.sparsity)
 
-    def updates(self, sites: Sequence[Site], context) -> Mapping[str, Update]:  # type: ignore[no-untyped-def]
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         def basis(name: str, rows: int, columns: int) -> DenseBasis:
             return DenseBasis(
                 name,

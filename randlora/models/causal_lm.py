@@ -30,7 +30,7 @@ class CausalLM(Pretrained):
 
         module = self.pretrained(MODEL_FOR_CAUSAL_LM_MAPPING)
         if self.gradient_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            module.gradient_checkpointing_enable({"use_reentrant": False})
         return self._backbone(module)
 
     def tokenizer(self) -> Any:
@@ -43,7 +43,7 @@ class CausalLM(Pretrained):
         return Backbone(
             module=module,
             kind=self.kind,
-            width=module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            width=int(module.config.hidden_size),  # type: ignore[arg-type]
             tokenizer=self.tokenizer,
             features=_last_token,
         )

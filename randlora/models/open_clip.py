@@ -23,8 +23,8 @@ class OpenClip(Model):
 
     `architecture` is a name that open_clip knows (clip_tiny, shipped here, is added to them). `pretrained` is one of
     open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or None for random
-    weights drawn from torch's seed. `patch_dropout` is the share of image patches left out while training (FLIP); None is
-    the architecture's own.
+    weights drawn from torch's seed. `patch_dropout` is the share of image patches left out while training (FLIP);
+    None is the architecture's own.
     """
 
     kind: ClassVar[str] = "clip"
@@ -98,7 +98,7 @@ class OpenClip(Model):
         return Backbone(
             module=module,
             kind=self.kind,
-            width=module.visual.output_dim,  # type: ignore[union-attr, arg-type]
+            width=int(module.visual.output_dim),  # type: ignore[arg-type]
             pixels=Pixels(size if isinstance(size, int) else size[0], preprocess["mean"], preprocess["std"]),
             tokenizer=lambda: open_clip.get_tokenizer(self.architecture),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -24,10 +25,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Pretrained(Model):
     """A transformers model by name.
 
-    `weights` is a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder, or a GGUF
-    file, which is converted once). A relative folder is looked for here and in the folders of `search`. None means random
-    weights of the architecture. `architecture` names a JSON shipped in randlora/models/architectures, from which
-    the skeleton is built without the hub; None: the folder's own config.json.
+    `weights` is a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder,
+    or a GGUF file, which is converted once). A relative folder is looked for here and in the folders of `search`.
+    None means random weights of the architecture. `architecture` names a JSON shipped in
+    randlora/models/architectures, from which the skeleton is built without the hub; None: the folder's own
+    config.json.
     """
 
     weights: str | None = None
@@ -63,11 +65,11 @@ class Pretrained(Model):
 
     def configuration(self) -> Any:
         """The transformers configuration, without the hub where an architecture is named."""
-        from transformers import AutoConfig
-
         if self.architecture is not None:
+            from transformers import AutoConfig
+
             return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
-        return _asked(self.name, lambda: AutoConfig.from_pretrained(self._location, revision=self.revision))
+        return _asked(self.name, lambda: _config(self.folder(), self.revision))
 
     def empty(self, mapping: Any) -> nn.Module:
         """The module of `mapping` (a transformers class or auto-mapping) on the meta device."""
@@ -103,7 +105,8 @@ class Pretrained(Model):
     def folder(self) -> str:
         """What from_pretrained takes: the folder or hub name; a GGUF file is converted to a folder once."""
         location = self._location
-        assert location is not None
+        if location is None:
+            raise SettingsError(f"model {self.name}: give weights, or the name of a shipped architecture")
         if not location.endswith(".gguf"):
             return location
         return str(_converted(Path(location), self.install))
@@ -153,8 +156,6 @@ def _converted(gguf: Path, install: str) -> Path:
     save_model(model, str(draft / "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save_pretrained(draft)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(OSError):  # another process was quicker
         draft.rename(folder)
-    except OSError:  # another process was quicker
-        pass
     return folder

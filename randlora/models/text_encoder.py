@@ -45,7 +45,7 @@ class TextEncoder(Pretrained):
         return Backbone(
             module=module,
             kind=self.kind,
-            width=module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            width=int(module.config.hidden_size),  # type: ignore[arg-type]
             tokenizer=self.tokenizer,
             features=partial(_pooled, self.pooling),
             head_hidden=self.head_hidden,

@@ -45,7 +45,7 @@ class VisionTransformer(Pretrained):
         return Backbone(
             module=module,
             kind=self.kind,
-            width=module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            width=int(module.config.hidden_size),  # type: ignore[arg-type]
             pixels=Pixels(self.image_size, tuple(self.mean), tuple(self.std)),  # type: ignore[arg-type]
             features=partial(_class_token, options),
         )

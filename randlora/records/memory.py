@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,10 +21,8 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            try:
+            with contextlib.suppress(OSError):  # not Linux, or not allowed: bytes() then says the life-long peak
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass  # not Linux, or not allowed: bytes() then says the life-long peak
 
     def bytes(self) -> int:
         if self.device.type == "cuda":

@@ -16,7 +16,13 @@ from typing import Any, Protocol
 
 from randlora.records.console import Console
 
-FINISHED, FAILED, DIVERGED, OUT_OF_MEMORY, INTERRUPTED = "finished", "failed", "diverged", "out_of_memory", "interrupted"
+FINISHED, FAILED, DIVERGED, OUT_OF_MEMORY, INTERRUPTED = (
+    "finished",
+    "failed",
+    "diverged",
+    "out_of_memory",
+    "interrupted",
+)
 
 
 class Logger(Protocol):
@@ -35,7 +41,9 @@ class Record:
     `writes` is False on every process but the first, and then nothing is written, mirrored or printed.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], loggers: Iterable[Logger], console: Console, writes: bool = True):
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], loggers: Iterable[Logger], console: Console, writes: bool = True
+    ):
         self.folder, self.config, self.console, self.writes = folder, config, console, writes
         self.loggers = list(loggers) if writes else []
 
@@ -131,7 +139,9 @@ def commit() -> str | None:
     """The commit of this code, with ``+`` when the work tree has changes; None outside a repository."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:

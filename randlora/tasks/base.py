@@ -40,9 +40,10 @@ class Task:
     """A data set and its score; the model decides the head.
 
     `sizes` are the rows of the source's splits as published (or a list of them, where reduced copies are known to go
-    round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set without a validation split has one carved from its training set: a tenth,
-    `validation_size` rows at most. `test_size` bounds the test set where all of it takes too long; such a number is
-    not comparable with published ones, and the record's config shows it.
+    round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set
+    without a validation split has one carved from its training set: a tenth, `validation_size` rows at most.
+    `test_size` bounds the test set where all of it takes too long; such a number is not comparable with published
+    ones, and the record's config shows it.
     """
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
@@ -80,7 +81,9 @@ class Task:
         for split, sizes in self.sizes.items():
             if len(tables[split]) not in _published(sizes):
                 expected = " or ".join(map(str, _published(sizes)))
-                raise SettingsError(f"{self.name}: the {split} split has {len(tables[split])} rows, expected {expected}")
+                raise SettingsError(
+                    f"{self.name}: the {split} split has {len(tables[split])} rows, expected {expected}"
+                )
         count = len(tables["train"])
         train, validation = np.arange(count), None
         if "validation" not in tables:

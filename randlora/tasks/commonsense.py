@@ -54,8 +54,8 @@ class Commonsense(Task):
     """Multiple choice; accuracy over the test questions.
 
     `answers` are the words to choose from. `scoring` is ``generation`` (`beams`, `max_new_tokens`; the first of
-    the words in the response counts, none is wrong) or ``likelihood`` (the word that makes "the correct answer is WORD" most
-    likely). With `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than
+    the words in the response counts, none is wrong) or ``likelihood`` (the word that makes "the correct answer is
+    WORD" most likely). With `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than
     `max_length` tokens are cut.
     """
 
@@ -72,8 +72,10 @@ class Commonsense(Task):
         check_choice("task.scoring", self.scoring, ("generation", "likelihood"))
         for name in ("beams", "max_new_tokens", "max_length"):
             check_count(f"task.{name}", getattr(self, name))
-        if not self.answers:
-            raise SettingsError("task.answers: give the words to choose from")
+        if not self.answers or not all(isinstance(word, str) for word in self.answers):
+            raise SettingsError(
+                f"task.answers={list(self.answers)!r}: give words (in YAML, 'true' and 'false' in quotes)"
+            )
 
     @property
     def headline(self) -> str:
@@ -105,7 +107,7 @@ class Commonsense(Task):
         else:
             tokenizer = batch["tokenizer"]
             settings = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens, "do_sample": False}
-            made = model.generate(batch["inputs"], tokenizer, settings)  # type: ignore[operator]
+            made = model.generate(batch["inputs"], tokenizer, settings)
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             predicted = [first_answer(text, self.answers) for text in texts]
         return {"predicted": predicted, "label": batch["answer"]}
@@ -210,12 +212,12 @@ class LanguageModel(nn.Module):
         self.lm = backbone.module
 
     def forward(self, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
-        """Logits (B, length, vocabulary), of the last `keep` positions if not 0; each row counts from its first token."""
+        """Logits (B, length, vocabulary), of the last `keep` positions if not 0; rows count from their first token."""
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
         return self.lm(**inputs, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], tokenizer: Any, settings: dict[str, Any]) -> Tensor:
         """The new tokens (B, new) after prompts that are padded on the left."""
-        ids = self.lm.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings)  # type: ignore[operator]
+        ids = self.lm.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings)
         return ids[:, inputs["input_ids"].shape[1] :]

@@ -20,10 +20,10 @@ from randlora.tasks.image_classification import ClipClassifier, ImageClassificat
 class ImageCaptions(ImageClassification):
     """As ImageClassification, trained with the symmetric contrastive loss over the pairs of a batch.
 
-    A caption is one of `captions`, drawn per example, with {name} filled in, and {kind}, the everyday word that `kinds_of`
-    lists the class under. Every pair in a batch whose caption is true of the image is a positive (UniCL, Yang et al. 2022,
-    arXiv 2204.03610): pairs of one class, or of one kind where the caption names the kind alone. Scored by
-    zero-shot classification.
+    A caption is one of `captions`, drawn per example, with {name} filled in, and {kind}, the everyday word that
+    `kinds_of` lists the class under. Every pair in a batch whose caption is true of the image is a positive (UniCL,
+    Yang et al. 2022, arXiv 2204.03610): pairs of one class, or of one kind where the caption names the kind alone.
+    Scored by zero-shot classification.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip",)
@@ -89,6 +89,6 @@ class ContrastiveClip(ClipClassifier):
         """With tokens (B, length), logits (B, B); without, logits over the classes."""
         if tokens is None:
             return super().forward(images, labels)
-        features = F.normalize(self.clip.encode_image(images), dim=-1)  # type: ignore[operator]
-        texts = F.normalize(self.clip.encode_text(tokens), dim=-1)  # type: ignore[operator]
+        features = F.normalize(self.clip.encode_image(images), dim=-1)
+        texts = F.normalize(self.clip.encode_text(tokens), dim=-1)
         return self.similarity(features, texts)

@@ -21,9 +21,9 @@ from randlora.tasks.base import Task
 class ImageClassification(Task):
     """Columns `image` and `label`; top-1 accuracy.
 
-    `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere. `classes` says
-    what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's loss, cheaper when
-    there are many), or ``all``. Evaluation always compares with all.
+    `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere.
+    `classes` says what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's
+    loss, cheaper when there are many), or ``all``. Evaluation always compares with all.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
@@ -109,7 +109,7 @@ class ClipClassifier(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """Logits (B, classes); with labels, (logits, targets) over the classes that training compares with."""
-        features = F.normalize(self.clip.encode_image(images), dim=-1)  # type: ignore[operator]
+        features = F.normalize(self.clip.encode_image(images), dim=-1)
         if labels is None:
             return self.similarity(features, self.text_features())
         if self.within_batch:
@@ -118,7 +118,7 @@ class ClipClassifier(nn.Module):
         return self.similarity(features, self.text_features()), labels
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        logits = self.clip.logit_scale.exp() * images @ texts.T.to(images.dtype)  # type: ignore[union-attr, operator]
+        logits = self.clip.logit_scale.exp() * images @ texts.T.to(images.dtype)
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias
 
@@ -127,7 +127,7 @@ class ClipClassifier(nn.Module):
         if self._kept is not None:
             return self._kept if classes is None else self._kept[classes]
         tokens = self.tokens if classes is None else self.tokens[classes]
-        features = F.normalize(self.clip.encode_text(tokens.flatten(0, 1)), dim=-1)  # type: ignore[operator]
+        features = F.normalize(self.clip.encode_text(tokens.flatten(0, 1)), dim=-1)
         features = F.normalize(features.unflatten(0, tokens.shape[:2]).mean(1), dim=-1)
         if not features.requires_grad:
             if classes is not None:

@@ -18,8 +18,8 @@ def check_schedule(schedule: str, warmup: float, final: float) -> None:
 def rate_factor(step: int, steps: int, schedule: str, warmup: float, final: float) -> float:
     """What the learning rates are multiplied by at `step` (from 0) of `steps`.
 
-    `warmup` is a part of the steps below 1 and a number of steps from 1 on; the rate rises linearly over it. Then cosine or
-    linear decay to `final` times the rate at the end.
+    `warmup` is a part of the steps below 1 and a number of steps from 1 on; the rate rises linearly over it. Then
+    cosine or linear decay to `final` times the rate at the end.
     """
     rising = round(warmup * steps) if warmup < 1 else int(warmup)
     if step < rising:

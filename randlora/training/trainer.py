@@ -59,12 +59,12 @@ class Fit:
 class Trainer:
     """AdamW with the settings that all methods share.
 
-    `epochs` or, where given, `max_steps` is the length. A step is `batch_size` examples over all processes, in micro-batches
-    of `micro_batch_size` per process (None: at once). `learning_rate` is the updates'; `head_learning_rate` the task head's
-    (None: the same). `warmup`: a part of the steps below 1, a number of steps from 1 on. `schedule` ends at `final_rate`
-    times the rate. `precision` bf16 is autocast; trained tensors stay float32. `evaluate_every` steps the validation set is
-    scored (None: at the end only), `save_every` steps a checkpoint is written (None: only when interrupted).
-    `device` is auto, cpu or cuda.
+    `epochs` or, where given, `max_steps` is the length. A step is `batch_size` examples over all processes, in
+    micro-batches of `micro_batch_size` per process (None: at once). `learning_rate` is the updates';
+    `head_learning_rate` the task head's (None: the same). `warmup`: a part of the steps below 1, a number of steps
+    from 1 on. `schedule` ends at `final_rate` times the rate. `precision` bf16 is autocast; trained tensors stay
+    float32. `evaluate_every` steps the validation set is scored (None: at the end only), `save_every` steps a
+    checkpoint is written (None: only when interrupted). `device` is auto, cpu or cuda.
     """
 
     epochs: float = 10
@@ -115,8 +115,8 @@ class Trainer:
             raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        # Updates are reached by every forward; whole models are not (a mask token, a pooler).
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+        # The buffers are the fixed bases, which every process draws alike.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
         if self.batch_size % accelerator.num_processes:
             raise SettingsError(
@@ -146,7 +146,10 @@ class _Run:
         self.adaptation = adaptation
         self.plain = model.to(accelerator.device)  # .to before the optimiser sees the parameters
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=tuple(trainer.betas))
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(trainer.betas[0], trainer.betas[1]))
+        if accelerator.ddp_handler is not None:
+            # Every forward reaches every update; of a whole model it may leave out some (a mask token).
+            accelerator.ddp_handler.find_unused_parameters = bool(adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(model)
         self.steps = trainer.steps(len(splits.train))
         self.watch = LossWatch()
@@ -234,7 +237,10 @@ class _Run:
         if not len(split):
             return {}
         keys = evaluation_keys(
-            len(split), self.settings.evaluation_batch_size, self.accelerator.process_index, self.accelerator.num_processes
+            len(split),
+            self.settings.evaluation_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
         columns: dict[str, list] = {}
         self.plain.eval()

@@ -13,7 +13,7 @@ class LossWatch:
         self.warned = False
 
     def add(self, loss: float) -> str | None:
-        """Takes the loss of a step; the first time that the last window's mean is above the first step's by 5 %, a sentence."""
+        """Takes the loss of a step; says so once when the last window's mean is above the first step's by 5 %."""
         if not self.first:
             self.first.append(loss)
         self.recent = [*self.recent[-self.window + 1 :], loss]
@@ -22,6 +22,6 @@ class LossWatch:
             return None
         self.warned = True
         return (
-            f"the training loss, {mean:.3g} over the last {self.window} steps, is above its start, {self.first[0]:.3g}: "
+            f"the training loss, {mean:.3g} over {self.window} steps, is above its start, {self.first[0]:.3g}: "
             "the learning rate or the method's alpha is probably too large"
         )

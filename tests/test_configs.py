@@ -1,0 +1,95 @@
+"""Every shipped YAML composes and builds; targets are allow-listed; signatures change with what changes a result."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from conftest import REPOSITORY, settings
+from randlora.config import build
+from randlora.errors import SettingsError
+from randlora.records.signature import signature
+from randlora.run import Experiment
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (REPOSITORY / "configs" / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+TASK_OF = {"clip": "cifar10", "vision": "cifar10", "text": "mrpc", "causal_lm": "arc_easy"}
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_builds_and_every_target_set_matches(model: str) -> None:
+    built = build(settings(f"model={model}")["model"])
+    for name in built.targets:
+        assert built.patterns(name), name
+    assert built.outline() is not None, "run scripts/outlines.py"
+    Experiment.from_config(settings(f"model={model}", f"task={TASK_OF[built.kind]}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("task", options("task"))
+@pytest.mark.parametrize("method", options("method"))
+def test_every_task_builds_with_every_method(task: str, method: str) -> None:
+    kinds = build(settings(f"task={task}")["task"]).kinds
+    model = {"clip": "clip_tiny", "vision": "vit_s14", "text": "minilm", "causal_lm": "smollm2_135m"}[kinds[0]]
+    experiment = Experiment.from_config(settings(f"task={task}", f"method={method}", f"model={model}", "dry_run=true"))
+    assert experiment.trainer.steps(experiment.task.training_size(experiment.budget)) > 0
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds(experiment: str) -> None:
+    Experiment.from_config(settings(f"experiment={experiment}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("group", ["method", "model", "task", "trainer"])
+def test_yaml_keys_are_the_fields(group: str) -> None:
+    """A key that is missing from the YAML could not be set on the command line."""
+    import dataclasses
+
+    for option in options(group):
+        config = settings(f"{group}={option}")[group]
+        fields = {f.name for f in dataclasses.fields(build(config))}
+        assert set(config) - {"_target_"} == fields, option
+
+
+def test_loggers_build() -> None:
+    assert build(settings("logger=none").get("logger")) in (None, {})
+    build(settings("logger=wandb")["logger"])
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "shutil.rmtree", "randlora_evil.x", "builtins.eval", 3, "randlora.nothing.X"]
+)
+def test_other_targets_are_refused(target: object) -> None:
+    with pytest.raises(SettingsError, match="_target_"):
+        build({"_target_": target, "path": "x"})
+
+
+def test_functions_are_not_built() -> None:
+    with pytest.raises(SettingsError, match="not a class"):
+        build({"_target_": "randlora.records.record.write", "path": "x", "text": "y"})
+
+
+def test_users_packages_are_allowed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"_target_": "collections.OrderedDict"}
+    with pytest.raises(SettingsError):
+        build(config)
+    monkeypatch.setenv("RANDLORA_ALLOW", "collections.")
+    assert build(config) == {}
+
+
+def test_signatures() -> None:
+    base = signature(settings())
+    same = [
+        "run_root=/elsewhere", "data_root=/data", "tags=[a]", "logger=wandb", "trainer.device=cpu", "trainer.workers=2",
+        "resume=false", "trainer.save_every=10",
+    ]  # fmt: skip
+    for override in same:
+        assert signature(settings(override)) == base, override
+    for override in ("seed=1", "method.rank=7", "trainer.learning_rate=0.1", "shots=4", "targets=vision", "task=mnist"):
+        assert signature(settings(override)) != base, override
+    assert signature(settings("task=cifar10", "data_root=/a")) == signature(settings("task=cifar10", "data_root=/b"))
+
+
+def test_configs_are_plain_yaml() -> None:
+    for path in (REPOSITORY / "configs").rglob("*.yaml"):
+        OmegaConf.load(path)

@@ -1,0 +1,160 @@
+"""Data: order, subsets, splits, sources and images."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import settings
+from randlora.config import build
+from randlora.data.images import AUGMENTATIONS, image_transform
+from randlora.data.loader import Encoder, Split, evaluation_keys, loader, training_keys
+from randlora.data.sources import ArrayImages, Hub
+from randlora.data.subsets import at_most, carve, few_shot, fractional
+from randlora.errors import SettingsError
+from randlora.models.base import Backbone, Pixels
+from randlora.tasks import Budget
+
+PIXELS = Pixels(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def flat(keys) -> list[tuple[int, int]]:  # type: ignore[no-untyped-def]
+    return [key for batch in keys for key in batch]
+
+
+def test_every_epoch_is_a_permutation_and_epochs_differ() -> None:
+    rows = [row for row, _ in flat(training_keys(10, 4, 4, range(10), seed=0))]
+    assert sorted(rows[:10]) == list(range(10))
+    assert sorted(rows[10:20]) == list(range(10))
+    assert rows[:10] != rows[10:20]
+    assert rows != [row for row, _ in flat(training_keys(10, 4, 4, range(10), seed=1))]
+
+
+def test_order_can_be_entered_anywhere_and_shared_out() -> None:
+    whole = flat(training_keys(10, 6, 6, range(8), seed=0))
+    assert flat(training_keys(10, 6, 6, range(5, 8), seed=0)) == whole[30:]
+    assert flat(training_keys(10, 6, 2, range(8), seed=0)) == whole
+    shares = [flat(training_keys(10, 6, 6, range(8), seed=0, rank=r, world=3)) for r in range(3)]
+    assert sorted(shares[0] + shares[1] + shares[2], key=lambda key: key[1]) == whole
+
+
+def test_evaluation_sees_every_row_once() -> None:
+    shares = [flat(evaluation_keys(11, 4, rank, 2)) for rank in range(2)]
+    assert sorted(row for share in shares for row, _ in share) == list(range(11))
+
+
+class Noise(Encoder):
+    def __call__(self, example):  # type: ignore[no-untyped-def]
+        return {"value": torch.rand(3) + example["label"]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_the_position_alone(workers: int) -> None:
+    table = ArrayImages(np.zeros((6, 4, 4), np.uint8), np.arange(6))
+    split = Split(table, np.arange(6), Noise(), augment_seed=3)
+    keys = list(training_keys(6, 3, 3, range(4), seed=0))
+    torch.manual_seed(0)
+    drawn = torch.cat([batch["value"] for batch in loader(split, iter(keys), workers)])
+    torch.manual_seed(99)
+    again = torch.cat([batch["value"] for batch in loader(split, iter(keys[2:]), 0)])
+    assert torch.equal(drawn[6:], again)
+    assert not torch.equal(drawn[:6] % 1, drawn[6:] % 1)
+
+
+def test_few_shot_is_balanced_seeded_and_nested() -> None:
+    labels = np.repeat(np.arange(5), 20)
+    four, two = few_shot(labels, 4, seed=0), few_shot(labels, 2, seed=0)
+    assert np.bincount(labels[four]).tolist() == [4] * 5
+    assert set(two) < set(four)
+    assert set(four) != set(few_shot(labels, 4, seed=1))
+    with pytest.raises(SettingsError, match="class 0 has only 20"):
+        few_shot(labels, 21, seed=0)
+
+
+def test_fractions_are_nested_and_validation_is_the_same_for_every_seed() -> None:
+    assert set(fractional(100, 0.1, 0)) < set(fractional(100, 0.5, 0))
+    train, validation = carve(100, 10, "x")
+    assert sorted([*train, *validation]) == list(range(100))
+    assert at_most(5, None, "x").tolist() == list(range(5))
+    assert len(at_most(100, 7, "x")) == 7
+
+
+def picture(value: int, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (40, 30), value if mode == "L" else (value,) * 3)
+
+
+def write_parquet(path: Path, rows: int) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [picture(10 * i, "L" if i % 2 else "RGB") for i in range(rows)]
+    datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(rows)]}, features).to_parquet(str(path))
+
+
+def test_parquet_and_image_folders_give_the_same_examples(tmp_path: Path) -> None:
+    (tmp_path / "parquet").mkdir()
+    write_parquet(tmp_path / "parquet" / "train.parquet", 4)
+    for i in range(4):
+        folder = tmp_path / "folders" / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(10 * i, "L" if i % 2 else "RGB").save(folder / f"{i}.png")
+    for name in ("parquet", "folders"):
+        table = Hub(name, root=str(tmp_path), splits={"train": "train"}).open("train")
+        assert sorted(table.column("label")) == [0, 0, 1, 1]
+        colours = sorted(table[i]["image"].convert("RGB").getpixel((0, 0))[0] for i in range(4))
+        assert colours == [0, 10, 20, 30]
+
+
+def test_labels_are_read_without_decoding_images(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [{"bytes": b"not an image", "path": None}] * 3, "label": [0, 1, 2]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "train.parquet"))
+    table = Hub(".", root=str(tmp_path), splits={"train": "train"}).open("train")
+    assert table.column("label").tolist() == [0, 1, 2]
+
+
+def test_missing_data_and_columns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no image folder train/"):
+        Hub("x", root=str(tmp_path)).check()
+    with pytest.raises(SettingsError, match="no public source"):
+        Hub("x").check()
+    write_parquet(tmp_path / "train.parquet", 2)
+    table = Hub(".", root=str(tmp_path), splits={"train": "train"}).open("train")
+    with pytest.raises(SettingsError, match="no column 'labels'; they have image, label"):
+        table.column("labels")
+
+
+def test_a_split_of_another_size_names_both_numbers(tmp_path: Path) -> None:
+    (tmp_path / "cifar10").mkdir()
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "cifar10" / f"{split}.parquet", 4)
+    task = build(settings("task=cifar10", f"data_root={tmp_path}")["task"])
+    with pytest.raises(SettingsError, match="train split has 4 rows, expected 50000"):
+        task.splits(Backbone(torch.nn.Module(), "vision", 1, PIXELS), Budget(0))
+
+
+def test_digits_are_split_without_overlap() -> None:
+    task = build(settings("task=digits")["task"])
+    splits = task.splits(Backbone(torch.nn.Module(), "vision", 1, PIXELS), Budget(0, shots=3))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 140, 397)
+    assert not set(splits.train.rows) & set(splits.validation.rows)
+    image = splits.train[(0, 0)]["image"]
+    assert image.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA"])
+def test_every_kind_of_image_becomes_a_normalised_tensor(augmentation: str, mode: str) -> None:
+    image = picture(128).convert(mode)
+    tensor = image_transform(PIXELS, augmentation)(image)
+    assert tensor.shape == (3, 32, 32)
+    if augmentation != "strong" and mode != "CMYK":
+        assert tensor.mean().item() == pytest.approx((128 / 255 - 0.5) / 0.25, abs=0.02)  # palettes dither
+
+
+def test_real_parquet(shared_data: Path) -> None:
+    task = build(settings("task=cifar10", f"data_root={shared_data}")["task"])
+    splits = task.splits(Backbone(torch.nn.Module(), "vision", 1, PIXELS), Budget(0, shots=2))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 5000, 10000)
+    assert splits.test[(0, 0)]["image"].shape == (3, 32, 32)

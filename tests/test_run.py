@@ -1,0 +1,191 @@
+"""Whole runs of the embedded default: the record, skipping, resuming, sweeps, mirrors, and runs that go wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import randlora
+from conftest import REPOSITORY, settings
+from randlora.models import OpenClip
+from randlora.records.memory import PeakMemory
+from randlora.run import FAILED, FINISHED, KEYS, Experiment, run
+from randlora.training import Trainer
+
+SHORT = ("trainer.max_steps=3", "trainer.batch_size=8", "task.test_size=20", "task.validation_size=10", "shots=2")
+
+
+def start(root: Path, *overrides: str) -> tuple[int, Experiment]:
+    experiment = Experiment.from_config(settings(f"run_root={root}", *SHORT, *overrides))
+    return run(experiment, "as: given\n").code, experiment
+
+
+def result_of(experiment: Experiment) -> dict:
+    return json.loads((experiment.folder / "result.json").read_text())
+
+
+def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
+    code, experiment = start(tmp_path)
+    assert code == FINISHED
+    folder = experiment.folder
+    assert folder.parent == tmp_path / "digits" / "clip_tiny" / "randlora"
+    result = result_of(experiment)
+    assert set(result) == set(KEYS)
+    assert result["status"] == "finished"
+    assert result["headline"] == {"name": "test/accuracy", "value": result["metrics"]["test/accuracy"]}
+    assert {"zero_shot/accuracy", "validation/accuracy", "test/accuracy"} <= set(result["metrics"])
+    assert result["examples"] == {"train": 20, "validation": 10, "test": 20}
+    assert result["peak_memory_bytes"] > 50e6
+    assert result["adapter_bytes"] == sum(p.stat().st_size for p in (folder / "adapter").iterdir())
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+    assert (folder / "config.yaml").read_text() == "as: given\n"
+    assert "zero_shot/accuracy" in (folder / "train.log").read_text()
+
+
+def test_the_saved_adapter_gives_the_recorded_score(tmp_path: Path) -> None:
+    from randlora.data.loader import evaluation_keys, loader
+
+    _, experiment = start(tmp_path, "trainer.learning_rate=0.01")
+    backbone = experiment.model.load()
+    splits = experiment.task.splits(backbone, experiment.budget)
+    randlora.load_adapter(backbone.module, experiment.folder / "adapter")
+    randlora.merge(backbone.module)
+    bound = experiment.task.bind(backbone).eval()
+    (batch,) = loader(splits.test, evaluation_keys(20, 20), 0)
+    with torch.no_grad():
+        scores = experiment.task.score(experiment.task.predict(bound, batch))
+    recorded = result_of(experiment)["metrics"]
+    assert scores["accuracy"] == recorded["test/accuracy"]
+    assert scores["loss"] == pytest.approx(recorded["test/loss"], rel=1e-4)
+
+
+def test_a_finished_run_is_skipped_and_begun_again_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _, experiment = start(tmp_path)
+    stamp = (experiment.folder / "result.json").stat().st_mtime_ns
+    code, _ = start(tmp_path)
+    assert code == FINISHED
+    assert "already finished" in capsys.readouterr().err
+    assert (experiment.folder / "result.json").stat().st_mtime_ns == stamp
+    start(tmp_path, "resume=false")
+    assert (experiment.folder / "result.json").stat().st_mtime_ns > stamp
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "nola", "randlora", "full"])
+def test_every_method_runs(tmp_path: Path, method: str) -> None:
+    code, experiment = start(tmp_path, f"method={method}", "trainer.max_steps=1")
+    assert code == FINISHED
+    assert result_of(experiment)["trainable_parameters"] > 0
+
+
+def test_a_frozen_text_tower_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    calls = []
+    encode = open_clip.CLIP.encode_text
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", lambda self, text: calls.append(1) or encode(self, text))
+    start(tmp_path, "targets=vision")
+    few = len(calls)
+    calls.clear()
+    start(tmp_path, "targets=all")
+    # Once in each evaluation and, when frozen, once in training; else once in each of the three steps.
+    assert (few, len(calls)) == (4, 6)
+
+
+def test_an_error_is_recorded_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyError("something")
+
+    monkeypatch.setattr(Trainer, "fit", broken)
+    code, experiment = start(tmp_path)
+    assert code == FAILED
+    result = result_of(experiment)
+    assert (result["status"], result["error"]) == ("failed", "KeyError: 'something'")
+    assert set(result) == set(KEYS)
+    assert "Traceback" in (experiment.folder / "train.log").read_text()
+    monkeypatch.undo()
+    code, _ = start(tmp_path)
+    assert code == FINISHED
+
+
+def test_running_out_of_memory_is_recorded_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "fit", full)
+    code, experiment = start(tmp_path)
+    assert code == FAILED
+    assert result_of(experiment)["status"] == "out_of_memory"
+    assert "micro_batch_size" in result_of(experiment)["error"]
+
+
+def test_divergence_is_recorded(tmp_path: Path) -> None:
+    code, experiment = start(tmp_path, "trainer.learning_rate=1e30", "trainer.max_grad_norm=null")
+    assert code == FAILED
+    assert result_of(experiment)["status"] == "diverged"
+    assert "learning rate" in result_of(experiment)["error"]
+
+
+def test_wandb_offline_mirrors_each_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        code, experiment = start(tmp_path, "logger=wandb", "logger.mode=offline", f"seed={seed}", "trainer.max_steps=1")
+        assert code == FINISHED
+        assert len(list((experiment.folder / "wandb").glob("offline-run-*"))) == 1
+
+
+def train(*arguments: str, **options) -> subprocess.Popen:  # type: ignore[no-untyped-def]
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=REPOSITORY, text=True, stderr=subprocess.PIPE, **options
+    )
+
+
+def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path) -> None:
+    line = ["-m", "method.rank=6,0,12", "seed=0", f"run_root={tmp_path}", *SHORT]
+    process = train(*line)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors.count("RandLoRA.rank=0") == 1
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    process = train(*line)
+    _, errors = process.communicate(timeout=300)
+    assert errors.count("already finished") == 2
+
+
+def test_a_terminated_run_exits_with_85_and_resumes(tmp_path: Path) -> None:
+    line = [f"run_root={tmp_path}", *SHORT, "trainer.max_steps=100000"]
+    process = train(*line)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 85, errors
+    (path,) = tmp_path.rglob("result.json")
+    assert json.loads(path.read_text())["status"] == "interrupted"
+    assert list(path.parent.glob("checkpoints/step_*/tensors.safetensors"))
+
+
+def test_peak_memory_sees_what_was_allocated_and_forgets_what_was_before() -> None:
+    size = 300 * 2**20
+    block = torch.ones(size // 4)
+    del block
+    before = PeakMemory(torch.device("cpu"))
+    low = before.bytes()
+    block = torch.ones(size // 4)
+    assert before.bytes() - low > 0.9 * size
+    del block
+    if Path("/proc/self/clear_refs").exists():
+        assert PeakMemory(torch.device("cpu")).bytes() < before.bytes() + 1
+
+
+def test_the_embedded_weights_know_what_they_claim() -> None:
+    """The model card's figures come from thousands of images; here the digits alone, which it has never seen."""
+    backbone = OpenClip(name="clip_tiny").load()
+    assert sum(p.numel() for p in backbone.module.parameters()) == 6_065_985
+    scale = backbone.module.logit_scale.exp().item()  # type: ignore[union-attr, operator]
+    assert 5 < scale <= 1000

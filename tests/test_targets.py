@@ -1,0 +1,89 @@
+"""Targets: every pattern matches or is refused with what is near; slices; shared weights; nothing half done."""
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from conftest import Toy
+from randlora.adapters.targets import named_slices
+from randlora.errors import SettingsError
+from randlora.methods import LoRA, RandLoRA
+
+
+def names(report: randlora.adapters.Report) -> list[str]:
+    return [site.name for site in report.sites]
+
+
+def test_sites_come_in_the_models_order(toy: Toy) -> None:
+    assert names(randlora.adapt(toy, LoRA(2), ["wide", "s*", "*.in_proj"])) == ["square", "wide", "attention.in_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["squar"], "matches no linear map; there are square"),
+        (["square", "*.q_proj"], r"\*\.q_proj"),
+        (["norm"], "matches no linear map"),
+        (["c_attn[z]"], r"no slice 'z'; it has c_attn\[q\], c_attn\[k\], c_attn\[v\]"),
+        (["square[q]"], "none: it is not a fused matrix"),
+        (["c_attn", "c_attn[q]"], "both whole and as"),
+        ([], "at least one pattern"),
+        ("square", "give a list"),
+    ],
+)
+def test_wrong_targets_are_refused_and_leave_the_model_alone(toy: Toy, targets: object, message: str) -> None:
+    before = [(name, type(module)) for name, module in toy.named_modules()]
+    with pytest.raises(SettingsError, match=message):
+        randlora.adapt(toy, LoRA(2), targets)  # type: ignore[arg-type]
+    assert [(name, type(module)) for name, module in toy.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in toy.parameters())
+
+
+def test_a_slice_is_a_site_of_its_own(toy: Toy) -> None:
+    x = torch.randn(2, 5, 24)
+    base = toy.c_attn(x)
+    randlora.adapt(toy, RandLoRA(rank=4), ["c_attn[q]", "c_attn[v]"])
+    seat = toy.c_attn
+    with torch.no_grad():
+        for update in seat.updates:
+            update.lambda_.normal_()
+    change = seat(x) - base
+    q, k, v = change.chunk(3, -1)
+    assert q.abs().max() > 0.01
+    assert v.abs().max() > 0.01
+    assert k.abs().max() == 0
+
+
+def test_grouped_queries_and_fused_mlps_are_cut_by_the_configuration() -> None:
+    class Configuration:
+        num_attention_heads, num_key_value_heads = 8, 2
+
+    qkv = named_slices("layers.0.qkv_proj", nn.Linear(16, 8 * 4 + 2 * 2 * 4), Configuration())
+    assert qkv == {"q": slice(0, 32), "k": slice(32, 40), "v": slice(40, 48)}
+    assert named_slices("mlp.gate_up_proj", nn.Linear(16, 20)) == {"gate": slice(0, 10), "up": slice(10, 20)}
+    assert named_slices("in_proj", nn.Linear(16, 50)) == {}
+
+
+def test_a_shared_weight_is_refused() -> None:
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False), "body": nn.Linear(4, 4)}
+    )
+    model["head"].weight = model["embedding"].weight
+    with pytest.raises(SettingsError, match="share one weight"):
+        randlora.adapt(model, LoRA(2), ["head"])
+    assert names(randlora.adapt(model, LoRA(2), ["body"])) == ["body"]
+
+
+def test_adapting_twice_is_refused(toy: Toy) -> None:
+    randlora.adapt(toy, LoRA(2), ["square"])
+    with pytest.raises(SettingsError, match="adapted already"):
+        randlora.adapt(toy, LoRA(2), ["tall"])
+    randlora.merge(toy)
+    randlora.adapt(toy, LoRA(2), ["tall"])
+
+
+def test_merge_and_save_need_an_adapted_model(toy: Toy, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for call in (lambda: randlora.merge(toy), lambda: randlora.save_adapter(toy, tmp_path)):
+        with pytest.raises(SettingsError, match="not adapted"):
+            call()

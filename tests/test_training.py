@@ -1,0 +1,272 @@
+"""The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import randlora
+from conftest import REPOSITORY
+from randlora.data.loader import Encoder, Split
+from randlora.data.sources import ArrayImages
+from randlora.methods import LoRA, RandLoRA
+from randlora.tasks.base import Splits, Task
+from randlora.training import Diverged, Fit, Interrupted, Trainer
+from randlora.training.schedule import rate_factor
+from randlora.training.watch import LossWatch
+
+
+class Pixels8(Encoder):
+    def __call__(self, example):  # type: ignore[no-untyped-def]
+        pixels = torch.from_numpy(np.asarray(example["image"], dtype=np.float32)).flatten() / 255
+        return {"image": pixels + 0.01 * torch.rand(16), "label": example["label"]}
+
+
+@dataclass(frozen=True)
+class Bars(Task):
+    """4 × 4 images whose brightest column is their class; learnable in seconds."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("vision",)
+
+    @property
+    def headline(self) -> str:
+        return "accuracy"
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        return F.cross_entropy(model(batch["image"]), batch["label"])
+
+    def predict(self, model, batch):  # type: ignore[no-untyped-def]
+        return {"predicted": model(batch["image"]).argmax(-1).tolist(), "label": batch["label"].tolist()}
+
+    def score(self, columns):  # type: ignore[no-untyped-def]
+        return {
+            "accuracy": float(np.mean(np.equal(columns["predicted"], columns["label"]))),
+            "count": len(columns["label"]),
+        }
+
+
+def splits(count: int = 40) -> Splits:
+    generator = np.random.default_rng(0)
+    labels = np.arange(count) % 4
+    images = generator.integers(0, 60, (count, 4, 4)).astype(np.uint8)
+    images[np.arange(count), :, labels] += 190
+    table = ArrayImages(images, labels)
+    rows = np.arange(count)
+    return Splits(
+        Split(table, rows[:-10], Pixels8(), augment_seed=0),
+        Split(table, rows[-10:-5], Pixels8()),
+        Split(table, rows[-5:], Pixels8()),
+    )
+
+
+class Quiet:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.metrics: list[dict] = []
+
+    def log(self, metrics: dict, step: int) -> None:
+        self.metrics.append(metrics | {"step": step})
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        pass
+
+
+TASK = Bars("bars", None, {"train": 30, "test": 5})  # type: ignore[arg-type]
+
+
+def model(method=None, dropout: float = 0.0) -> nn.Module:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 4))
+    randlora.adapt(net, method or RandLoRA(rank=3), ["0", "3"])
+    return net
+
+
+def fit(net: nn.Module, folder: Path, observer: Quiet | None = None, **changes) -> Fit:  # type: ignore[no-untyped-def]
+    options = {"max_steps": 20, "batch_size": 8, "learning_rate": 0.05, "device": "cpu"} | changes
+    trainer = Trainer(**options)
+    return trainer.fit(
+        TASK, net, splits(), seed=1, folder=folder, observer=observer or Quiet(), accelerator=trainer.accelerator()
+    )
+
+
+def numbers(net: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters() if p.requires_grad])
+
+
+def test_it_learns_and_reports(tmp_path: Path) -> None:
+    observer = Quiet()
+    result = fit(model(LoRA(rank=3)), tmp_path, observer, max_steps=60)
+    assert result.metrics["test/accuracy"] > 0.7
+    assert result.metrics["validation/count"] == 5
+    assert result.steps == 60
+    assert 0 < result.seconds_per_step * 60 == pytest.approx(result.train_seconds)
+    assert observer.metrics[-1]["update/relative_norm_max"] >= observer.metrics[-1]["update/relative_norm_mean"] > 0
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm"} <= set(observer.metrics[0])
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4, 7])
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, micro: int) -> None:
+    whole, parts = model(), model()
+    fit(whole, tmp_path / "a")
+    fit(parts, tmp_path / "b", micro_batch_size=micro)
+    torch.testing.assert_close(numbers(parts), numbers(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    first, second = model(dropout=0.3), model(dropout=0.3)
+    fit(first, tmp_path / "a")
+    fit(second, tmp_path / "b", workers=2)
+    assert torch.equal(numbers(first), numbers(second))
+
+
+class StopsAt(Quiet):
+    def __init__(self, step: int):
+        super().__init__()
+        self.at = step
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        if step == self.at:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    unbroken, broken = model(dropout=0.3), model(dropout=0.3)
+    fit(unbroken, tmp_path / "a")
+    with pytest.raises(Interrupted, match="step 7 of 20"):
+        fit(broken, tmp_path / "b", StopsAt(7))
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["step_0000007"]
+    resumed, observer = model(dropout=0.3), Quiet()
+    result = fit(resumed, tmp_path / "b", observer)
+    assert observer.said == ["going on from step 7 of 20"]
+    assert torch.equal(numbers(resumed), numbers(unbroken))
+    assert result.steps == 20
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    from randlora.training import checkpoint
+
+    (tmp_path / ".draft_0000009").mkdir()
+    (tmp_path / "step_0000009").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    net = model()
+    with torch.no_grad():
+        net[0].base.weight[0, 0] = float("nan")
+    with pytest.raises(Diverged, match=r"step 0: the loss is nan .* learning rate 0.05; last good checkpoint: none"):
+        fit(net, tmp_path)
+
+
+def test_a_loss_above_its_start_is_said_aloud_once() -> None:
+    watch = LossWatch(window=4)
+    said = [watch.add(loss) for loss in [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.0]]
+    assert [text is not None for text in said] == [False, False, False, True, False, False, False]
+    assert "above its start, 1" in said[3]  # type: ignore[operator]
+    calm = LossWatch(window=4)
+    assert not any(calm.add(loss) for loss in [1.0, 1.2, 0.9, 0.8, 0.7])
+
+
+def test_schedules() -> None:
+    """Oracle: the closed forms at their ends and middle."""
+    steps = 100
+    assert rate_factor(0, steps, "cosine", 0.1, 0.01) == pytest.approx(0.1)
+    assert rate_factor(9, steps, "cosine", 10, 0.01) == pytest.approx(1.0)
+    assert rate_factor(55, steps, "cosine", 0.1, 0.0) == pytest.approx(0.5)
+    assert rate_factor(100, steps, "cosine", 0.0, 0.01) == pytest.approx(0.01)
+    assert rate_factor(50, steps, "linear", 0.0, 0.0) == pytest.approx(0.5)
+    assert rate_factor(99, steps, "constant", 0.0, 0.0) == 1.0
+
+
+def test_head_and_updates_have_rates_of_their_own(tmp_path: Path) -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    slow, still = Headed(), Headed()
+    still.load_state_dict(slow.state_dict())
+    before = slow.head.weight.detach().clone()
+    fit(slow, tmp_path / "a", head_learning_rate=1e-9, weight_decay=0.0)
+    assert (slow.head.weight - before).abs().max() < 1e-6
+    assert numbers(slow.body).abs().max() > 0.01
+    fit(still, tmp_path / "b")
+    assert (still.head.weight - before).abs().max() > 1e-3
+
+
+@dataclass(frozen=True)
+class Hooked(LoRA):
+    """A method that asks for everything a trainer offers."""
+
+    calls: ClassVar[list[str]] = []
+
+    def parameter_groups(self, trained, rate, decay):  # type: ignore[no-untyped-def]
+        self.calls.append("groups")
+        return [{"params": [p], "lr": rate, "weight_decay": 0.0} for p in trained.values()]
+
+    def penalty(self, updates):  # type: ignore[no-untyped-def]
+        self.calls.append("penalty")
+        return sum(update.A.square().sum() for update in updates)
+
+    def after_backward(self, updates, step):  # type: ignore[no-untyped-def]
+        assert all(update.A.grad is not None for update in updates)
+        self.calls.append("after_backward")
+
+    def after_step(self, updates, step):  # type: ignore[no-untyped-def]
+        self.calls.append("after_step")
+
+    def finish(self, updates):  # type: ignore[no-untyped-def]
+        self.calls.append("finish")
+
+
+def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
+    fit(model(Hooked(rank=2)), tmp_path, max_steps=2, micro_batch_size=4)
+    assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """gloo on the CPU; every process takes its share of each batch."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, json, torch; sys.path[:0] = ['tests', '.']\n"
+        "from pathlib import Path\n"
+        "import test_training as t\n"
+        "net = t.model()\n"
+        "result = t.fit(net, Path(sys.argv[1]), micro_batch_size=2)\n"
+        "from accelerate import PartialState\n"
+        "state = PartialState()\n"
+        "if state.is_main_process:\n"
+        "    out = json.dumps([state.num_processes, t.numbers(net).tolist(), result.metrics])\n"
+        "    Path(sys.argv[1], 'out.json').write_text(out)\n"
+        "state.wait_for_everyone()\n"
+        "state.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    world, values, metrics = json.loads((tmp_path / "out.json").read_text())
+    alone = model()
+    result = fit(alone, tmp_path / "alone")
+    assert world == 2
+    torch.testing.assert_close(torch.tensor(values), numbers(alone), rtol=1e-4, atol=1e-5)
+    assert metrics == pytest.approx(result.metrics)
