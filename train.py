@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -37,10 +38,17 @@ def execute(config: DictConfig) -> float | None:
         codes.append(2)
         return None
     codes.append(outcome.code)
+    if outcome.code == 85:
+        sys.exit(85)  # asked to stop: the rest of a sweep stops too
     return outcome.objective
 
 
 def main() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from randlora.overrides import usage
+
+        print(usage(Path(__file__).parent / "configs"))
+        return 0
     # Hydra would print a traceback's tail and exit with 1; with this it raises, and we can say it in a sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     from hydra.errors import HydraException

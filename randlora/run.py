@@ -56,8 +56,8 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        """run_root/task/model/method/signature; a method is called by its class."""
-        names = (self.task.name, self.model.name, type(self.method).__name__.lower(), signature(self.config))
+        """run_root/task/model/method/signature."""
+        names = (self.task.name, self.model.name, self.method.name, signature(self.config))
         return Path(self.config["run_root"]).joinpath(*names)
 
 
@@ -115,8 +115,6 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         return Outcome(FINISHED, _objective(done))
     if not config["resume"]:
         record.clear()
-    record.start(list(config["tags"]), config_yaml)
-    record.say(f"run folder {record.folder}")
     result: dict[str, Any] = {
         "status": "failed",
         "headline": {"name": f"test/{experiment.task.headline}", "value": None},
@@ -131,13 +129,15 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     }
     code = FAILED
     try:
+        record.start(list(config["tags"]), config_yaml)
+        record.say(f"run folder {record.folder}")
         result |= _train(experiment, record, accelerator)
         code = FINISHED
     except SettingsError as error:
         result["error"] = str(error)
         raise
-    except Interrupted as error:
-        result |= {"status": "interrupted", "error": str(error)}
+    except (Interrupted, KeyboardInterrupt) as error:
+        result |= {"status": "interrupted", "error": str(error) or "stopped before the first step"}
         code = INTERRUPTED
     except Diverged as error:
         result |= {"status": "diverged", "error": str(error)}

@@ -1,73 +1,112 @@
-"""A table of the records under a folder: python scripts/table.py runs"""
+"""Tables of the records under a folder.
+
+python scripts/table.py runs               one row per run
+python scripts/table.py runs --seeds       one row per method, mean ± sample deviation over seeds, as Markdown
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from randlora.errors import SettingsError
 
-COLUMNS = (
-    "task",
-    "model",
-    "method",
-    "seed",
-    "metric",
-    "zero-shot",
-    "trained",
-    "parameters",
-    "seconds",
-    "MiB",
-    "status",
-)
+
+class Run(NamedTuple):
+    """One record: where it lies, and what it says."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def cell(self) -> tuple[str, str, str]:
+        """task, model, method"""
+        return self.folder.parts[-4], self.folder.parts[-3], self.folder.parts[-2]
+
+    @property
+    def metric(self) -> str:
+        return self.result["headline"]["name"].removeprefix("test/")
+
+    @property
+    def before(self) -> float | None:
+        return self.result["metrics"].get(f"zero_shot/{self.metric}")
 
 
-def row(folder: Path, result: dict[str, Any]) -> list[str]:
-    """One record's cells, as COLUMNS and the run folder."""
-    task, model, method = folder.parts[-4:-1]
-    metric = result["headline"]["name"]
-    before, after = result["metrics"].get(metric.replace("test/", "zero_shot/")), result["headline"]["value"]
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    return [
-        task,
-        model,
-        method,
-        str(result["seed"]),
-        metric,
-        number(before, ".4f"),
-        number(after, ".4f"),
-        number(result["trainable_parameters"], ","),
-        number(result["train_seconds"], ".0f"),
-        number(result["peak_memory_bytes"] and result["peak_memory_bytes"] / 2**20, ",.0f"),
-        result["status"],
-        str(folder),
-    ]
-
-
-def main(arguments: list[str]) -> int:
-    root = Path(arguments[0] if arguments else "runs")
-    records = sorted(root.glob("**/result.json"))
-    if not records:
+def read(root: Path) -> list[Run]:
+    """Every record under `root`; SettingsError when there is none."""
+    runs = [Run(path.parent, json.loads(path.read_text())) for path in sorted(root.glob("**/result.json"))]
+    if not runs:
         raise SettingsError(f"no result.json under {root}: run train.py with run_root={root} first")
+    return runs
+
+
+def each(runs: Sequence[Run]) -> Table:
+    """One row per run."""
     table = Table()
-    for name in (*COLUMNS, "run folder"):
+    for name in ("task", "model", "method", "seed", "metric", "zero-shot", "trained"):
+        table.add_column(name, no_wrap=True)
+    for name in ("parameters", "seconds", "MiB", "status", "run folder"):
         table.add_column(name, overflow="fold")
-    for path in records:
-        table.add_row(*row(path.parent, json.loads(path.read_text())))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    return 0
+    for run in runs:
+        result, memory = run.result, run.result["peak_memory_bytes"]
+        numbers = (
+            (run.before, ".4f"),
+            (result["headline"]["value"], ".4f"),
+            (result["trainable_parameters"], ","),
+            (result["train_seconds"], ".0f"),
+            (memory and memory / 2**20, ",.0f"),
+        )
+        cells = ["" if value is None else format(value, form) for value, form in numbers]
+        table.add_row(*run.cell, str(result["seed"]), run.metric, *cells, result["status"], str(run.folder))
+    return table
+
+
+def over_seeds(runs: Sequence[Run]) -> str:
+    """Finished runs by task, model and method; runs that differ in more than their seed are not mixed."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.result["status"] == "finished":
+            settings = {key: value for key, value in run.result["config"].items() if key not in ("seed", "run_root")}
+            groups.setdefault((*run.cell, json.dumps(settings, sort_keys=True)), []).append(run)
+    lines = [
+        "| task | model | method | trained parameters | metric | zero-shot | after training | seeds | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, model, method, _), members in groups.items():
+        scores = [run.result["headline"]["value"] for run in members]
+        spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        before = "" if members[0].before is None else f"{100 * members[0].before:.1f}"
+        seconds = statistics.mean(run.result["train_seconds"] for run in members)
+        lines.append(
+            f"| {task} | {model} | {method} | {members[0].result['trainable_parameters']:,} | {members[0].metric}, % | "
+            f"{before} | {100 * statistics.mean(scores):.1f}{spread} | {len(scores)} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", default="runs", type=Path)
+    parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
+    arguments = parser.parse_args()
+    runs = read(arguments.root)
+    if arguments.seeds:
+        print(over_seeds(runs))
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(each(runs))
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        main()
     except SettingsError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -17,6 +17,30 @@ def test_commands_compose(command: str) -> None:
     settings(*(re.sub(r"=([^\[]*?),.*", r"=\1", word) if "[" not in word else word for word in words))
 
 
+def test_the_methods_example_keeps_the_contract() -> None:
+    """The code under "Adding a method", run as it stands."""
+    import torch
+    from torch import nn
+
+    import randlora
+    from conftest import Toy
+
+    (code,) = re.findall(r"```python\n(@dataclass.*?)```", TEXT, re.DOTALL)
+    prelude = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\n"
+    scope: dict = {}
+    exec(prelude + "from randlora.adapters import Update\nfrom randlora.methods import Method\n" + code, scope)
+    model, x = Toy(), torch.randn(2, 5, 24)
+    before = model(x)
+    report = randlora.adapt(model, scope["Scaled"](), ["square", "tall", "c_attn[q]"])
+    assert report.trainable_parameters == 24 + 60 + 24
+    torch.testing.assert_close(model(x), before)
+    nn.init.constant_(model.square.updates[0].g, 1.0)
+    changed = model(x)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    randlora.merge(model)
+    torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-4)
+
+
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 5
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora.adapters.attention import close_attention, open_attention
 from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
+from randlora.bases import DenseBasis
 from randlora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ class Context:
     seed: int
     device: torch.device
     weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
+
+    def basis(self, name: str, rows: int, columns: int, distribution: str, sparsity: float | None) -> DenseBasis:
+        """A fixed random matrix for the sites to share, drawn from the run's seed."""
+        return DenseBasis(
+            name, rows, columns, seed=self.seed, distribution=distribution, sparsity=sparsity, device=self.device
+        )
 
 
 @dataclass

@@ -24,6 +24,11 @@ class Method:
     these names and no method's name.
     """
 
+    @property
+    def name(self) -> str:
+        """What records call the method."""
+        return type(self).__name__.lower()
+
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
         raise NotImplementedError

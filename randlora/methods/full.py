@@ -32,6 +32,10 @@ class FullFineTuning(Method):
     def __post_init__(self) -> None:
         check_choice("FullFineTuning.train", self.train, ("all", "targets"))
 
+    @property
+    def name(self) -> str:
+        return "full"
+
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: FullUpdate(context.weights[site.name]) for site in sites}
 

@@ -43,19 +43,9 @@ class NoLA(Method):
         check_distribution(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        def bank(name: str, width: int) -> DenseBasis:
-            return DenseBasis(
-                name,
-                self.num_bases,
-                self.rank * width,
-                seed=context.seed,
-                distribution=self.basis,
-                sparsity=self.sparsity,
-                device=context.device,
-            )
-
-        A = bank("nola.A", max(site.in_features for site in sites))
-        B = bank("nola.B", max(site.out_features for site in sites))
+        widest, tallest = max(site.in_features for site in sites), max(site.out_features for site in sites)
+        A = context.basis("nola.A", self.num_bases, self.rank * widest, self.basis, self.sparsity)
+        B = context.basis("nola.B", self.num_bases, self.rank * tallest, self.basis, self.sparsity)
         return {site.name: NoLAUpdate(self, site, A, B, context.device) for site in sites}
 
 

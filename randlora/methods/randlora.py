@@ -63,19 +63,10 @@ class RandLoRA(Method):
         return max(1, site.small // self.rank) if self.num_bases == "floor" else int(self.num_bases)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        def basis(name: str, rows: int, columns: int) -> DenseBasis:
-            return DenseBasis(
-                name,
-                rows,
-                columns,
-                seed=context.seed,
-                distribution=self.basis,
-                sparsity=self.sparsity,
-                device=context.device,
-            )
-
-        A = basis("randlora.A", self.rank, max(site.small for site in sites))
-        B = basis("randlora.B", max(site.large for site in sites), self.rank * max(map(self.bases_of, sites)))
+        small, large = max(site.small for site in sites), max(site.large for site in sites)
+        width = self.rank * max(map(self.bases_of, sites))
+        A = context.basis("randlora.A", self.rank, small, self.basis, self.sparsity)
+        B = context.basis("randlora.B", large, width, self.basis, self.sparsity)
         return {site.name: RandLoRAUpdate(self, site, A, B, context.device) for site in sites}
 
 

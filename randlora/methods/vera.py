@@ -41,19 +41,9 @@ class VeRA(Method):
         check_distribution(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        def basis(name: str, rows: int, columns: int) -> DenseBasis:
-            return DenseBasis(
-                name,
-                rows,
-                columns,
-                seed=context.seed,
-                distribution=self.basis,
-                sparsity=self.sparsity,
-                device=context.device,
-            )
-
-        A = basis("vera.A", self.rank, max(site.in_features for site in sites))
-        B = basis("vera.B", max(site.out_features for site in sites), self.rank)
+        widest, tallest = max(site.in_features for site in sites), max(site.out_features for site in sites)
+        A = context.basis("vera.A", self.rank, widest, self.basis, self.sparsity)
+        B = context.basis("vera.B", tallest, self.rank, self.basis, self.sparsity)
         return {site.name: VeRAUpdate(self, site, A, B, context.device) for site in sites}
 
 

@@ -66,6 +66,8 @@ class Record:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+        if not any(self.checkpoints.glob("step_*")):
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         write(self.folder / "config.yaml", config_yaml)
         self._status("running")
         for logger in self.loggers:

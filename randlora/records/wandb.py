@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from randlora.errors import check_choice
+from randlora.errors import SettingsError, check_choice
 
 
 @dataclass
@@ -27,25 +27,31 @@ class Wandb:
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path, tags: list[str]) -> None:
         import wandb
+        from wandb.errors import Error
 
         task, model, method, signature = name.split("/")
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=self.mode,  # type: ignore[arg-type]
-            name=f"{method} {model} {task}",
-            group=f"{task}/{model}",
-            id=signature,
-            resume="allow",
-            config=dict(config) | {"signature": signature},
-            dir=str(folder),
-            tags=tags,
-            reinit="finish_previous",
-        )
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=self.mode,  # type: ignore[arg-type]
+                name=f"{method} {model} {task}",
+                group=f"{task}/{model}",
+                id=signature,
+                resume="allow",
+                config=dict(config) | {"signature": signature},
+                dir=str(folder),
+                tags=tags,
+                reinit="finish_previous",
+            )
+        except Error as error:
+            raise SettingsError(f"W&B: {str(error).splitlines()[0]}; logger.mode=offline needs no account") from error
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
         self._run.summary.update({key: result[key] for key in result if key not in ("config", "versions")})
         self._run.finish(exit_code=0 if result["status"] == "finished" else 1)

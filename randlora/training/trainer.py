@@ -59,16 +59,18 @@ class Fit:
 class Trainer:
     """AdamW with the settings that all methods share.
 
-    `epochs` or, where given, `max_steps` is the length. A step is `batch_size` examples over all processes, in
-    micro-batches of `micro_batch_size` per process (None: at once). `learning_rate` is the updates';
-    `head_learning_rate` the task head's (None: the same). `warmup`: a part of the steps below 1, a number of steps
-    from 1 on. `schedule` ends at `final_rate` times the rate. `precision` bf16 is autocast; trained tensors stay
-    float32. `evaluate_every` steps the validation set is scored (None: at the end only), `save_every` steps a
-    checkpoint is written (None: only when interrupted). `device` is auto, cpu or cuda.
+    `epochs` or, where given, `max_steps` is the length; an epoch of a small set is repeated up to
+    `min_steps_per_epoch`. A step is `batch_size` examples over all processes, in micro-batches of `micro_batch_size`
+    per process (None: at once). `learning_rate` is the updates'; `head_learning_rate` the task head's (None: the
+    same). `warmup`: a part of the steps below 1, a number of steps from 1 on. `schedule` ends at `final_rate` times
+    the rate. `precision` bf16 is autocast; trained tensors stay float32. `evaluate_every` steps the validation set is
+    scored (None: at the end only), `save_every` steps a checkpoint is written (None: only when interrupted). `device`
+    is auto, cpu or cuda.
     """
 
     epochs: float = 10
     max_steps: int | None = None
+    min_steps_per_epoch: int = 0
     batch_size: int = 128
     micro_batch_size: int | None = None
     evaluation_batch_size: int = 256
@@ -92,6 +94,7 @@ class Trainer:
         for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
             if getattr(self, name) is not None:
                 check_count(f"trainer.{name}", getattr(self, name))
+        check_count("trainer.min_steps_per_epoch", self.min_steps_per_epoch, 0)
         for name in ("batch_size", "evaluation_batch_size", "log_every"):
             check_count(f"trainer.{name}", getattr(self, name))
         check_count("trainer.workers", self.workers, 0)
@@ -107,7 +110,8 @@ class Trainer:
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size."""
-        return self.max_steps or max(1, round(self.epochs * examples / self.batch_size))
+        per_epoch = max(examples / self.batch_size, self.min_steps_per_epoch)
+        return self.max_steps or max(1, round(self.epochs * per_epoch))
 
     def accelerator(self) -> Accelerator:
         """The devices and processes of this run."""
@@ -204,7 +208,7 @@ class _Run:
         micro = [self._to_device(next(batches)) for _ in range(self._micro_batches())]
         weights = [self.task.weight(batch) for batch in micro]
         world = self.accelerator.num_processes
-        total = self._sum(float(sum(weights)))
+        (total,) = self._sum(float(sum(weights)))
         mean = torch.zeros((), device=self.accelerator.device)
         for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
             last = i == len(micro) - 1
@@ -217,7 +221,8 @@ class _Run:
                 self.accelerator.backward(share if penalty is None else share + penalty)
             mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
-        value, size = self._sum(float(mean)), float(norm)
+        value, stopping = self._sum(float(mean), float(self.interrupted))
+        size, self.interrupted = float(norm), stopping > 0  # every process stops after the same step
         if not (math.isfinite(value) and math.isfinite(size)):
             last_good = checkpoint.latest(self.folder)
             raise Diverged(
@@ -312,11 +317,12 @@ class _Run:
             return batch.to(self.accelerator.device, non_blocking=True)
         return {key: self._to_device(value) for key, value in batch.items()} if isinstance(batch, dict) else batch
 
-    def _sum(self, value: float) -> float:
-        """Over all processes."""
+    def _sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
         if self.accelerator.num_processes == 1:
-            return value
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum"))
+            return list(values)
+        reduced: Any = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
+        return reduced.tolist()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
