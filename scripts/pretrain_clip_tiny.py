@@ -34,17 +34,18 @@ A CLIP of {parameters:,} parameters, {tower_parameters:,} of them beside the tok
 exists so that the same code path as CLIP ViT-B/32 (open_clip, two towers of nn.MultiheadAttention, prompts, zero-shot
 classification) runs on real pretrained weights without a download. It knows what Tiny-ImageNet shows and little else.
 
-| | | |---|---| | weights | `clip_tiny.safetensors`, float16, {megabytes:.1f} MB; architecture `clip_tiny.json` | |
-command | `python scripts/pretrain_clip_tiny.py data_root=FOLDER` (configs/experiment/pretrain_clip_tiny.yaml) | |
-data | Tiny-ImageNet: {train:,} training images at 64 × 64, captions made from the class names and everyday kinds | |
-training | {steps:,} steps of 256 pairs from random weights, bf16 autocast, two CPU cores, {seconds:,.0f} s | |
-zero-shot, Tiny-ImageNet's official validation images | {tiny_imagenet:.1%} of 10,000 (chance 0.5 %), not seen in
-training | | zero-shot by class name, CIFAR-10's test images | {cifar10:.1%} of 10,000 (chance 10 %), data set never
-seen |
+| | |
+|---|---|
+| weights | `clip_tiny.safetensors`, float16, {megabytes:.1f} MB; architecture `clip_tiny.json` |
+| command | `python scripts/pretrain_clip_tiny.py data_root=FOLDER` (configs/experiment/pretrain_clip_tiny.yaml) |
+| data | Tiny-ImageNet: {train:,} training images at 64 × 64, captions from class names and everyday kinds |
+| training | {steps:,} steps of 256 pairs from random weights, bf16 autocast, two CPU cores, {seconds:,.0f} s |
+| zero-shot, Tiny-ImageNet's official validation images (not trained on) | {tiny_imagenet:.1%} of 10,000, chance 0.5 % |
+| zero-shot by class name, CIFAR-10's test images (data set never seen) | {cifar10:.1%} of 10,000, chance 10 % |
 
 Scores are of the stored float16 weights, with the prompts of configs/task. The images are from ImageNet and come with
 its terms: use the weights for research and tests. Captions call a Chihuahua "a kind of dog"; of CIFAR-10's class
-names, {known} occur in them, the others do not.
+names, {known} occur in them, the others do not, which bounds the zero-shot score.
 """
 
 
