@@ -45,6 +45,7 @@ class Experiment:
                 raise SettingsError(f"{name}: {config[name].get('_target_')!r} is not a {kind.__name__}")
         check_count("seed", config["seed"], 0)
         check_choice("resume", config["resume"], (True, False))
+        check_choice("dry_run", config["dry_run"], (True, False, "json"))
         budget = Budget(config["seed"], config["shots"], config["fraction"])
         patterns = parts["model"].patterns(config["targets"])
         parts["task"].check_model(parts["model"])

@@ -24,6 +24,8 @@ WRONG = {
     "targets=['*.nosuch']": r"target '\*.nosuch' matches no linear map; there are ",
     "targets=nosuch": "targets=nosuch: model clip_tiny has the sets all, vision",
     "task=cifar10 data_root=/nowhere": "data_root=/nowhere: /nowhere/cifar10 has no train.parquet",
+    "targets=null": "targets=None: model clip_tiny has the sets",
+    "dry_run=maybe": "dry_run='maybe': choose one of True, False, json",
     "shots=0": "shots=0: must be a whole number",
     "shots=4 fraction=0.5": "give one of them",
     "task=stsb model=minilm shots=4 dry_run=true": "task stsb has no classes",

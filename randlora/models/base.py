@@ -68,7 +68,7 @@ class Model:
 
     def patterns(self, targets: str | Sequence[str]) -> list[str]:
         """The patterns of a named target set, or the list of patterns given; checked against the model's outline."""
-        if not isinstance(targets, str):
+        if isinstance(targets, Sequence) and not isinstance(targets, str):
             patterns = [str(pattern) for pattern in targets]
         elif targets in self.targets:
             patterns = list(self.targets[targets])

@@ -299,7 +299,7 @@ class _Run:
         warning = self.watch.add(loss)
         if warning:
             self.observer.say(f"step {done}: {warning}")
-        if done % self.settings.log_every == 0 or done == self.steps:
+        if done % self.settings.log_every == 0 or done in (1, self.steps):
             self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
         self.observer.progress(done, self.steps, f"loss {loss:.3f}")
 
