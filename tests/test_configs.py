@@ -93,3 +93,13 @@ def test_signatures() -> None:
 def test_configs_are_plain_yaml() -> None:
     for path in (REPOSITORY / "configs").rglob("*.yaml"):
         OmegaConf.load(path)
+
+
+@pytest.mark.parametrize("pair", options("rates"))
+def test_rates_belong_to_a_model_and_a_method(pair: str) -> None:
+    """The file name is what picks it, so a misspelt one would be ignored in silence."""
+    model, _, method = pair.rpartition("_")
+    assert model in options("model")
+    assert method in options("method")
+    rate = OmegaConf.load(REPOSITORY / "configs" / "rates" / f"{pair}.yaml").trainer.learning_rate
+    assert settings(f"model={model}", f"method={method}")["trainer"]["learning_rate"] == rate
