@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 class NoLA(Method):
     """ΔW = (alpha / rank) · (Σ_j β_j B_j)(Σ_j α_j A_j) with fixed A_j (rank × in), B_j (out × rank).
 
-    The 2·num_bases coefficients are trained, whatever the site's shape. β starts at zero, so that ΔW does;
-    α at 1/√num_bases, so that Σ_j α_j A_j starts as a random matrix of LoRA's initial size. (NoLA's authors reach
-    the same by a fixed A_0 with α = 0; the RandLoRA authors' code starts both at 1/num_bases, away from zero.)
-    One bank of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank.
+    The 2·num_bases coefficients are trained, whatever the site's shape. β starts at zero, so that ΔW does; α at one.
+    Each basis is divided by √num_bases, as in NoLA's code: then Σ_j α_j A_j starts as a random matrix of LoRA's
+    initial size, and a step of the optimiser moves both factors as far as it would LoRA's. (NoLA's authors reach the
+    same by a fixed A_0 with α = 0; the RandLoRA authors' code starts both at 1/num_bases, away from zero.) One bank
+    of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank.
     """
 
     rank: int = 1
@@ -56,10 +57,10 @@ class NoLAUpdate(Update):
         super().__init__()
         self.rank, self.dropout = method.rank, method.dropout
         self.bank_A, self.bank_B = A, B
-        # As in LoRA: A within the variance of U(±1/√in), B of order one.
-        self.scale = relative_scale(method.rank, method.alpha) / math.sqrt(3 * site.in_features)
         n = method.num_bases
-        self.alpha = nn.Parameter(torch.full((n,), 1 / math.sqrt(n), device=device))
+        # With both 1/√n in the scale, A has the variance of LoRA's U(±1/√in) at the start.
+        self.scale = relative_scale(method.rank, method.alpha) / (n * math.sqrt(3 * site.in_features))
+        self.alpha = nn.Parameter(torch.ones(n, device=device))
         self.beta = nn.Parameter(torch.zeros(n, device=device))
 
     def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
