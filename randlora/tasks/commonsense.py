@@ -106,8 +106,7 @@ class Commonsense(Task):
             predicted = self._most_likely(model, batch)
         else:
             tokenizer = batch["tokenizer"]
-            settings = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens, "do_sample": False}
-            made = model.generate(batch["inputs"], tokenizer, settings)
+            made = model.generate(batch["inputs"], tokenizer.pad_token_id, self.beams, self.max_new_tokens)
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             predicted = [first_answer(text, self.answers) for text in texts]
         return {"predicted": predicted, "label": batch["answer"]}
@@ -212,12 +211,19 @@ class LanguageModel(nn.Module):
         self.lm = backbone.module
 
     def forward(self, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
-        """Logits (B, length, vocabulary), of the last `keep` positions if not 0; rows count from their first token."""
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        return self.lm(**inputs, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        """Logits (B, length, vocabulary), of the last `keep` positions if not 0."""
+        return self._run(inputs, use_cache=False, logits_to_keep=keep).logits
 
     @torch.no_grad()
-    def generate(self, inputs: dict[str, Tensor], tokenizer: Any, settings: dict[str, Any]) -> Tensor:
-        """The new tokens (B, new) after prompts that are padded on the left."""
-        ids = self.lm.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings)
+    def generate(self, inputs: dict[str, Tensor], pad: int, beams: int, max_new_tokens: int) -> Tensor:
+        """The new tokens (B, new) of a beam search after prompts that are padded on the left."""
+        # A question's beams share its prompt, so all but its last token is read once; generate would read it per beam.
+        read = self._run({name: value[:, :-1] for name, value in inputs.items()}, use_cache=True, logits_to_keep=1)
+        read.past_key_values.batch_repeat_interleave(beams)
+        settings = {"num_beams": beams, "max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+        ids = self.lm.generate(**inputs, past_key_values=read.past_key_values, **settings)
         return ids[:, inputs["input_ids"].shape[1] :]
+
+    def _run(self, inputs: dict[str, Tensor], **options: Any) -> Any:
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)  # padding on the left is not counted
+        return self.lm(**inputs, position_ids=positions, **options)
