@@ -8,8 +8,10 @@ import pytest
 import torch
 from scipy.stats import kstest, norm
 
-from randlora.bases import DenseBasis, draw
+from randlora.bases import DenseBasis, KroneckerBasis, draw
 from randlora.bases.dense import _log, _normal_quantile
+from randlora.bases.kronecker import factor_pair
+from randlora.bases.orthogonal import orthogonal
 from randlora.errors import SettingsError
 from randlora.streams import permutation, words
 
@@ -19,6 +21,7 @@ GOLDEN = {
     "normal": "6a300f20b13776bdd739c9631a2e52c9bc427febae6b3948f799a91063d6bc04",
     "ternary": "c6e7399ce589ab8b22b466529a6728223884300d48fd17eda41c642f238b13a3",
 }
+GOLDEN_KRONECKER = "ace9ac0641f265564537e7b935de8cacf09135acf107cd2d0c2c315752095dc4"
 
 
 def sha256(distribution: str) -> str:
@@ -83,7 +86,7 @@ def test_half_precision_models_keep_float32_bases() -> None:
     before = basis.sha256()
     basis.half()
     assert basis.sha256() == before
-    assert basis(4, 4, torch.bfloat16).dtype == torch.bfloat16
+    assert basis.block(4, 4, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_nothing_is_drawn_on_the_meta_device() -> None:
@@ -109,6 +112,73 @@ def test_permutation_is_one() -> None:
 def test_wrong_settings_are_refused() -> None:
     from randlora.methods import RandLoRA
 
-    for bad in ({"basis": "cauchy"}, {"sparsity": 3.0}, {"basis": "ternary", "sparsity": 1.0}):
+    for bad in (
+        {"basis": "cauchy"},
+        {"sparsity": 3.0},
+        {"basis": "ternary", "sparsity": 1.0},
+        {"basis": "binary", "sparsity": 3.0},
+        {"delta_dtype": "float16"},
+    ):
         with pytest.raises(SettingsError):
             RandLoRA(rank=2, **bad)
+
+
+def test_ternary_bases_are_stored_as_bytes() -> None:
+    basis = DenseBasis("golden", 33, 65, seed=7, distribution="ternary")
+    assert basis.matrix.dtype == torch.int8
+    assert torch.equal(basis.block(33, 65), draw(33, 65, "golden", 7, distribution="ternary"))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ternary", "kronecker"])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 24), (48, 24), (61, 24), (23, 23), (24, 61)])
+@pytest.mark.parametrize("less", [0, 3])
+def test_maps_multiply_as_their_matrix_does(kind: str, rows: int, columns: int, less: int) -> None:
+    """Oracle: the matrix itself, in float64; `less` cuts the smaller side, as few bases do."""
+    if kind == "kronecker":
+        basis = KroneckerBasis("m", rows, columns, seed=0)
+    else:
+        basis = DenseBasis("m", rows, columns, seed=0, distribution=kind)
+    rows, columns = (rows, columns - less) if rows >= columns else (rows - less, columns)
+    B = basis(rows, columns)
+    matrix = B.matrix(torch.float64)
+    assert matrix.shape == (rows, columns) == (B.rows, B.columns)
+    h, x = torch.randn(5, columns, dtype=torch.float64), torch.randn(5, rows, dtype=torch.float64)
+    onto = torch.randn(5, rows, dtype=torch.float64)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(B.up(h), h @ matrix.T, **close)
+    torch.testing.assert_close(B.up(h, onto.clone()), onto + h @ matrix.T, **close)
+    torch.testing.assert_close(B.down(x), x @ matrix, **close)
+    torch.testing.assert_close(B.times(h.T), matrix @ h.T, **close)
+    torch.testing.assert_close(B.transposed_times(x.T), matrix.T @ x.T, **close)
+
+
+@pytest.mark.parametrize("size", [24, 768, 97, 1])
+@pytest.mark.parametrize("times", [1.0, 4.0, 2.5])
+def test_kronecker_bases_are_orthogonal(size: int, times: float) -> None:
+    """The module's claims: BᵀB = N·k·I for D = k·N, a condition number of at most √2 else, mean square 1."""
+    B = KroneckerBasis("k", round(times * size), size, seed=1)(round(times * size), size).matrix(torch.float64)
+    values = torch.linalg.svdvals(B)
+    whole = B.shape[0] % size == 0
+    assert values[0] / values[-1] <= (1 + 1e-6 if whole else 2**0.5 + 1e-6)
+    if whole:
+        torch.testing.assert_close(values[0].item(), (size * B.shape[0] / size) ** 0.5, rtol=1e-6, atol=0)
+        assert B.square().mean().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_orthogonal_matrices_are_those_of_lapack() -> None:
+    """Oracle: NumPy's QR of the same normal matrix, with R's diagonal made positive."""
+    Q, R = np.linalg.qr(draw(50, 50, "q", 3, distribution="normal").double().numpy())
+    np.testing.assert_allclose(orthogonal(50, "q", 3).numpy(), Q * np.sign(np.diag(R)), atol=1e-12)
+
+
+def test_kronecker_bits_are_the_recorded_ones() -> None:
+    assert KroneckerBasis("golden", 96, 48, seed=7).sha256() == GOLDEN_KRONECKER
+
+
+def test_a_kronecker_block_does_not_depend_on_the_whole() -> None:
+    small, large = KroneckerBasis("k", 40, 24, seed=0)(40, 20), KroneckerBasis("k", 240, 24, seed=0)(40, 20)
+    assert torch.equal(small.matrix(), large.matrix())
+
+
+def test_factor_pairs() -> None:
+    assert [factor_pair(n) for n in (768, 896, 1024, 97, 1)] == [(24, 32), (28, 32), (32, 32), (1, 97), (1, 1)]

@@ -16,10 +16,16 @@ METHODS = [
     LoRA(rank=4),
     VeRA(rank=16),
     VeRA(rank=16, basis="ternary"),
+    VeRA(rank=16, basis="kronecker"),
+    VeRA(rank=30, basis="very_sparse"),
     NoLA(num_bases=32, rank=2),
+    NoLA(num_bases=32, rank=2, basis="kronecker"),
+    NoLA(num_bases=32, rank=2, basis="binary"),
     RandLoRA(rank=5),
     RandLoRA(rank=5, num_bases="floor", basis="normal"),
     RandLoRA(rank=4, num_bases=3, zero="gamma", basis="ternary", sparsity=6.0),
+    RandLoRA(rank=5, basis="kronecker"),
+    RandLoRA(rank=5, num_bases="floor", basis="kronecker"),
     FullFineTuning(train="targets"),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
@@ -98,6 +104,17 @@ def test_rank_is_the_claimed_one(method: Method) -> None:
     for site in report.sites:
         weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64)
         assert torch.linalg.matrix_rank(updates[site.name].delta(weight)) == claimed_rank(method, site), site
+
+
+def test_very_sparse_bases_leave_columns_without_an_update() -> None:
+    """A of rank rows has columns without a sign, a share (1 - 2/√d)^rank of them, and ΔW is zero there."""
+    model = nn.Sequential(nn.Linear(400, 400))
+    randlora.adapt(model, RandLoRA(rank=4, basis="very_sparse"), ["0"])
+    randomise(model)
+    update = model[0].updates[0]
+    reached = update.bases()[0].abs().sum(0) > 0
+    assert (~reached).float().mean().item() == pytest.approx(0.9**4, abs=0.08)
+    assert torch.equal(update.delta(model[0].weight).abs().sum(0) > 0, reached)
 
 
 def all_updates(model: nn.Module) -> list:
@@ -216,13 +233,14 @@ def test_bases_are_shared_between_sites_and_not_saved(toy: Toy) -> None:
     assert not [name for name in toy.state_dict() if "basis" in name]
 
 
-def test_a_sites_slice_does_not_depend_on_which_others_are_adapted() -> None:
+@pytest.mark.parametrize("basis", ["uniform", "sparse", "very_sparse", "kronecker"])
+def test_a_sites_slice_does_not_depend_on_which_others_are_adapted(basis: str) -> None:
     alone, all_of_them = Toy(), Toy()
-    randlora.adapt(alone, RandLoRA(rank=4), ["square"])
-    randlora.adapt(all_of_them, RandLoRA(rank=4), TOY_TARGETS)
-    few, many = all_updates(alone)[0], all_updates(all_of_them)[0]
-    for ours, theirs in zip(few.bases(24, torch.float32), many.bases(24, torch.float32), strict=True):
-        assert torch.equal(ours, theirs)
+    randlora.adapt(alone, RandLoRA(rank=4, basis=basis), ["square"])
+    randlora.adapt(all_of_them, RandLoRA(rank=4, basis=basis), TOY_TARGETS)
+    (few_A, few_B), (many_A, many_B) = all_updates(alone)[0].bases(), all_updates(all_of_them)[0].bases()
+    assert torch.equal(few_A, many_A)
+    assert torch.equal(few_B.matrix(), many_B.matrix())
 
 
 def test_full_fine_tuning_trains_everything_else_too(toy: Toy) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora.adapters.attention import close_attention, open_attention
 from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
-from randlora.bases import DenseBasis
+from randlora.bases import Basis, basis_of
 from randlora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -38,11 +38,9 @@ class Context:
     device: torch.device
     weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
 
-    def basis(self, name: str, rows: int, columns: int, distribution: str, sparsity: float | None) -> DenseBasis:
-        """A fixed random matrix for the sites to share, drawn from the run's seed."""
-        return DenseBasis(
-            name, rows, columns, seed=self.seed, distribution=distribution, sparsity=sparsity, device=self.device
-        )
+    def basis(self, name: str, rows: int, columns: int, kind: str, sparsity: float | None, size: int) -> Basis:
+        """A fixed random matrix for sites to share, drawn from the run's seed; see `randlora.bases.basis_of`."""
+        return basis_of(kind, sparsity, name, rows, columns, size, self.seed, self.device)
 
 
 @dataclass
@@ -159,6 +157,24 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for seat in adapted:
             seat.drop_merged()
+
+
+@contextmanager
+def cached(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, what updates make of their trained numbers is kept until an optimiser's step changes these.
+
+    It saves work where a model is called several times between two steps: accumulation, checkpointed layers,
+    passes without gradients. The price is up to one matrix as large as W0 for each site. Changes are seen by the
+    tensors' version counters, so writing to ``.data`` inside is not.
+    """
+    updates: list[Update] = [update for seat in seats(model).values() for update in seat.updates]  # type: ignore[misc]
+    for update in updates:
+        update.keep(True)
+    try:
+        yield model
+    finally:
+        for update in updates:
+            update.keep(False)
 
 
 def merge(model: nn.Module) -> nn.Module:

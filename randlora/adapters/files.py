@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, unload
-from randlora.bases import DenseBasis
+from randlora.bases import Basis
 from randlora.errors import SettingsError
 from randlora.methods.base import describe, method_from
 
@@ -110,11 +110,8 @@ def _sites_sha256(adaptation: Adaptation) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _bases_sha256(adaptation: Adaptation) -> dict[str, str]:
-    bases = {
-        module.name: module
-        for update in adaptation.updates.values()
-        for module in update.modules()
-        if isinstance(module, DenseBasis)
-    }
-    return {name: basis.sha256() for name, basis in sorted(bases.items())}
+def _bases_sha256(adaptation: Adaptation) -> list[str]:
+    """One of each shared matrix, in the order of their names and sizes."""
+    modules = [module for update in adaptation.updates.values() for module in update.modules()]
+    bases = {id(module): module for module in modules if isinstance(module, Basis)}
+    return sorted(f"{basis.name} {basis.sha256()}" for basis in bases.values())

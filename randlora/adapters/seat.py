@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class Update(nn.Module):
     """
 
     replaces_base = False  # True when the trained numbers stand in for W0 instead of beside it
+    caching = False  # True inside `cached`
+    _kept: tuple[Any, Tensor] | None = None
 
     def delta(self, weight: Tensor) -> Tensor:
         """W' - W0, float32 (out, in), given the frozen weight; most methods read only its shape."""
@@ -55,6 +57,21 @@ class Update(nn.Module):
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         """x W'ᵀ + b for x (..., in)."""
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
+
+    def keep(self, caching: bool) -> None:
+        """Starts or ends keeping; see `randlora.adapters.core.cached`."""
+        self.caching, self._kept = caching, None
+
+    def kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor | None:
+        """Inside `cached`, `make()`, made again only when `key` or a trained tensor has changed; None elsewhere."""
+        if not self.caching or torch.compiler.is_compiling():
+            return None
+        state = (key, *((p.data_ptr(), p._version) for p in self.parameters()))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # so that the old one is gone before the new one comes
+            with torch.no_grad():
+                self._kept = (state, make())
+        return self._kept[1]
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -1,5 +1,19 @@
 """The fixed random matrices that updates are made of."""
 
-from randlora.bases.dense import DISTRIBUTIONS, DenseBasis, check_distribution, draw
+from randlora.bases.dense import DenseBasis, DenseMap, draw
+from randlora.bases.kinds import KINDS, Basis, Map, basis_of, check_kind, depends_on_size
+from randlora.bases.kronecker import KroneckerBasis, KroneckerMap
 
-__all__ = ["DISTRIBUTIONS", "DenseBasis", "check_distribution", "draw"]
+__all__ = [
+    "KINDS",
+    "Basis",
+    "DenseBasis",
+    "DenseMap",
+    "KroneckerBasis",
+    "KroneckerMap",
+    "Map",
+    "basis_of",
+    "check_kind",
+    "depends_on_size",
+    "draw",
+]

@@ -5,7 +5,7 @@ Distributions (RandLoRA, arXiv 2502.00987, sections 5 and 6.4):
 * ``uniform``: U(-sqrt(3), sqrt(3)), the paper's choice.
 * ``normal``: N(0, 1).
 * ``ternary``: -1, 0, +1 with probabilities 1/s, 1 - 2/s, 1/s, times sqrt(s / 2); ``sparsity`` is s,
-  2 or more (2 has no zeros, 6 has two thirds).
+  2 or more (2 has no zeros, 6 has two thirds). Signs are stored as int8, a quarter of float32.
 
 The published code divides each drawn tensor by its own standard deviation; here the variance is 1 by
 construction, so that an entry does not depend on the size of the matrix around it.
@@ -18,41 +18,36 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import SettingsError, check_choice
 from randlora.streams import unit_interval, words
 
-DISTRIBUTIONS = ("uniform", "normal", "ternary")
 LAYOUT = 1  # part of every key: raise it when the mapping from names to numbers changes
 
 
-def check_distribution(distribution: str, sparsity: float | None) -> None:
-    """Raises SettingsError for an unknown distribution or a sparsity that does not go with it."""
-    check_choice("basis", distribution, DISTRIBUTIONS)
-    if distribution != "ternary" and sparsity is not None:
-        raise SettingsError(f"sparsity={sparsity!r} goes with basis=ternary, not with basis={distribution}")
-    if distribution == "ternary" and sparsity is not None and not sparsity >= 2:
-        raise SettingsError(f"sparsity={sparsity!r}: must be 2 (no zeros) or more")
-
-
-def draw(
-    rows: int, columns: int, *key: str | int, distribution: str = "uniform", sparsity: float | None = None
-) -> Tensor:
+def draw(rows: int, columns: int, *key: str | int, distribution: str = "uniform", sparsity: float = 3.0) -> Tensor:
     """A float32 (rows, columns) matrix; entry (i, j) depends on the key, the distribution, i and j alone."""
-    integers = np.stack([words(columns, LAYOUT, *key, row=row) for row in range(rows)])
+    integers = _integers(rows, columns, key)
     if distribution == "uniform":
         values = (unit_interval(integers) - 0.5) * (2.0 * math.sqrt(3.0))
     elif distribution == "normal":
         values = _normal_quantile(unit_interval(integers))
     else:
-        s = 3.0 if sparsity is None else sparsity
-        edge = 2.0**32 / s
-        values = ((integers >= 2.0**32 - edge).astype(np.float64) - (integers < edge)) * math.sqrt(s / 2.0)
+        return torch.from_numpy(_signs(integers, sparsity)).float() * math.sqrt(sparsity / 2)
     return torch.from_numpy(values.astype(np.float32))
+
+
+def _integers(rows: int, columns: int, key: tuple[str | int, ...]) -> np.ndarray:
+    return np.stack([words(columns, LAYOUT, *key, row=row) for row in range(rows)])
+
+
+def _signs(integers: np.ndarray, sparsity: float) -> np.ndarray:
+    edge = 2.0**32 / sparsity
+    return (integers >= 2.0**32 - edge).astype(np.int8) - (integers < edge).astype(np.int8)
 
 
 class DenseBasis(nn.Module):
@@ -72,21 +67,34 @@ class DenseBasis(nn.Module):
         *,
         seed: int,
         distribution: str = "uniform",
-        sparsity: float | None = None,
+        sparsity: float = 3.0,
         device: torch.device | str = "cpu",
     ):
         super().__init__()
         self.name = name
+        ternary = distribution == "ternary"
+        self.unit = math.sqrt(sparsity / 2) if ternary else 1.0
         if torch.device(device).type == "meta":
-            matrix = torch.empty(rows, columns, device="meta")
+            matrix = torch.empty(rows, columns, dtype=torch.int8 if ternary else torch.float32, device="meta")
+        elif ternary:
+            matrix = torch.from_numpy(_signs(_integers(rows, columns, (name, seed)), sparsity)).to(device)
         else:
-            matrix = draw(rows, columns, name, seed, distribution=distribution, sparsity=sparsity).to(device)
+            matrix = draw(rows, columns, name, seed, distribution=distribution).to(device)
         self.register_buffer("matrix", matrix, persistent=False)
         self._cast: Tensor | None = None
 
-    def forward(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The leading (rows, columns) block, a view; the last lower precision asked for is kept."""
+    def forward(self, rows: int, columns: int) -> DenseMap:
+        """The leading (rows, columns) block as a Map."""
+        return DenseMap(self, rows, columns)
+
+    def block(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The leading (rows, columns) block in `dtype`: a view, unless signs are stored.
+
+        Of floating matrices the last precision beside float32 that was asked for is kept.
+        """
         matrix = self.matrix
+        if matrix.dtype == torch.int8:
+            return matrix[:rows, :columns] * torch.tensor(self.unit, dtype=dtype)  # one pass, in dtype
         if dtype != matrix.dtype:
             if self._cast is None or self._cast.dtype != dtype or self._cast.device != matrix.device:
                 self._cast = matrix.to(dtype)
@@ -101,7 +109,43 @@ class DenseBasis(nn.Module):
 
     def sha256(self) -> str:
         """Of the float32 numbers, little-endian, row by row."""
-        return hashlib.sha256(self.matrix.cpu().numpy().astype("<f4").tobytes()).hexdigest()
+        numbers = self.block(*self.matrix.shape).cpu().numpy()
+        return hashlib.sha256(numbers.astype("<f4").tobytes()).hexdigest()
+
+
+class DenseMap(NamedTuple):
+    """The leading block B (rows, columns) of a basis; products are taken in the operand's dtype."""
+
+    basis: DenseBasis
+    rows: int
+    columns: int
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """B itself."""
+        return self.basis.block(self.rows, self.columns, dtype)
+
+    def up(self, h: Tensor, onto: Tensor | None = None) -> Tensor:
+        """h Bᵀ for h (T, columns), added to `onto` (T, rows) in place where given."""
+        B = self.matrix(h.dtype)
+        if onto is None:
+            return h @ B.T
+        return onto.addmm_(h, B.T) if onto.dtype == h.dtype else onto.add_(h @ B.T)
+
+    def down(self, x: Tensor) -> Tensor:
+        """x B for x (T, rows)."""
+        return x @ self.matrix(x.dtype)
+
+    def times(self, M: Tensor) -> Tensor:
+        """B M for M (columns, m)."""
+        return self.matrix(M.dtype) @ M
+
+    def transposed_times(self, G: Tensor) -> Tensor:
+        """Bᵀ G for G (rows, m)."""
+        return self.matrix(G.dtype).T @ G
+
+    def multiplications(self) -> int:
+        """Of a product with one vector."""
+        return self.rows * self.columns
 
 
 def _log(x: np.ndarray) -> np.ndarray:

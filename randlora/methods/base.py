@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.bases import depends_on_size
 from randlora.errors import SettingsError, check_count, check_positive, check_range
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
-    from randlora.adapters.seat import Site, Update
+    from randlora.adapters.seat import Frozen, Site, Update
 
 
 class Method:
@@ -69,6 +71,14 @@ def relative_scale(rank: int, alpha: float | None) -> float:
     return 2.0 if alpha is None else alpha / rank
 
 
+def sharing(sites: Sequence[Site], kind: str, size: Callable[[Site], Any]) -> list[list[Site]]:
+    """The sites in groups that can have the same fixed matrices: all, or those of one `size` where `kind` needs it."""
+    if not depends_on_size(kind):
+        return [list(sites)]
+    sizes = sorted({size(site) for site in sites})
+    return [[site for site in sites if size(site) == one] for one in sizes]
+
+
 def describe(method: Method) -> dict[str, Any]:
     """A method as plain data: its class's import path and its fields."""
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
@@ -97,3 +107,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x runs in: autocast's where it is on, x's own elsewhere."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def low_rank_linear(x: Tensor, base: Frozen, dropped: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """base(x) + scale · dropped Aᵀ Bᵀ for x and dropped (..., in), A (r, in), B (out, r); no temporary of y's size."""
+    y = base(x)
+    low = F.linear(dropped, A.to(dropped.dtype)).flatten(0, -2)
+    y.view(-1, y.shape[-1]).addmm_(low.to(y.dtype), B.to(y.dtype).T, alpha=scale)
+    return y

@@ -1,102 +1,225 @@
-"""The exact ways to compute x (W0 + ΔW)ᵀ for RandLoRA's ΔW = s · B M, and the choice between them.
+"""The exact ways to compute x (W0 + ΔW)ᵀ + b for RandLoRA's ΔW = B M, and the choice between them.
 
-Shapes: T tokens, D and d the larger and smaller side of W0, n bases of rank r, N = n·r.
-B (D, N) and A (r, d) are fixed; λ (n, r) and γ (n, d) are trained; the factor M (N, d) stacks Λ_j A Γ_j. For
-out ≥ in, ΔW = s B M; for out < in, ΔW = s Mᵀ Bᵀ.
+Shapes: T tokens, D and d the larger and smaller side of W0, n bases of rank r, N = n·r. B (D, N) and A (r, d) are
+fixed; λ (n, r) and γ (n, d) are trained; the factor M (N, d) stacks s Λ_j A Γ_j, the scale s in it. For out ≥ in (tall)
+ΔW = B M; for out < in (wide) ΔW = Mᵀ Bᵀ. B is a Map: a dense matrix, or Kronecker factors.
 
-Autograd would keep M for every site, as large as W0. These functions save x, λ and γ and build M again in
-backward: two elementwise passes.
+Each of a step's three products is taken through the weight or through the tokens:
+
+| product | weight | tokens |
+|---|---|---|
+| output | x W'ᵀ with W' = W0 + ΔW | x W0ᵀ, and x through M and B |
+| input gradient | g W' | g W0, and g through B and M |
+| gradient of M | Bᵀ (gᵀ x) | (g B)ᵀ x, for wide (x B)ᵀ g |
+
+All tokens is the activation form of the paper and of PEFT, all weight the materialised form; output and input gradient
+through the weight and M's through the tokens is the merged-forward form. Autograd would keep M, and W' where it is
+formed, for every site. Here x (h = x B where that is smaller), λ and γ are kept, and M is built again in backward by
+two elementwise passes.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from randlora.bases import DenseMap, Map
 
-def choose_form(tokens: int, large: int, small: int, dtype: torch.dtype, dropout: bool) -> str:
-    """``activation`` or ``materialised``, whichever multiplies less for this many tokens; both are exact.
+WEIGHT, TOKENS = "weight", "tokens"
 
-    With N ≈ d, the activation form adds T·N·(4D + 6d) operations to the frozen layer's forward and backward, the
-    materialised form 6·D·N·d + 2·T·D·d. Dropout on the update's input needs the first. So does
-    a precision below float32: W0 + ΔW rounded to it would lose what is small in ΔW.
+
+class Plan(NamedTuple):
+    """How one call computes: the way of each product, the dtype of tokens, and that of what makes up ΔW."""
+
+    output: str
+    input_gradient: str
+    gradient: str
+    compute: torch.dtype
+    delta: torch.dtype
+
+    @property
+    def forms_weight(self) -> bool:
+        """Whether W' is needed at all."""
+        return WEIGHT in (self.output, self.input_gradient)
+
+    @property
+    def token(self) -> torch.dtype:
+        """The dtype of ΔW's products with tokens: the less precise of the two."""
+        return min(self.compute, self.delta, key=lambda dtype: dtype.itemsize)
+
+
+@cache
+def costs(device: str) -> dict[str, float]:
+    """The planner's constants for a class of device, as scripts/calibrate.py wrote them; the CPU's where unknown."""
+    table = json.loads((files("randlora.methods") / "costs.json").read_text())
+    return table.get(device, table["cpu"])
+
+
+def choose(
+    tokens: int, shape: Sequence[int], B: Map, compute: torch.dtype, delta: torch.dtype, device: str, kept: bool
+) -> Plan:
+    """The plan that costs least for this many tokens, forward and backward, beyond the frozen (out, in) layer's own.
+
+    Costs are in multiply-adds of a float32 matrix product. A product of T tokens with M is T·N·d, with B T·c where c
+    is B's for one vector; W' takes d·c and passes over its D·d numbers. A product that serves twice counts once, and
+    so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
+    dearer the small products of Kronecker factors are, how much cheaper low precision, and what a pass costs.
     """
-    if dropout or dtype not in (torch.float32, torch.float64):
-        return "activation"
-    return "materialised" if tokens * (2 * large + 6 * small) > 6 * large * small else "activation"
+    rate, tall, small = costs(device), shape[0] >= shape[1], min(shape)
+    by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
+    by_token = rate["low_precision"] if min(compute.itemsize, delta.itemsize) < 4 else 1.0
+    c = B.multiplications() * (1.0 if isinstance(B, DenseMap) else rate["small_products"])
+    with_M, with_B = tokens * B.columns * small * by_token, tokens * c * by_token
+    through_B = small * c * by_weight
+    build = through_B + 2 * shape[0] * shape[1] * rate["elementwise"]
+
+    def cost(output: str, input_gradient: str, gradient: str) -> float:
+        # g B (tall) or x B (wide) serves the gradient of M and one of the other products.
+        sharing, other = (input_gradient, output) if tall else (output, input_gradient)
+        products = ((output, input_gradient, gradient).count(TOKENS)) * with_M
+        products += ((TOKENS in (sharing, gradient)) + (other == TOKENS)) * with_B
+        if gradient == WEIGHT:
+            products += tokens * shape[0] * shape[1] * by_token + through_B
+        builds = (output, input_gradient).count(WEIGHT)
+        return products + (min(builds, 1) if kept else builds) * build
+
+    plans = [Plan(one, two, three, compute, delta) for one, two, three in itertools.product((TOKENS, WEIGHT), repeat=3)]
+    return min(plans, key=lambda plan: cost(plan.output, plan.input_gradient, plan.gradient))
 
 
-def factor(lambda_: Tensor, gamma: Tensor, A: Tensor) -> Tensor:
-    """M (N, d): row j·r + k is λ_jk · A_k ⊙ γ_j."""
-    return (lambda_[:, :, None] * A * gamma[:, None, :]).flatten(0, 1)
+def factor(lambda_: Tensor, gamma: Tensor, A: Tensor, scale: float, rows: int) -> Tensor:
+    """M (rows, d): row j·r + k is s · λ_jk · A_k ⊙ γ_j. `rows` is N, or less when B has no more columns."""
+    M = gamma[:, None, :] * A
+    return M.mul_((scale * lambda_)[:, :, None]).flatten(0, 1)[:rows]
 
 
-def _diagonal_gradients(dM: Tensor, lambda_: Tensor, gamma: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """∂λ (n, r) and ∂γ (n, d) from ∂M (N, d)."""
-    product = dM.to(lambda_.dtype).view(*lambda_.shape, -1) * A  # (n, r, d)
-    return (product @ gamma[:, :, None]).squeeze(2), (lambda_[:, None, :] @ product).squeeze(1)
+def diagonal_gradients(dM: Tensor, lambda_: Tensor, gamma: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """∂λ (n, r) and ∂γ (n, d) from ∂M, which is overwritten."""
+    n, r = lambda_.shape
+    dM = dM.to(lambda_.dtype)
+    if len(dM) < n * r:  # the rows that B has no columns for
+        dM = torch.cat([dM, dM.new_zeros(n * r - len(dM), dM.shape[1])])
+    product = dM.view(n, r, -1).mul_(scale * A)
+    return torch.bmm(product, gamma[:, :, None]).squeeze(2), torch.bmm(lambda_[:, None, :], product).squeeze(1)
 
 
-class Activation(torch.autograd.Function):
-    """x ΔWᵀ by products with the activations; for few tokens."""
+def prepare(
+    lambda_: Tensor, gamma: Tensor, weight: Tensor | None, A: Tensor, B: Map, scale: float, plan: Plan
+) -> Tensor:
+    """W' (out, in) in the tokens' dtype where the plan needs it, else M (N, d)."""
+    M = factor(lambda_, gamma, A, scale, B.columns)
+    if weight is None or not plan.forms_weight:
+        return M.to(plan.token)
+    delta = B.times(M.to(plan.delta))
+    return torch.add(weight, delta if weight.shape[0] >= weight.shape[1] else delta.T).to(plan.compute)
+
+
+class UpdatedLinear(torch.autograd.Function):
+    """x W'ᵀ + b, with gradients for x, λ, γ and b; all of A, λ and γ in one dtype.
+
+    `ready` is what `prepare` gives for the plan, or None to make it when it is needed. With `weight` None the result is
+    x ΔWᵀ alone, through the tokens. `tall` is out ≥ in.
+    """
 
     @staticmethod
-    def forward(ctx, x, lambda_, gamma, A, B, scale, out_features):
-        ctx.save_for_backward(x, lambda_, gamma, A, B)
-        ctx.scale, ctx.tall = scale, out_features >= x.shape[-1]
-        with _autocast_off(x):
-            M = (scale * factor(lambda_, gamma, A)).to(B.dtype)
-            tokens = x.flatten(0, -2).to(B.dtype)
-            y = tokens @ M.T @ B.T if ctx.tall else tokens @ B @ M
-        return y.view(*x.shape[:-1], out_features)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, lambda_, gamma, A, B = ctx.saved_tensors
-        with _autocast_off(x):
-            M = (ctx.scale * factor(lambda_, gamma, A)).to(B.dtype)
-            tokens, g = x.flatten(0, -2).to(B.dtype), gradient.flatten(0, -2).to(B.dtype)
-            if ctx.tall:
-                low = g @ B  # (T, N)
-                dx = low @ M
-                dM = low.T @ tokens
+    def forward(ctx, x, lambda_, gamma, weight, bias, ready, A, B, scale, tall, plan):
+        factors = _Factors(lambda_, gamma, weight, A, B, scale, plan, ready)
+        low = None
+        with autocast_off(x):
+            tokens = x.reshape(-1, x.shape[-1]).to(plan.compute)
+            if not tall and TOKENS in (plan.output, plan.gradient):
+                low = B.down(tokens.to(plan.token))
+            if plan.output == WEIGHT:
+                y = linear(tokens, factors.weight(), bias)
             else:
-                dx = g @ M.T @ B.T
-                dM = (tokens @ B).T @ g
-            dlambda, dgamma = _diagonal_gradients(dM, lambda_, gamma, A)
-        return dx.view_as(x).to(x.dtype), ctx.scale * dlambda, ctx.scale * dgamma, None, None, None, None
-
-
-class Materialised(torch.autograd.Function):
-    """x (W0 + ΔW)ᵀ by forming W' once forward and once backward; for many tokens."""
-
-    @staticmethod
-    def forward(ctx, x, lambda_, gamma, A, B, scale, weight):
-        ctx.save_for_backward(x, lambda_, gamma, A, B, weight)
-        ctx.scale = scale
-        return x @ _merged(lambda_, gamma, A, B, scale, weight).T
+                start = None if weight is None else linear(tokens, weight, bias)
+                M = factors.factor()
+                y = B.up(tokens.to(plan.token) @ M.T, onto=start) if tall else _plus_product(start, low, M)
+        kept = low if plan.gradient == TOKENS and not tall else x
+        ctx.save_for_backward(kept, lambda_, gamma, weight, ready)
+        ctx.constants = A, B, scale, tall, plan, x.shape, x.dtype
+        return y.to(plan.compute).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, lambda_, gamma, A, B, weight = ctx.saved_tensors
-        g = gradient.flatten(0, -2)
-        dx = gradient @ _merged(lambda_, gamma, A, B, ctx.scale, weight) if ctx.needs_input_grad[0] else None
-        dW = g.T @ x.flatten(0, -2)
-        dM = B.T @ (dW if weight.shape[0] >= weight.shape[1] else dW.T)
-        dlambda, dgamma = _diagonal_gradients(dM, lambda_, gamma, A)
-        return dx, ctx.scale * dlambda, ctx.scale * dgamma, None, None, None, None
+        kept, lambda_, gamma, weight, ready = ctx.saved_tensors
+        A, B, scale, tall, plan, shape, dtype = ctx.constants
+        factors = _Factors(lambda_, gamma, weight, A, B, scale, plan, ready)
+        dx = dlambda = dgamma = dbias = low = None
+        with autocast_off(gradient):
+            g = gradient.reshape(-1, gradient.shape[-1]).to(plan.compute)
+            g_token = g.to(plan.token)
+            if tall and TOKENS in (plan.input_gradient, plan.gradient):
+                low = B.down(g_token)
+            if ctx.needs_input_grad[0]:
+                if plan.input_gradient == WEIGHT:
+                    dx = g @ factors.weight()
+                else:
+                    start = None if weight is None else g @ weight.to(g.dtype)
+                    M = factors.factor()
+                    dx = _plus_product(start, low, M) if tall else B.up(g_token @ M.T, onto=start)
+                dx = dx.to(dtype).view(shape)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                kept = kept.reshape(-1, kept.shape[-1]).to(plan.token)
+                if plan.gradient == WEIGHT:
+                    dM = B.transposed_times(g_token.T @ kept if tall else kept.T @ g_token)
+                else:
+                    dM = low.T @ kept if tall else kept.T @ g_token
+                dlambda, dgamma = diagonal_gradients(dM, lambda_, gamma, A, scale)
+            if ctx.needs_input_grad[4]:
+                dbias = g.sum(0)
+        return dx, dlambda, dgamma, None, dbias, None, None, None, None, None, None
 
 
-def _merged(lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, scale: float, weight: Tensor) -> Tensor:
-    M = factor(lambda_, gamma, A)
-    if weight.shape[0] >= weight.shape[1]:
-        return torch.addmm(weight, B, M, alpha=scale)
-    return torch.addmm(weight, M.T, B.T, alpha=scale)
+class _Factors(NamedTuple):
+    """M and W' as one pass, forward or backward, needs them."""
+
+    lambda_: Tensor
+    gamma: Tensor
+    base: Tensor | None
+    A: Tensor
+    B: Map
+    scale: float
+    plan: Plan
+    ready: Tensor | None
+
+    def weight(self) -> Tensor:
+        """W' (out, in)."""
+        if self.ready is not None:
+            return self.ready
+        return prepare(self.lambda_, self.gamma, self.base, self.A, self.B, self.scale, self.plan)
+
+    def factor(self) -> Tensor:
+        """M (N, d)."""
+        if self.ready is not None and not self.plan.forms_weight:
+            return self.ready
+        return factor(self.lambda_, self.gamma, self.A, self.scale, self.B.columns).to(self.plan.token)
 
 
-def _autocast_off(x: Tensor) -> torch.autocast:
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As F.linear, in the dtype of the tokens."""
+    dtype = tokens.dtype
+    return F.linear(tokens, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _plus_product(onto: Tensor | None, a: Tensor | None, b: Tensor) -> Tensor:
+    """a b, added to `onto` in place where given."""
+    assert a is not None  # x B or g B, made wherever a product goes through the tokens
+    if onto is None:
+        return a @ b
+    return onto.addmm_(a, b) if onto.dtype == b.dtype else onto.add_(a @ b)
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
     """The dtypes are chosen by hand inside: λ, γ and M's entries stay float32 until the products."""
     return torch.autocast(x.device.type, enabled=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import draw
-from randlora.methods.base import Method, check_low_rank, relative_scale
+from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -55,5 +55,4 @@ class LoRAUpdate(Update):
         return self.scale * (self.B @ self.A)
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
-        return base(x) + F.linear(low, (self.B * self.scale).to(x.dtype))
+        return low_rank_linear(x, base, F.dropout(x, self.dropout, self.training), self.A, self.B, self.scale)

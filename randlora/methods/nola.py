@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import DenseBasis, check_distribution
+from randlora.bases import Basis, check_kind
 from randlora.errors import check_count
-from randlora.methods.base import Method, check_low_rank, relative_scale
+from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale, sharing
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -28,7 +28,9 @@ class NoLA(Method):
     Each basis is divided by √num_bases, as in NoLA's code: then Σ_j α_j A_j starts as a random matrix of LoRA's
     initial size, and a step of the optimiser moves both factors as far as it would LoRA's. (NoLA's authors reach the
     same by a fixed A_0 with α = 0; the RandLoRA authors' code starts both at 1/num_bases, away from zero.) One bank
-    of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank.
+    of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank. With
+    ``basis=kronecker`` the bank of a site's size is a Kronecker product that is never formed: kilobytes instead of
+    megabytes, and a product with α costs next to nothing.
     """
 
     rank: int = 1
@@ -41,19 +43,23 @@ class NoLA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_count("NoLA.num_bases", self.num_bases)
-        check_distribution(self.basis, self.sparsity)
+        check_kind(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        widest, tallest = max(site.in_features for site in sites), max(site.out_features for site in sites)
-        A = context.basis("nola.A", self.num_bases, self.rank * widest, self.basis, self.sparsity)
-        B = context.basis("nola.B", self.num_bases, self.rank * tallest, self.basis, self.sparsity)
-        return {site.name: NoLAUpdate(self, site, A, B, context.device) for site in sites}
+        updates: dict[str, Update] = {}
+        for group in sharing(sites, self.basis, lambda site: (site.out_features, site.in_features)):
+            widest, tallest = max(site.in_features for site in group), max(site.out_features for site in group)
+            small = min(widest, tallest)
+            A = context.basis("nola.A", self.num_bases, self.rank * widest, self.basis, self.sparsity, small)
+            B = context.basis("nola.B", self.num_bases, self.rank * tallest, self.basis, self.sparsity, small)
+            updates |= {site.name: NoLAUpdate(self, site, A, B, context.device) for site in group}
+        return {site.name: updates[site.name] for site in sites}
 
 
 class NoLAUpdate(Update):
     """The update of one site."""
 
-    def __init__(self, method: NoLA, site: Site, A: DenseBasis, B: DenseBasis, device: torch.device):
+    def __init__(self, method: NoLA, site: Site, A: Basis, B: Basis, device: torch.device):
         super().__init__()
         self.rank, self.dropout = method.rank, method.dropout
         self.bank_A, self.bank_B = A, B
@@ -66,8 +72,8 @@ class NoLAUpdate(Update):
     def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         """A (rank × in) and B (out × rank), the scale in A."""
         r, n = self.rank, self.alpha.shape[0]
-        A = (self.scale * self.alpha) @ self.bank_A(n, r * in_features, self.alpha.dtype)
-        B = self.beta @ self.bank_B(n, r * out_features, self.beta.dtype)
+        A = self.bank_A(n, r * in_features).down(self.scale * self.alpha[None])
+        B = self.bank_B(n, r * out_features).down(self.beta[None])
         return A.view(r, in_features), B.view(out_features, r)
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -76,5 +82,4 @@ class NoLAUpdate(Update):
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         A, B = self.factors(*base.weight.shape)
-        low = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))
-        return base(x) + F.linear(low, B.to(low.dtype))
+        return low_rank_linear(x, base, F.dropout(x, self.dropout, self.training), A, B)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import DenseBasis, check_distribution
-from randlora.errors import check_choice, check_count, check_positive
-from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale
-from randlora.methods.forms import Activation, Materialised, choose_form, factor
+from randlora.bases import Basis, Map, check_kind
+from randlora.errors import SettingsError, check_choice, check_count, check_positive
+from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale, sharing
+from randlora.methods.forms import TOKENS, Plan, UpdatedLinear, choose, factor, prepare
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -34,7 +34,13 @@ class RandLoRA(Method):
     * `alpha` defaults to 2·rank. The paper uses 10 for CLIP (10/rank), PEFT 20·rank.
     * `zero` names the diagonal that starts at zero, so that ΔW does. The other starts at `start`; its default is
       PEFT's 1/max(n, d) for γ and the authors' vision code's 1/max(n, rank) for λ.
-    * `basis` and `sparsity`: see randlora.bases. All sites share one A and one B and take leading blocks.
+    * `basis` and `sparsity`: see randlora.bases. All sites share one A and one B and take leading blocks; with
+      ``very_sparse`` and ``kronecker``, those of one smaller side do. ``kronecker`` makes B of orthogonal factors
+      and leaves A dense (uniform); where rank does not divide d, the last block has the rows left to d. A very
+      sparse A (as published) has columns of zeros, (1 - 2/√d)^rank of them, where ΔW stays zero: 64 % for d = 768
+      and rank 6.
+    * `delta_dtype`: the precision of the products that make up ΔW: ``float32``, or ``bfloat16``, which loses
+      about 2⁻⁹ of ΔW and of the gradients, and never anything of W0. Under autocast, products with tokens are its.
     * `dropout` acts on the input of the update alone.
     """
 
@@ -45,6 +51,7 @@ class RandLoRA(Method):
     sparsity: float | None = None
     zero: str = "lambda"
     start: float | None = None
+    delta_dtype: str = "float32"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,7 +59,8 @@ class RandLoRA(Method):
         if self.num_bases not in ("ceil", "floor"):
             check_count("RandLoRA.num_bases (ceil, floor or a number)", self.num_bases)  # type: ignore[arg-type]
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
-        check_distribution(self.basis, self.sparsity)
+        check_kind(self.basis, self.sparsity)
+        check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
         if self.start is not None:
             check_positive("RandLoRA.start", self.start)
 
@@ -63,45 +71,66 @@ class RandLoRA(Method):
         return max(1, site.small // self.rank) if self.num_bases == "floor" else int(self.num_bases)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        small, large = max(site.small for site in sites), max(site.large for site in sites)
-        width = self.rank * max(map(self.bases_of, sites))
-        A = context.basis("randlora.A", self.rank, small, self.basis, self.sparsity)
-        B = context.basis("randlora.B", large, width, self.basis, self.sparsity)
-        return {site.name: RandLoRAUpdate(self, site, A, B, context.device) for site in sites}
+        updates: dict[str, Update] = {}
+        for group in sharing(sites, self.basis, lambda site: site.small):
+            small, large = max(site.small for site in group), max(site.large for site in group)
+            width = self.rank * max(map(self.bases_of, group))
+            if self.basis == "kronecker":
+                if width >= small + self.rank:
+                    raise SettingsError(
+                        f"num_bases={self.num_bases} of rank {self.rank} are more than basis=kronecker has room for at "
+                        f"a matrix whose smaller side is {small}: use ceil, floor or less"
+                    )
+                width = small  # N is a property of the site's size, so that B is orthogonal
+            kind_A = "uniform" if self.basis == "kronecker" else self.basis
+            A = context.basis("randlora.A", self.rank, small, kind_A, self.sparsity, small)
+            B = context.basis("randlora.B", large, width, self.basis, self.sparsity, small)
+            updates |= {site.name: RandLoRAUpdate(self, site, A, B, context.device) for site in group}
+        return {site.name: updates[site.name] for site in sites}
 
 
 class RandLoRAUpdate(Update):
     """The update of one site: ΔW = scale · B M, transposed where out < in; see randlora.methods.forms."""
 
-    def __init__(self, method: RandLoRA, site: Site, A: DenseBasis, B: DenseBasis, device: torch.device):
+    def __init__(self, method: RandLoRA, site: Site, A: Basis, B: Basis, device: torch.device):
         super().__init__()
-        self.rank, self.scale, self.dropout = method.rank, relative_scale(method.rank, method.alpha), method.dropout
+        self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
+        self.delta_dtype = None if method.delta_dtype == "float32" else getattr(torch, method.delta_dtype)
         self.basis_A, self.basis_B = A, B
+        self.tall = site.out_features >= site.in_features
         n = method.bases_of(site)
         width = max(n, site.small) if method.zero == "lambda" else max(n, method.rank)
         start = 1 / width if method.start is None else method.start
         on_lambda, on_gamma = (0.0, start) if method.zero == "lambda" else (start, 0.0)
         self.lambda_ = nn.Parameter(torch.full((n, method.rank), on_lambda, device=device))
         self.gamma = nn.Parameter(torch.full((n, site.small), on_gamma, device=device))
+        columns = n * method.rank if method.basis != "kronecker" else min(n * method.rank, site.small)
+        self.shape = site.large, columns
 
-    def bases(self, large: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (rank, d) as precise as λ, and B (D, n·rank) in `dtype`: this site's blocks of the shared matrices."""
-        n, small = self.gamma.shape
-        return self.basis_A(self.rank, small, self.gamma.dtype), self.basis_B(large, n * self.rank, dtype)
+    def bases(self) -> tuple[Tensor, Map]:
+        """A (rank, d), as precise as λ, and B (D, n·rank): this site's blocks of the shared matrices."""
+        rank, small = self.lambda_.shape[1], self.gamma.shape[1]
+        return self.basis_A(rank, small).matrix(self.lambda_.dtype), self.basis_B(*self.shape)
 
     def delta(self, weight: Tensor) -> Tensor:
-        A, B = self.bases(max(weight.shape), self.lambda_.dtype)
-        delta = self.scale * (B @ factor(self.lambda_, self.gamma, A))
-        return delta if weight.shape[0] >= weight.shape[1] else delta.T
+        A, B = self.bases()
+        delta = B.times(factor(self.lambda_, self.gamma, A, self.scale, B.columns))
+        return delta if self.tall else delta.T
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        dtype = compute_dtype(x)
-        tokens = x.numel() // x.shape[-1]
-        large, small = max(base.weight.shape), min(base.weight.shape)
-        form = choose_form(tokens, large, small, dtype, dropout=self.training and self.dropout > 0)
-        A, B = self.bases(large, dtype)
-        if form == "materialised":
-            y = Materialised.apply(x, self.lambda_, self.gamma, A, B, self.scale, base.weight)
-            return y if base.bias is None else y + base.bias.to(y.dtype)
-        dropped = F.dropout(x, self.dropout, self.training)
-        return base(x) + Activation.apply(dropped, self.lambda_, self.gamma, A, B, self.scale, base.weight.shape[0])
+        A, B = self.bases()
+        dropping = self.training and self.dropout > 0
+        plan = self.plan(x, base.weight, B, dropping)
+        trained = self.lambda_, self.gamma
+        if dropping:  # the update's input differs from the base's
+            dropped = F.dropout(x, self.dropout)
+            return base(x) + UpdatedLinear.apply(dropped, *trained, None, None, None, A, B, self.scale, self.tall, plan)
+        ready = self.kept(plan, lambda: prepare(*trained, base.weight, A, B, self.scale, plan))
+        return UpdatedLinear.apply(x, *trained, base.weight, base.bias, ready, A, B, self.scale, self.tall, plan)
+
+    def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> Plan:
+        """How to compute for this input: the cheapest way, if W0 + ΔW may be formed at all."""
+        compute, delta = compute_dtype(x), self.delta_dtype or self.lambda_.dtype
+        if dropping or weight.dtype.itemsize < 4:  # a base kept in low precision would round a small ΔW away
+            return Plan(TOKENS, TOKENS, TOKENS, compute, delta)
+        return choose(x.numel() // x.shape[-1], weight.shape, B, compute, delta, x.device.type, self.caching)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import DenseBasis, check_distribution
+from randlora.bases import Basis, DenseMap, Map, check_kind
 from randlora.errors import check_positive
-from randlora.methods.base import Method, check_low_rank
+from randlora.methods.base import Method, check_low_rank, compute_dtype, sharing
+from randlora.methods.forms import autocast_off, costs, linear
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -38,19 +40,23 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_positive("VeRA.d_initial", self.d_initial)
-        check_distribution(self.basis, self.sparsity)
+        check_kind(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        widest, tallest = max(site.in_features for site in sites), max(site.out_features for site in sites)
-        A = context.basis("vera.A", self.rank, widest, self.basis, self.sparsity)
-        B = context.basis("vera.B", tallest, self.rank, self.basis, self.sparsity)
-        return {site.name: VeRAUpdate(self, site, A, B, context.device) for site in sites}
+        updates: dict[str, Update] = {}
+        for group in sharing(sites, self.basis, lambda site: (site.out_features, site.in_features)):
+            widest, tallest = max(site.in_features for site in group), max(site.out_features for site in group)
+            small = min(widest, tallest)
+            A = context.basis("vera.A", self.rank, widest, self.basis, self.sparsity, small)
+            B = context.basis("vera.B", tallest, self.rank, self.basis, self.sparsity, small)
+            updates |= {site.name: VeRAUpdate(self, site, A, B, context.device) for site in group}
+        return {site.name: updates[site.name] for site in sites}
 
 
 class VeRAUpdate(Update):
     """The update of one site."""
 
-    def __init__(self, method: VeRA, site: Site, A: DenseBasis, B: DenseBasis, device: torch.device):
+    def __init__(self, method: VeRA, site: Site, A: Basis, B: Basis, device: torch.device):
         super().__init__()
         self.rank, self.dropout = method.rank, method.dropout
         self.basis_A, self.basis_B = A, B
@@ -58,13 +64,92 @@ class VeRAUpdate(Update):
         self.d = nn.Parameter(torch.full((method.rank,), method.d_initial, device=device))
         self.b = nn.Parameter(torch.zeros(site.out_features, device=device))
 
+    def maps(self, out_features: int, in_features: int) -> tuple[Map, Map]:
+        """A (rank, in) and B (out, rank): this site's blocks of the shared matrices."""
+        return self.basis_A(self.rank, in_features), self.basis_B(out_features, self.rank)
+
     def delta(self, weight: Tensor) -> Tensor:
-        A = self.basis_A(self.rank, weight.shape[1], self.d.dtype)
-        B = self.basis_B(weight.shape[0], self.rank, self.d.dtype)
-        return self.b[:, None] * (B @ (A * (self.scale * self.d)[:, None]))
+        return _delta(self.d, self.b, *self.maps(*weight.shape), self.scale)
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        A = self.basis_A(self.rank, x.shape[-1], x.dtype)
-        B = self.basis_B(self.b.shape[0], self.rank, x.dtype)
-        low = F.linear(F.dropout(x, self.dropout, self.training), A)
-        return base(x) + F.linear(low * (self.scale * self.d).to(low.dtype), B) * self.b.to(low.dtype)
+        A, B = self.maps(*base.weight.shape)
+        compute = compute_dtype(x)
+        if self.training and self.dropout > 0:
+            dropped = F.dropout(x, self.dropout)
+            return base(x) + VeRALinear.apply(dropped, self.d, self.b, None, None, A, B, self.scale, compute, False)
+        # A base kept in low precision would round a small ΔW away.
+        tokens = x.numel() // x.shape[-1]
+        merge = base.weight.dtype.itemsize >= 4 and merging_pays(tokens, A, B, compute, x.device.type)
+        return VeRALinear.apply(x, self.d, self.b, base.weight, base.bias, A, B, self.scale, compute, merge)
+
+
+def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str) -> bool:
+    """Whether forming W' (twice) is cheaper than products with the tokens; see randlora.methods.forms.choose_form."""
+    rate = costs(device)
+    low = rate["low_precision"] if compute.itemsize < 4 else 1.0
+    small = 1.0 if isinstance(A, DenseMap) else rate["small_products"]
+    cost_A, cost_B = A.multiplications() * small, B.multiplications() * small
+    out_features, in_features = B.rows, A.columns
+    by_token = tokens * low * (2 if isinstance(A, DenseMap) else 3) * (cost_A + cost_B)
+    weight = in_features * out_features
+    merged = 2 * in_features * cost_B + out_features * cost_A + tokens * weight * low + 8 * weight * rate["elementwise"]
+    return merged < by_token
+
+
+class VeRALinear(torch.autograd.Function):
+    """x W'ᵀ + bias with W' = W0 + s diag(b) B diag(d) A; with `weight` None, x ΔWᵀ alone.
+
+    Merged, only x is kept for backward. Otherwise so it is where the maps are Kronecker products, which are cheaper
+    to apply again than to remember; dense ones keep the two products of the tokens that the gradients need.
+    """
+
+    @staticmethod
+    def forward(ctx, x, d, b, weight, bias, A, B, scale, compute, merge):
+        with autocast_off(x):
+            tokens = x.reshape(-1, x.shape[-1]).to(compute)
+            kept: tuple[Tensor, ...] = ()
+            if merge:
+                y = linear(tokens, weight + _delta(d, b, A, B, scale), bias)
+            else:
+                low, high = _products(tokens, d, A, B, scale)
+                kept = (low, high) if isinstance(A, DenseMap) else ()
+                y = high * b.to(compute)
+                if weight is not None:
+                    y = linear(tokens, weight, bias).add_(y)
+        ctx.save_for_backward(x if not kept else None, d, b, weight, *kept)
+        ctx.constants = A, B, scale, compute, merge, x.shape, x.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, d, b, weight, *kept = ctx.saved_tensors
+        A, B, scale, compute, merge, shape, dtype = ctx.constants
+        with autocast_off(gradient):
+            g = gradient.reshape(-1, gradient.shape[-1]).to(compute)
+            tokens = None if x is None else x.reshape(-1, x.shape[-1]).to(compute)
+            if merge:
+                dx = g @ (weight + _delta(d, b, A, B, scale)).to(compute) if ctx.needs_input_grad[0] else None
+                product = A.up((g.T @ tokens).to(d.dtype)).mul_(B.matrix(d.dtype))  # (out, rank)
+                dd, db = scale * (product.T @ b), product @ (scale * d)
+            else:
+                low, high = kept or _products(tokens, d, A, B, scale)
+                back = B.down(g * b.to(compute))
+                dd = scale * (low * back).sum(0, dtype=d.dtype)
+                db = (g * high).sum(0, dtype=b.dtype)
+                dx = A.down(back * (scale * d).to(compute))
+                if weight is not None:
+                    dx.addmm_(g, weight.to(compute))
+            dbias = g.sum(0) if ctx.needs_input_grad[4] else None
+        return None if dx is None else dx.view(shape).to(dtype), dd, db, None, dbias, None, None, None, None, None
+
+
+def _delta(d: Tensor, b: Tensor, A: Map, B: Map, scale: float) -> Tensor:
+    return B.times(A.matrix(d.dtype) * (scale * d)[:, None]).mul_(b[:, None])
+
+
+def _products(tokens: Tensor | None, d: Tensor, A: Map, B: Map, scale: float) -> tuple[Tensor, Tensor]:
+    """x Aᵀ (T, rank), and what B makes of it before b, (T, out)."""
+    assert tokens is not None
+    low = A.up(tokens)
+    return low, B.up(low * (scale * d).to(low.dtype))
