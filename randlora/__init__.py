@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from randlora.adapters import adapt, load_adapter, merge, merged, save_adapter
+    from randlora.adapters import adapt, from_peft, load_adapter, merge, merged, save_adapter, to_peft
 
-__all__ = ["adapt", "load_adapter", "merge", "merged", "save_adapter"]
+__all__ = ["adapt", "from_peft", "load_adapter", "merge", "merged", "save_adapter", "to_peft"]
 
 
 def __getattr__(name: str):

@@ -28,6 +28,8 @@ TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 def save_adapter(model: nn.Module, folder: str | Path) -> int:
     """Writes the adapter of `model` into `folder` (made if missing); returns the bytes written."""
     adaptation = require_adaptation(model)
+    if any(not getattr(basis, "drawn", True) for basis in _bases(adaptation)):
+        raise SettingsError("this adapter's bases came from a file and no seed gives them: write it with to_peft")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_pack(adaptation), folder / TENSORS)
@@ -111,7 +113,10 @@ def _sites_sha256(adaptation: Adaptation) -> str:
 
 
 def _bases_sha256(adaptation: Adaptation) -> list[str]:
-    """One of each shared matrix, in the order of their names and sizes."""
+    return sorted(f"{basis.name} {basis.sha256()}" for basis in _bases(adaptation))
+
+
+def _bases(adaptation: Adaptation) -> list[Basis]:
+    """The fixed matrices, each once."""
     modules = [module for update in adaptation.updates.values() for module in update.modules()]
-    bases = {id(module): module for module in modules if isinstance(module, Basis)}
-    return sorted(f"{basis.name} {basis.sha256()}" for basis in bases.values())
+    return list({id(module): module for module in modules if isinstance(module, Basis)}.values())

@@ -47,9 +47,9 @@ class Map(Protocol):
         """Of a product with one vector."""
 
 
-def check_kind(kind: str, sparsity: float | None) -> None:
+def check_kind(kind: str, sparsity: float | None, and_peft: bool = False) -> None:
     """Raises SettingsError for an unknown kind or a sparsity that does not go with it."""
-    check_choice("basis", kind, KINDS)
+    check_choice("basis", kind, (*KINDS, "peft") if and_peft else KINDS)
     if sparsity is None:
         return
     if kind not in ("ternary", "sparse"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import Basis, Map, check_kind
+from randlora.bases.peft import PeftBasis, columns_by_basis, draw_randlora
 from randlora.errors import SettingsError, check_choice, check_count, check_positive
 from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale, sharing
 from randlora.methods.forms import TOKENS, Plan, UpdatedLinear, choose, factor, prepare
@@ -38,7 +39,7 @@ class RandLoRA(Method):
       ``very_sparse`` and ``kronecker``, those of one smaller side do. ``kronecker`` makes B of orthogonal factors
       and leaves A dense (uniform); where rank does not divide d, the last block has the rows left to d. A very
       sparse A (as published) has columns of zeros, (1 - 2/√d)^rank of them, where ΔW stays zero: 64 % for d = 768
-      and rank 6.
+      and rank 6. ``peft`` gives PEFT's own A and B.
     * `delta_dtype`: the precision of the products that make up ΔW: ``float32``, or ``bfloat16``, which loses
       about 2⁻⁹ of ΔW and of the gradients, and never anything of W0. Under autocast, products with tokens are its.
     * `dropout` acts on the input of the update alone.
@@ -59,7 +60,7 @@ class RandLoRA(Method):
         if self.num_bases not in ("ceil", "floor"):
             check_count("RandLoRA.num_bases (ceil, floor or a number)", self.num_bases)  # type: ignore[arg-type]
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
-        check_kind(self.basis, self.sparsity)
+        check_kind(self.basis, self.sparsity, and_peft=True)
         check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
         if self.start is not None:
             check_positive("RandLoRA.start", self.start)
@@ -71,7 +72,12 @@ class RandLoRA(Method):
         return max(1, site.small // self.rank) if self.num_bases == "floor" else int(self.num_bases)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        updates: dict[str, Update] = {}
+        pairs = self._peft_bases(sites, context) if self.basis == "peft" else self._bases(sites, context)
+        return {site.name: RandLoRAUpdate(self, site, *pairs[site.name], context.device) for site in sites}
+
+    def _bases(self, sites: Sequence[Site], context: Context) -> dict[str, tuple[Basis, Basis]]:
+        """A and B by site."""
+        pairs: dict[str, tuple[Basis, Basis]] = {}
         for group in sharing(sites, self.basis, lambda site: site.small):
             small, large = max(site.small for site in group), max(site.large for site in group)
             width = self.rank * max(map(self.bases_of, group))
@@ -85,8 +91,18 @@ class RandLoRA(Method):
             kind_A = "uniform" if self.basis == "kronecker" else self.basis
             A = context.basis("randlora.A", self.rank, small, kind_A, self.sparsity, small)
             B = context.basis("randlora.B", large, width, self.basis, self.sparsity, small)
-            updates |= {site.name: RandLoRAUpdate(self, site, A, B, context.device) for site in group}
-        return {site.name: updates[site.name] for site in sites}
+            pairs |= {site.name: (A, B) for site in group}
+        return pairs
+
+    def _peft_bases(self, sites: Sequence[Site], context: Context) -> dict[str, tuple[Basis, Basis]]:
+        """PEFT's A and B by site; its order of B's columns depends on the number of bases."""
+        if self.num_bases != "ceil":
+            raise SettingsError(f"num_bases={self.num_bases!r}: basis=peft needs ceil, as PEFT rounds")
+        outputs, inputs = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        A, B = draw_randlora(self.rank, outputs, inputs, context.seed, context.device)
+        first = PeftBasis("peft.A", A[:, 0])
+        second = {n: PeftBasis("peft.B", columns_by_basis(B, n)) for n in {self.bases_of(site) for site in sites}}
+        return {site.name: (first, second[self.bases_of(site)]) for site in sites}
 
 
 class RandLoRAUpdate(Update):

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import Basis, DenseMap, Map, check_kind
+from randlora.bases.peft import PeftBasis, draw_vera
 from randlora.errors import check_positive
 from randlora.methods.base import Method, check_low_rank, compute_dtype, sharing
 from randlora.methods.forms import autocast_off, costs, linear
@@ -28,7 +29,8 @@ class VeRA(Method):
 
     A and B are leading blocks of one pair that all sites share, with the variance of the authors' Kaiming
     initialisation (2 / in and 2 / rank) for the site's own width. d starts at `d_initial`, b at zero.
-    The published RandLoRA code puts b on the input side of some layers; here it is on the output, as in VeRA.
+    With ``basis=peft`` they are PEFT's own, whose variance is that of the widest site. The published RandLoRA code
+    puts b on the input side of some layers; here it is on the output, as in VeRA.
     """
 
     rank: int = 256
@@ -40,17 +42,22 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_positive("VeRA.d_initial", self.d_initial)
-        check_kind(self.basis, self.sparsity)
+        check_kind(self.basis, self.sparsity, and_peft=True)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        updates: dict[str, Update] = {}
+        pairs: dict[str, tuple[Basis, Basis]] = {}
+        if self.basis == "peft":
+            outputs, inputs = max(site.out_features for site in sites), max(site.in_features for site in sites)
+            drawn = draw_vera(self.rank, outputs, inputs, context.seed, context.device)
+            shared = PeftBasis("peft.A", drawn[0]), PeftBasis("peft.B", drawn[1])
+            return {site.name: VeRAUpdate(self, site, *shared, context.device) for site in sites}
         for group in sharing(sites, self.basis, lambda site: (site.out_features, site.in_features)):
             widest, tallest = max(site.in_features for site in group), max(site.out_features for site in group)
             small = min(widest, tallest)
             A = context.basis("vera.A", self.rank, widest, self.basis, self.sparsity, small)
             B = context.basis("vera.B", tallest, self.rank, self.basis, self.sparsity, small)
-            updates |= {site.name: VeRAUpdate(self, site, A, B, context.device) for site in group}
-        return {site.name: updates[site.name] for site in sites}
+            pairs |= {site.name: (A, B) for site in group}
+        return {site.name: VeRAUpdate(self, site, *pairs[site.name], context.device) for site in sites}
 
 
 class VeRAUpdate(Update):
@@ -60,7 +67,8 @@ class VeRAUpdate(Update):
         super().__init__()
         self.rank, self.dropout = method.rank, method.dropout
         self.basis_A, self.basis_B = A, B
-        self.scale = math.sqrt(2 / site.in_features) * math.sqrt(2 / method.rank)
+        peft = method.basis == "peft"  # whose matrices have the scale of the widest site in them
+        self.scale = 1.0 if peft else math.sqrt(2 / site.in_features) * math.sqrt(2 / method.rank)
         self.d = nn.Parameter(torch.full((method.rank,), method.d_initial, device=device))
         self.b = nn.Parameter(torch.zeros(site.out_features, device=device))
 

@@ -1,0 +1,184 @@
+"""PEFT's format both ways, and training side by side with it. Oracle throughout: PEFT itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import randlora
+from randlora.errors import SettingsError
+from randlora.methods import LoRA, Method, NoLA, RandLoRA, VeRA
+
+peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about Conv1D and bases that are not stored
+TARGETS = ["square", "tall", "wide", "conv"]
+
+
+class Net(nn.Module):
+    """Square, tall, wide and transposed maps; the smaller sides differ where `narrow` is not 24."""
+
+    def __init__(self, narrow: int = 24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.square, self.tall, self.wide = nn.Linear(24, 24), nn.Linear(24, 60), nn.Linear(60, narrow)
+        self.conv, self.untouched = Conv1D(40, narrow), nn.Linear(40, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.untouched(self.conv(self.wide(self.tall(self.square(x)).tanh())))
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    x = torch.randn(9, 24)
+    expected = theirs(x).detach()
+    assert (ours(x) - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "bases", "narrow"),
+    [
+        (LoRA(rank=4, alpha=3, dropout=0.1), True, 16),
+        (VeRA(rank=7), True, 16),
+        (VeRA(rank=7, basis="sparse"), True, 16),
+        (VeRA(rank=7, basis="peft"), False, 16),
+        (RandLoRA(rank=5), True, 24),
+        (RandLoRA(rank=5, num_bases="floor", basis="normal"), True, 24),
+        (RandLoRA(rank=6, num_bases=2), True, 24),
+        (RandLoRA(rank=5, basis="kronecker"), True, 24),
+        (RandLoRA(rank=5, basis="peft"), True, 16),
+        (RandLoRA(rank=5, basis="peft"), False, 16),
+    ],
+    ids=str,
+)
+def test_peft_reads_what_we_write(method: Method, bases: bool, narrow: int, tmp_path: Path) -> None:
+    ours = Net(narrow)
+    randlora.adapt(ours, method, TARGETS, seed=5)
+    randomise(ours)
+    written = randlora.to_peft(ours, tmp_path, bases=bases)
+    assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
+    theirs = peft.PeftModel.from_pretrained(Net(narrow), tmp_path)
+    assert_same(ours.eval(), theirs.eval())
+
+
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS),
+    "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=TARGETS),
+    "vera": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, projection_prng_key=3),
+    "vera without bases": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, save_projection=False),
+    "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=15, target_modules=TARGETS, projection_prng_key=3),
+    "randlora without bases": lambda: peft.RandLoraConfig(r=5, target_modules=TARGETS, save_projection=False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_we_read_what_peft_writes(name: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(16), CONFIGS[name]())
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = Net(16)
+    report = randlora.from_peft(ours, tmp_path)
+    assert report.trainable_parameters == theirs.get_nb_trainable_parameters()[0]
+    assert_same(ours, theirs)
+    again = Net(16)
+    randlora.save_adapter(ours, tmp_path / "ours")
+    randlora.load_adapter(again, tmp_path / "ours")
+    assert_same(again, theirs)
+
+
+def test_bases_that_no_seed_gives_are_kept(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(16), CONFIGS["randlora"]())
+    randomise(theirs)
+    for stored in (theirs.base_model.randlora_A, theirs.base_model.randlora_B):
+        stored["default"].mul_(1.5)
+    theirs.save_pretrained(tmp_path)
+    ours = Net(16)
+    randlora.from_peft(ours, tmp_path)
+    assert_same(ours, theirs)
+    with pytest.raises(SettingsError, match="no seed gives them"):
+        randlora.save_adapter(ours, tmp_path / "ours")
+    randlora.to_peft(ours, tmp_path / "again")
+    assert_same(ours, peft.PeftModel.from_pretrained(Net(16), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("narrow", [24, 16])
+def test_twenty_steps_side_by_side(narrow: int, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(narrow), CONFIGS["randlora"]())
+    theirs.save_pretrained(tmp_path)
+    ours = Net(narrow)
+    randlora.from_peft(ours, tmp_path)
+    data = torch.Generator().manual_seed(2)
+    models = [ours, theirs]
+    optimisers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in models]
+    for _ in range(20):
+        x, target = torch.randn(32, 24, generator=data), torch.randn(32, 8, generator=data)
+        losses = []
+        for model, optimiser in zip(models, optimisers, strict=True):
+            loss = (model(x) - target).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    x = torch.randn(50, 24)
+    expected = theirs(x).detach()
+    assert (ours(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "bases", "why"),
+    [
+        (NoLA(num_bases=8), True, "PEFT has no nola"),
+        (RandLoRA(rank=5), False, "cannot draw"),
+        (VeRA(rank=7), False, "cannot draw"),
+        (RandLoRA(rank=5), True, r"method\.basis=peft"),
+        (VeRA(rank=7, basis="kronecker"), True, "one dense matrix"),
+        (RandLoRA(rank=5, num_bases=9), True, "PEFT has at most"),
+    ],
+    ids=str,
+)
+def test_what_peft_cannot_hold_is_refused(method: Method, bases: bool, why: str, tmp_path: Path) -> None:
+    model = Net(16)
+    randlora.adapt(model, method, TARGETS)
+    with pytest.raises(SettingsError, match=why):
+        randlora.to_peft(model, tmp_path / "out", bases=bases)
+    assert not (tmp_path / "out").exists()
+
+
+def test_attention_and_slices_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(24, 2))
+    randlora.adapt(model, LoRA(rank=2), ["0.out_proj"])
+    with pytest.raises(SettingsError, match=r"inside nn\\.MultiheadAttention"):
+        randlora.to_peft(model, tmp_path)
+    randlora.merge(model)
+    randlora.adapt(model, LoRA(rank=2), ["0.in_proj[q]"])
+    with pytest.raises(SettingsError, match="slice"):
+        randlora.to_peft(model, tmp_path)
+
+
+def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
+    def saved(config, name: str, **options) -> Path:  # type: ignore[no-untyped-def]
+        peft.get_peft_model(Net(), config).save_pretrained(tmp_path / name, **options)
+        return tmp_path / name
+
+    dora = saved(peft.LoraConfig(target_modules=TARGETS[:3], use_dora=True), "dora")
+    ia3 = saved(peft.IA3Config(target_modules=["square"], feedforward_modules=[]), "ia3")
+    pickled = saved(CONFIGS["lora"](), "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    other = saved(CONFIGS["lora"](), "other")
+    for folder, why in ((dora, "use_dora=True"), (ia3, "IA3"), (pickled, "pickle"), (tmp_path / "no", "no PEFT")):
+        model = Net()
+        with pytest.raises(SettingsError, match=why):
+            randlora.from_peft(model, folder)
+        assert isinstance(model.square, nn.Linear)
+    with pytest.raises(SettingsError, match="match"):
+        randlora.from_peft(nn.Sequential(nn.Linear(3, 3)), other)
