@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -57,11 +56,8 @@ class Plan(NamedTuple):
         return min(self.compute, self.delta, key=lambda dtype: dtype.itemsize)
 
 
-@cache
-def costs(device: str) -> dict[str, float]:
-    """The planner's constants for a class of device, as scripts/calibrate.py wrote them; the CPU's where unknown."""
-    table = json.loads((files("randlora.methods") / "costs.json").read_text())
-    return table.get(device, table["cpu"])
+# The planner's constants by class of device, as scripts/calibrate.py writes them.
+COSTS: dict[str, dict[str, float]] = json.loads((files("randlora.methods") / "costs.json").read_text())
 
 
 def choose(
@@ -74,7 +70,7 @@ def choose(
     so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
     dearer the small products of Kronecker factors are, how much cheaper low precision, and what a pass costs.
     """
-    rate, tall, small = costs(device), shape[0] >= shape[1], min(shape)
+    rate, tall, small = COSTS.get(device, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
     by_token = rate["low_precision"] if min(compute.itemsize, delta.itemsize) < 4 else 1.0
     c = B.multiplications() * (1.0 if isinstance(B, DenseMap) else rate["small_products"])

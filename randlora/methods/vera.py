@@ -17,7 +17,7 @@ from randlora.bases import Basis, DenseMap, Map, check_kind
 from randlora.bases.peft import PeftBasis, draw_vera
 from randlora.errors import check_positive
 from randlora.methods.base import Method, check_low_rank, compute_dtype, sharing
-from randlora.methods.forms import autocast_off, costs, linear
+from randlora.methods.forms import COSTS, autocast_off, linear
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -93,7 +93,7 @@ class VeRAUpdate(Update):
 
 def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str) -> bool:
     """Whether forming W' (twice) is cheaper than products with the tokens; see randlora.methods.forms.choose_form."""
-    rate = costs(device)
+    rate = COSTS.get(device, COSTS["cpu"])
     low = rate["low_precision"] if compute.itemsize < 4 else 1.0
     small = 1.0 if isinstance(A, DenseMap) else rate["small_products"]
     cost_A, cost_B = A.multiplications() * small, B.multiplications() * small

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from randlora.adapters.core import adaptation_of, merged, relative_norms
+from randlora.adapters.core import adaptation_of, cached, merged, relative_norms
 from randlora.data.loader import Split, evaluation_keys, loader, training_keys
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.streams import integer
@@ -210,16 +210,17 @@ class _Run:
         world = self.accelerator.num_processes
         (total,) = self._sum(float(sum(weights)))
         mean = torch.zeros((), device=self.accelerator.device)
-        for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
-            last = i == len(micro) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self._autocast():
-                    loss = self.task.loss(self.model, batch)
-                # Processes' gradients are averaged, so each counts `world` times over the weight of all.
-                share = loss * (weight * world / total)
-                penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
-                self.accelerator.backward(share if penalty is None else share + penalty)
-            mean += loss.detach() * (weight / total)
+        with cached(self.plain) if len(micro) > 1 else nullcontext():  # nothing trained changes between them
+            for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
+                last = i == len(micro) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    with self._autocast():
+                        loss = self.task.loss(self.model, batch)
+                    # Processes' gradients are averaged, so each counts `world` times over the weight of all.
+                    share = loss * (weight * world / total)
+                    penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
+                    self.accelerator.backward(share if penalty is None else share + penalty)
+                mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
         value, stopping = self._sum(float(mean), float(self.interrupted))
         size, self.interrupted = float(norm), stopping > 0  # every process stops after the same step
