@@ -42,7 +42,7 @@ except ImportError:
     peft = None  # type: ignore[assignment]
 
 MIB = 2**20
-OPEN = contextlib.ExitStack()  # contexts that last as long as the process
+OPEN = contextlib.ExitStack()  # what variants keep open while they are measured
 RANK = 6  # of RandLoRA, as in the paper's B/32 runs
 
 
@@ -127,9 +127,8 @@ def theirs(config: str, **settings: Any) -> Callable[[nn.Module, list[str]], nn.
 
     def build(model: nn.Module, targets: list[str]) -> nn.Module:
         names = sorted({target.rpartition(".")[2] for target in targets})
-        if "r" not in settings:
-            settings["r"] = lora_rank(model, targets)
-        return peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **settings))
+        given = settings if "r" in settings else settings | {"r": lora_rank(model, targets)}
+        return peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **given))
 
     return build
 
@@ -293,6 +292,7 @@ def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch
             if name in VARIANTS:
                 merging.enter_context(randlora.merged(trial.model))
         forward = interleaved(device, {name: trial.evaluate for name, trial in trials.items()}, rounds)
+    OPEN.close()
     for name in trials:
         figures[name]["evaluation_seconds"] = forward[name]
     return figures

@@ -115,8 +115,10 @@ def prepare(
     M = factor(lambda_, gamma, A, scale, B.columns)
     if weight is None or not plan.forms_weight:
         return M.to(plan.token)
-    delta = B.times(M.to(plan.delta))
-    return torch.add(weight, delta if weight.shape[0] >= weight.shape[1] else delta.T).to(plan.compute)
+    M = M.to(plan.delta)
+    if weight.shape[0] >= weight.shape[1]:
+        return torch.add(weight, B.times(M)).to(plan.compute)
+    return B.up(M.T, onto=weight.clone()).to(plan.compute)
 
 
 class UpdatedLinear(torch.autograd.Function):
