@@ -82,13 +82,14 @@ class VeRAUpdate(Update):
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         A, B = self.maps(*base.weight.shape)
         compute = compute_dtype(x)
-        if self.training and self.dropout > 0:
-            dropped = F.dropout(x, self.dropout)
-            return base(x) + VeRALinear.apply(dropped, self.d, self.b, None, None, A, B, self.scale, compute, False)
+        dropping = self.training and self.dropout > 0
         # A base kept in low precision would round a small ΔW away.
-        tokens = x.numel() // x.shape[-1]
-        merge = base.weight.dtype.itemsize >= 4 and merging_pays(tokens, A, B, compute, x.device.type)
-        return VeRALinear.apply(x, self.d, self.b, base.weight, base.bias, A, B, self.scale, compute, merge)
+        merge = base.weight.dtype.itemsize >= 4 and merging_pays(x.numel() // x.shape[-1], A, B, compute, x.device.type)
+        if not dropping and (merge or not isinstance(A, DenseMap)):
+            return VeRALinear.apply(x, self.d, self.b, base.weight, base.bias, A, B, self.scale, compute, merge)
+        dropped = F.dropout(x, self.dropout, self.training).reshape(-1, x.shape[-1]).to(compute)
+        y = base(x)
+        return torch.addcmul(y, _products(dropped, self.d, A, B, self.scale)[1].view_as(y), self.b.to(y.dtype))
 
 
 def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str) -> bool:
@@ -105,59 +106,51 @@ def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str)
 
 
 class VeRALinear(torch.autograd.Function):
-    """x W'ᵀ + bias with W' = W0 + s diag(b) B diag(d) A; with `weight` None, x ΔWᵀ alone.
+    """x W'ᵀ + bias with W' = W0 + s diag(b) B diag(d) A, keeping x alone for backward.
 
-    Merged, only x is kept for backward. Otherwise so it is where the maps are Kronecker products, which are cheaper
-    to apply again than to remember; dense ones keep the two products of the tokens that the gradients need.
+    Merged, W' is formed twice. Otherwise the products of the tokens with A and B are taken again in backward, which
+    is cheap where these are Kronecker products.
     """
 
     @staticmethod
     def forward(ctx, x, d, b, weight, bias, A, B, scale, compute, merge):
         with autocast_off(x):
             tokens = x.reshape(-1, x.shape[-1]).to(compute)
-            kept: tuple[Tensor, ...] = ()
             if merge:
                 y = linear(tokens, weight + _delta(d, b, A, B, scale), bias)
             else:
-                low, high = _products(tokens, d, A, B, scale)
-                kept = (low, high) if isinstance(A, DenseMap) else ()
-                y = high * b.to(compute)
-                if weight is not None:
-                    y = linear(tokens, weight, bias).add_(y)
-        ctx.save_for_backward(x if not kept else None, d, b, weight, *kept)
-        ctx.constants = A, B, scale, compute, merge, x.shape, x.dtype
+                y = linear(tokens, weight, bias).addcmul_(_products(tokens, d, A, B, scale)[1], b.to(compute))
+        ctx.save_for_backward(x, d, b, weight)
+        ctx.constants = A, B, scale, compute, merge
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, d, b, weight, *kept = ctx.saved_tensors
-        A, B, scale, compute, merge, shape, dtype = ctx.constants
+        x, d, b, weight = ctx.saved_tensors
+        A, B, scale, compute, merge = ctx.constants
         with autocast_off(gradient):
             g = gradient.reshape(-1, gradient.shape[-1]).to(compute)
-            tokens = None if x is None else x.reshape(-1, x.shape[-1]).to(compute)
+            tokens = x.reshape(-1, x.shape[-1]).to(compute)
             if merge:
                 dx = g @ (weight + _delta(d, b, A, B, scale)).to(compute) if ctx.needs_input_grad[0] else None
                 product = A.up((g.T @ tokens).to(d.dtype)).mul_(B.matrix(d.dtype))  # (out, rank)
                 dd, db = scale * (product.T @ b), product @ (scale * d)
             else:
-                low, high = kept or _products(tokens, d, A, B, scale)
+                low, high = _products(tokens, d, A, B, scale)
                 back = B.down(g * b.to(compute))
                 dd = scale * (low * back).sum(0, dtype=d.dtype)
                 db = (g * high).sum(0, dtype=b.dtype)
-                dx = A.down(back * (scale * d).to(compute))
-                if weight is not None:
-                    dx.addmm_(g, weight.to(compute))
+                dx = A.down(back * (scale * d).to(compute)).addmm_(g, weight.to(compute))
             dbias = g.sum(0) if ctx.needs_input_grad[4] else None
-        return None if dx is None else dx.view(shape).to(dtype), dd, db, None, dbias, None, None, None, None, None
+        return None if dx is None else dx.view_as(x).to(x.dtype), dd, db, None, dbias, None, None, None, None, None
 
 
 def _delta(d: Tensor, b: Tensor, A: Map, B: Map, scale: float) -> Tensor:
     return B.times(A.matrix(d.dtype) * (scale * d)[:, None]).mul_(b[:, None])
 
 
-def _products(tokens: Tensor | None, d: Tensor, A: Map, B: Map, scale: float) -> tuple[Tensor, Tensor]:
+def _products(tokens: Tensor, d: Tensor, A: Map, B: Map, scale: float) -> tuple[Tensor, Tensor]:
     """x Aᵀ (T, rank), and what B makes of it before b, (T, out)."""
-    assert tokens is not None
     low = A.up(tokens)
     return low, B.up(low * (scale * d).to(low.dtype))
