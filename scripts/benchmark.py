@@ -3,6 +3,7 @@
 python scripts/benchmark.py                                all workloads, every method, PEFT's beside ours
 python scripts/benchmark.py vit_b16 --json figures.json    one workload, and a file of its figures
 python scripts/benchmark.py linear_768x768_t64 --only frozen,lora,randlora
+python scripts/benchmark.py --show figures.json            the tables of such a file, in Markdown
 
 A step is forward, backward (with the gradient of the input, as inside a network) and AdamW. Variants take turns, round
 by round, so that what disturbs the machine disturbs all of them. A figure is the median of the rounds, in CPU time with
@@ -341,6 +342,11 @@ def markdown(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows(figures)])
 
 
+def tables(made: dict[str, Any]) -> str:
+    """All of a file's figures in Markdown."""
+    return "\n\n".join(f"{name}\n\n{markdown(figures)}" for name, figures in made["workloads"].items())
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*VARIANTS, *(PEFTS if peft is not None else {})]
@@ -349,8 +355,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="where to write the figures; workloads that it has already are kept")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
     options = parser.parse_args(arguments)
+    if options.show is not None:
+        print(tables(json.loads(options.show.read_text())))
+        return
     names = options.only.split(",")
     for given, allowed in ((options.workloads, WORKLOADS), (names, known)):
         for name in given:
@@ -366,10 +376,12 @@ def main(arguments: Sequence[str]) -> None:
         "versions": {"torch": torch.__version__, "peft": peft.__version__ if peft is not None else None},
         "workloads": {},
     }
+    if options.json is not None and options.json.exists():
+        made["workloads"] = json.loads(options.json.read_text())["workloads"]
     for name in options.workloads or WORKLOADS:
         figures = measure(WORKLOADS[name], names, options.rounds, device)
         made["workloads"][name] = figures
-        print(f"\n{name}\n\n{markdown(figures)}", flush=True)
+        print("\n" + tables({"workloads": {name: figures}}), flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(made, indent=1) + "\n")
         gc.collect()

@@ -124,8 +124,8 @@ TINY_LM = {
 
 
 @pytest.mark.parametrize("kind", TINY_LM)
-def test_language_models_of_every_architecture_adapt_with_their_own_target_sets(kind: str) -> None:
-    """Real classes at tiny size: every set of the shipped YAML matches, merging keeps the outputs."""
+def test_language_models_of_every_architecture_adapt_with_their_own_target_sets(kind: str, tmp_path: Path) -> None:
+    """Real classes at tiny size: every set of the shipped YAML matches; merging and saving keep the outputs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shared = (
@@ -154,7 +154,9 @@ def test_language_models_of_every_architecture_adapt_with_their_own_target_sets(
         plain = type(model.get_submodule(report.sites[0].name.split("[")[0]).base)
         randlora.merge(model)
         assert type(model.get_submodule(report.sites[0].name.split("[")[0])) is plain
-        torch.testing.assert_close(model(ids).logits, changed, rtol=1e-4, atol=1e-4)
+        model.save_pretrained(tmp_path / name)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(exported(ids).logits, changed, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", TINY)
