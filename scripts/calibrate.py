@@ -4,7 +4,8 @@ python scripts/calibrate.py              the CPU, one thread
 python scripts/calibrate.py cuda
 
 All are ratios to one multiply-add of a large float32 matrix product: of bfloat16, of the small products of Kronecker
-factors, and of one number in a pass over memory. The entry of the class of device is replaced, the others stay.
+factors, of sparse ones, and of one number in a pass over memory. The entry of the class of device is replaced, the
+others stay.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from benchmark import timed
 
 import randlora.methods
-from randlora.bases import KroneckerBasis
+from randlora.bases import DenseBasis, KroneckerBasis
 
 COSTS = Path(randlora.methods.__file__).with_name("costs.json")
 SIZES = ((800, 768, 768), (800, 3072, 768), (2048, 896, 896))  # tokens, large, small
@@ -36,7 +37,12 @@ def measure(device: torch.device) -> dict[str, float]:
 
         return statistics.median([timed(device, call) for _ in range(17)][2:])
 
-    found: dict[str, list[float]] = {"low_precision": [], "small_products": [], "elementwise": []}
+    found: dict[str, list[float]] = {
+        "low_precision": [],
+        "small_products": [],
+        "sparse_products": [],
+        "elementwise": [],
+    }
     for tokens, large, small in SIZES:
         x, W = torch.randn(tokens, small, device=device), torch.randn(large, small, device=device)
         unit = seconds(F.linear, x, W) / (tokens * large * small)
@@ -47,8 +53,11 @@ def measure(device: torch.device) -> dict[str, float]:
         by_column = seconds(B.times, M) / (small * B.multiplications())
         found["low_precision"].append(half / unit)
         found["small_products"].append((by_token + by_column) / 2 / unit)
+        if device.type == "cpu":  # the only place where they are used
+            S = DenseBasis("calibration", large, small, seed=0, distribution="ternary", sparsity=25)(large, small)
+            found["sparse_products"].append(seconds(S.times, M) / (small * S.multiplications()) / unit)
         found["elementwise"].append(seconds(torch.add, W, W.clone()) / W.numel() / unit)
-    return {name: float(f"{statistics.median(values):.3g}") for name, values in found.items()}
+    return {name: float(f"{statistics.median(values):.3g}") for name, values in found.items() if values}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kstest, norm
 
-from randlora.bases import DenseBasis, KroneckerBasis, draw
+from randlora.bases import DenseBasis, KroneckerBasis, SparseMap, draw
 from randlora.bases.dense import _log, _normal_quantile
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
@@ -129,13 +129,16 @@ def test_ternary_bases_are_stored_as_bytes() -> None:
     assert torch.equal(basis.block(33, 65), draw(33, 65, "golden", 7, distribution="ternary"))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "ternary", "kronecker"])
+@pytest.mark.parametrize("kind", ["uniform", "ternary", "sparse products", "kronecker"])
 @pytest.mark.parametrize(("rows", "columns"), [(24, 24), (48, 24), (61, 24), (23, 23), (24, 61)])
 @pytest.mark.parametrize("less", [0, 3])
 def test_maps_multiply_as_their_matrix_does(kind: str, rows: int, columns: int, less: int) -> None:
     """Oracle: the matrix itself, in float64; `less` cuts the smaller side, as few bases do."""
     if kind == "kronecker":
         basis = KroneckerBasis("m", rows, columns, seed=0)
+    elif kind == "sparse products":
+        basis = DenseBasis("m", rows, columns, seed=0, distribution="ternary", sparsity=20.0)
+        assert isinstance(basis(rows, columns), SparseMap)
     else:
         basis = DenseBasis("m", rows, columns, seed=0, distribution=kind)
     rows, columns = (rows, columns - less) if rows >= columns else (rows - less, columns)

@@ -3,6 +3,7 @@
 from randlora.bases.dense import DenseBasis, DenseMap, draw
 from randlora.bases.kinds import KINDS, Basis, Map, basis_of, check_kind, depends_on_size
 from randlora.bases.kronecker import KroneckerBasis, KroneckerMap
+from randlora.bases.sparse import SparseMap
 
 __all__ = [
     "KINDS",
@@ -12,6 +13,7 @@ __all__ = [
     "KroneckerBasis",
     "KroneckerMap",
     "Map",
+    "SparseMap",
     "basis_of",
     "check_kind",
     "depends_on_size",

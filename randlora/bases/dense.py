@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from randlora.streams import unit_interval, words
+
+if TYPE_CHECKING:
+    from randlora.bases.sparse import SparseMap
 
 LAYOUT = 1  # part of every key: raise it when the mapping from names to numbers changes
 
@@ -73,7 +76,7 @@ class DenseBasis(nn.Module):
         super().__init__()
         self.name = name
         ternary = distribution == "ternary"
-        self.unit = math.sqrt(sparsity / 2) if ternary else 1.0
+        self.unit, self.density = (math.sqrt(sparsity / 2), 2 / sparsity) if ternary else (1.0, 1.0)
         if torch.device(device).type == "meta":
             matrix = torch.empty(rows, columns, dtype=torch.int8 if ternary else torch.float32, device="meta")
         elif ternary:
@@ -82,10 +85,16 @@ class DenseBasis(nn.Module):
             matrix = draw(rows, columns, name, seed, distribution=distribution).to(device)
         self.register_buffer("matrix", matrix, persistent=False)
         self._cast: Tensor | None = None
+        self.compressed: dict[tuple, Tensor] = {}  # see SparseMap
 
-    def forward(self, rows: int, columns: int) -> DenseMap:
+    def forward(self, rows: int, columns: int) -> DenseMap | SparseMap:
         """The leading (rows, columns) block as a Map."""
-        return DenseMap(self, rows, columns)
+        from randlora.bases.sparse import DENSITY, SparseMap
+
+        dense = DenseMap(self, rows, columns)
+        if self.density > DENSITY or self.matrix.device.type != "cpu" or torch.compiler.is_compiling():
+            return dense
+        return SparseMap(dense)
 
     def block(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The leading (rows, columns) block in `dtype`: a view, unless signs are stored.
@@ -104,7 +113,7 @@ class DenseBasis(nn.Module):
     def _apply(self, fn, recurse=True):
         # model.half() must not round the bases: the stored numbers stay float32, only the device follows.
         device = fn(torch.empty(0, device=self.matrix.device)).device
-        self.matrix, self._cast = self.matrix.to(device), None
+        self.matrix, self._cast, self.compressed = self.matrix.to(device), None, {}
         return self
 
     def sha256(self) -> str:

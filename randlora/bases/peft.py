@@ -20,7 +20,8 @@ class PeftBasis(DenseBasis):
 
     def __init__(self, name: str, matrix: Tensor, drawn: bool = True):
         nn.Module.__init__(self)
-        self.name, self.drawn, self.unit, self._cast = name, drawn, 1.0, None
+        self.name, self.drawn, self.unit, self.density = name, drawn, 1.0, 1.0
+        self._cast, self.compressed = None, {}
         self.register_buffer("matrix", matrix.contiguous(), persistent=False)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from randlora.bases import DenseMap, Map
+from randlora.bases import DenseMap, Map, SparseMap
 
 WEIGHT, TOKENS = "weight", "tokens"
 
@@ -68,12 +68,12 @@ def choose(
     Costs are in multiply-adds of a float32 matrix product. A product of T tokens with M is T·N·d, with B T·c where c
     is B's for one vector; W' takes d·c and passes over its D·d numbers. A product that serves twice counts once, and
     so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
-    dearer the small products of Kronecker factors are, how much cheaper low precision, and what a pass costs.
+    dearer small products (of Kronecker factors) and sparse ones are, how much cheaper low precision, what a pass costs.
     """
     rate, tall, small = COSTS.get(device, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
     by_token = rate["low_precision"] if min(compute.itemsize, delta.itemsize) < 4 else 1.0
-    c = B.multiplications() * (1.0 if isinstance(B, DenseMap) else rate["small_products"])
+    c = dearness(B, rate) * B.multiplications()
     with_M, with_B = tokens * B.columns * small * by_token, tokens * c * by_token
     through_B = small * c * by_weight
     build = through_B + 2 * shape[0] * shape[1] * rate["elementwise"]
@@ -90,6 +90,13 @@ def choose(
 
     plans = [Plan(one, two, three, compute, delta) for one, two, three in itertools.product((TOKENS, WEIGHT), repeat=3)]
     return min(plans, key=lambda plan: cost(plan.output, plan.input_gradient, plan.gradient))
+
+
+def dearness(B: Map, rate: Mapping[str, float]) -> float:
+    """What a multiply-add of a product with B costs, in those of a large dense product."""
+    if isinstance(B, DenseMap):
+        return 1.0
+    return rate["sparse_products" if isinstance(B, SparseMap) else "small_products"]
 
 
 def factor(lambda_: Tensor, gamma: Tensor, A: Tensor, scale: float, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ from randlora.bases import Basis, DenseMap, Map, check_kind
 from randlora.bases.peft import PeftBasis, draw_vera
 from randlora.errors import check_positive
 from randlora.methods.base import Method, check_low_rank, compute_dtype, sharing
-from randlora.methods.forms import COSTS, autocast_off, linear
+from randlora.methods.forms import COSTS, autocast_off, dearness, linear
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -96,8 +96,7 @@ def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str)
     """Whether forming W' (twice) is cheaper than products with the tokens; see randlora.methods.forms.choose_form."""
     rate = COSTS.get(device, COSTS["cpu"])
     low = rate["low_precision"] if compute.itemsize < 4 else 1.0
-    small = 1.0 if isinstance(A, DenseMap) else rate["small_products"]
-    cost_A, cost_B = A.multiplications() * small, B.multiplications() * small
+    cost_A, cost_B = (dearness(one, rate) * one.multiplications() for one in (A, B))
     out_features, in_features = B.rows, A.columns
     by_token = tokens * low * (2 if isinstance(A, DenseMap) else 3) * (cost_A + cost_B)
     weight = in_features * out_features
