@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.adapters.core import cached
@@ -65,6 +66,28 @@ def test_every_way_is_the_papers_sum_in_value_and_gradient(shape: tuple[int, int
         for one in (results(seat(x)), *found):
             for got, want in zip(one, expected, strict=True):
                 assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+@pytest.mark.parametrize("tokens", [2, 4000])
+def test_transposed_storage(basis: str, shape: tuple[int, int], tokens: int) -> None:
+    """Oracle: x (W0 + ΔW)ᵀ + b; transformers' Conv1D stores W0 as (in, out)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(*shape))
+    randlora.adapt(model, RandLoRA(rank=5, basis=basis), ["0"])
+    model.double()
+    (update,) = model[0].updates
+    nn.init.normal_(update.lambda_)
+    x = torch.randn(tokens, shape[1], dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    expected = x @ (model[0].weight + update.delta(model[0].weight)).T + model[0].bias
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    gradient = torch.randn_like(y)
+    inputs = [x, update.lambda_, update.gamma]
+    found, wanted = (torch.autograd.grad(one, inputs, gradient) for one in (y, expected))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).abs().max() <= 1e-12 * other.abs().max()
 
 
 @every_shape

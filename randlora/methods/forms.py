@@ -125,7 +125,7 @@ def prepare(
     M = M.to(plan.delta)
     if weight.shape[0] >= weight.shape[1]:
         return torch.add(weight, B.times(M)).to(plan.compute)
-    return B.up(M.T, onto=weight.clone()).to(plan.compute)
+    return B.up(M.T, onto=weight.clone(memory_format=torch.contiguous_format)).to(plan.compute)
 
 
 class UpdatedLinear(torch.autograd.Function):
