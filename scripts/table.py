@@ -2,6 +2,9 @@
 
 python scripts/table.py runs               one row per run
 python scripts/table.py runs --seeds       one row per method, mean ± sample deviation over seeds, as Markdown
+python scripts/table.py runs --paired method.basis=kronecker,uniform
+    one row per task and model: the scores under each value of a setting, and their difference, seed by seed, with its
+    95 % interval (Student's t); --paired method=randlora,lora compares methods
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 
 from randlora.errors import SettingsError
 
@@ -92,13 +96,66 @@ def over_seeds(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
+    """Differences between two values of one setting, within pairs of runs that share everything else that is listed."""
+    cells: dict[tuple, dict[tuple[str, int], float]] = {}
+    for run in runs:
+        config, value = run.result["config"], _value(run, key)
+        if run.result["status"] == "finished" and value in values:
+            task, model, method = run.cell
+            budget = config.get("shots"), config.get("fraction")
+            scores = cells.setdefault((task, model, "" if key == "method" else method, *budget), {})
+            if (value, run.result["seed"]) in scores:
+                raise SettingsError(f"{run.folder}: a second run of {key}={value} with this task, model and seed")
+            scores[value, run.result["seed"]] = 100 * run.result["headline"]["value"]
+    first, second = values
+    lines = [
+        f"| task | model | shots | {key}={first} | {key}={second} | difference, points | 95 % interval | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, model, _, shots, fraction), scores in cells.items():
+        seeds = sorted({seed for value, seed in scores if value == first} & {s for v, s in scores if v == second})
+        if len(seeds) < 2:
+            raise SettingsError(
+                f"{task}, {model}: {len(seeds)} seeds have both {key}={first} and {second}; two are needed"
+            )
+        columns = [[scores[value, seed] for seed in seeds] for value in values]
+        differences = [one - other for one, other in zip(*columns, strict=True)]
+        mean, spread = statistics.mean(differences), statistics.stdev(differences)
+        half = student.ppf(0.975, len(seeds) - 1) * spread / len(seeds) ** 0.5
+        shown = [f"{statistics.mean(column):.1f} ± {statistics.stdev(column):.1f}" for column in columns]
+        data = shots or (f"{100 * fraction:g} %" if fraction else "all")
+        lines.append(
+            f"| {task} | {model} | {data} | {shown[0]} | {shown[1]} | {mean:+.2f} | "
+            f"{mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
+        )
+    return "\n".join(lines)
+
+
+def _value(run: Run, key: str) -> str:
+    if key == "method":
+        return run.cell[2]
+    found: Any = run.result["config"]
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            raise SettingsError(f"{key!r} is no setting of {run.folder}")
+        found = found[part]
+    return str(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs", type=Path)
     parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
+    parser.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
     arguments = parser.parse_args()
     runs = read(arguments.root)
-    if arguments.seeds:
+    if arguments.paired:
+        key, _, values = arguments.paired.partition("=")
+        if values.count(",") != 1:
+            raise SettingsError(f"--paired {arguments.paired}: give a setting and two values, method.rank=4,8")
+        print(paired(runs, key, values.split(",")))
+    elif arguments.seeds:
         print(over_seeds(runs))
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(each(runs))

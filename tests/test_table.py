@@ -1,0 +1,56 @@
+"""Tables of records: paired differences and their intervals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from conftest import REPOSITORY
+
+ONE, OTHER = [0.61, 0.64, 0.60, 0.66], [0.60, 0.60, 0.61, 0.62]
+
+
+def record(root: Path, seed: int, basis: str, score: float) -> None:
+    folder = root / "cifar10" / "vit" / "randlora" / f"{basis}{seed}"
+    folder.mkdir(parents=True)
+    result = {
+        "status": "finished",
+        "seed": seed,
+        "headline": {"name": "test/accuracy", "value": score},
+        "config": {"method": {"basis": basis}, "shots": 16, "fraction": None, "seed": seed},
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def table(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/table.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+def test_paired_differences_are_scipys(tmp_path: Path) -> None:
+    """Oracle: scipy's paired t-test. A seed that has only one of the two does not count."""
+    for seed, (one, other) in enumerate(zip(ONE, OTHER, strict=True)):
+        record(tmp_path, seed, "kronecker", one)
+        record(tmp_path, seed, "uniform", other)
+    record(tmp_path, 9, "uniform", 0.1)
+    expected = ttest_rel(100 * np.array(ONE), 100 * np.array(OTHER)).confidence_interval()
+    row = table(str(tmp_path), "--paired", "method.basis=kronecker,uniform").stdout.splitlines()[-1]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:3] == ["cifar10", "vit", "16"]
+    assert cells[5:] == [
+        f"{100 * np.mean(np.subtract(ONE, OTHER)):+.2f}",
+        f"{expected[0]:+.2f} to {expected[1]:+.2f}",
+        "4",
+    ]
+
+
+def test_one_sentence_for_what_cannot_be_paired(tmp_path: Path) -> None:
+    record(tmp_path, 0, "uniform", 0.5)
+    for asked in ("method.basis=kronecker,uniform", "method.nosuch=1,2", "method.basis=uniform"):
+        done = table(str(tmp_path), "--paired", asked)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
