@@ -117,7 +117,7 @@ def test_labels_are_read_without_decoding_images(tmp_path: Path) -> None:
 def test_missing_data_and_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no image folder train/"):
         Hub("x", root=str(tmp_path)).check()
-    with pytest.raises(SettingsError, match="no public source"):
+    with pytest.raises(SettingsError, match="on no hub"):
         Hub("x").check()
     write_parquet(tmp_path / "train.parquet", 2)
     table = Hub(".", root=str(tmp_path), splits={"train": "train"}).open("train")

@@ -30,6 +30,8 @@ class Source(Protocol):
 
     def open(self, split: str) -> Table: ...
 
+    def class_names(self) -> list[str]: ...
+
 
 @dataclass(frozen=True)
 class Hub:
@@ -47,23 +49,36 @@ class Hub:
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     hub_splits: Mapping[str, str] = field(default_factory=dict)  # where the hub's names differ from the files'
     columns: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""  # where the publisher's archive is, for data that scripts/data.py prepares
 
     def check(self) -> None:
         if self.root is None:
             if self.repository is None:
-                raise SettingsError(f"{self.folder} has no public source that works: put it under data_root")
+                raise SettingsError(f"{self.folder} is on no hub: give data_root{self._advice()}")
             return
         base = Path(self.root) / self.folder
         missing = [name for name in self.splits.values() if not self._local(name)]
         if missing:
             raise SettingsError(
                 f"data_root={self.root}: {base} has no {missing[0]}.parquet and no image folder {missing[0]}/; "
-                "put the data there, or leave data_root out to fetch it"
+                f"put the data there{', or leave data_root out to fetch it' if self.repository else ''}{self._advice()}"
             )
 
     def open(self, split: str) -> Table:
         self.check()
         return HubTable(self._load(split))
+
+    def class_names(self) -> list[str]:
+        """The names that the labels' column has, in their order; SettingsError when it has none."""
+        self.check()
+        feature = self._load("train").features.get("label")
+        names = getattr(feature, "names", None)
+        if names is None:
+            raise SettingsError(f"the labels of {self.folder} have no names: give task.class_names, or prepare it anew")
+        return list(names)
+
+    def _advice(self) -> str:
+        return f"; from {self.origin}, by scripts/data.py prepare" if self.origin else ""
 
     def _local(self, name: str) -> Path | None:
         base = Path(self.root or ".") / self.folder
@@ -121,6 +136,9 @@ class Digits:
 
     def check(self) -> None:
         """It ships with scikit-learn."""
+
+    def class_names(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
 
     def open(self, split: str) -> Table:
         from sklearn.datasets import load_digits

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Split
-from randlora.data.sources import Source
+from randlora.data.sources import Source, Table
 from randlora.data.subsets import at_most, carve, carved_size, check_budget, few_shot, fractional
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model
@@ -75,8 +75,8 @@ class Task:
         """How many classes `shots` multiplies; SettingsError for a task without classes."""
         raise SettingsError(f"shots: task {self.name} has no classes to draw from; use fraction")
 
-    def splits(self, backbone: Backbone, budget: Budget) -> Splits:
-        """Opens the data. Raises SettingsError when they are missing or have another size than published."""
+    def open(self) -> dict[str, Table]:
+        """The source's splits. Raises SettingsError when they are missing or have another size than published."""
         tables = {split: self.source.open(split) for split in self.sizes}
         for split, sizes in self.sizes.items():
             if len(tables[split]) not in _published(sizes):
@@ -84,6 +84,11 @@ class Task:
                 raise SettingsError(
                     f"{self.name}: the {split} split has {len(tables[split])} rows, expected {expected}"
                 )
+        return tables
+
+    def splits(self, backbone: Backbone, budget: Budget) -> Splits:
+        """Opens the data and draws the budget; SettingsError as `open`."""
+        tables = self.open()
         count = len(tables["train"])
         train, validation = np.arange(count), None
         if "validation" not in tables:

@@ -32,7 +32,7 @@ class ImageCaptions(ImageClassification):
     kinds_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def bind(self, backbone: Backbone) -> nn.Module:
-        return ContrastiveClip(backbone, self.class_names, self.templates, within_batch=False)
+        return ContrastiveClip(backbone, self.names(), self.templates, within_batch=False)
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         images = super().encoder(backbone, training)
@@ -42,17 +42,17 @@ class ImageCaptions(ImageClassification):
         tokenizer, kind_of = backbone.tokenizer(), self._kind_of()
         tokens = [
             tokenizer([caption.format(name=name, kind=kind_of[name]) for caption in self.captions])
-            for name in self.class_names
+            for name in self.names()
         ]
         general = torch.tensor(["{name}" not in caption for caption in self.captions])
         words = list(dict.fromkeys(kind_of.values()))
-        kinds = torch.tensor([words.index(kind_of[name]) for name in self.class_names])
+        kinds = torch.tensor([words.index(kind_of[name]) for name in self.names()])
         return PairEncoder(images.transform, torch.stack(tokens), general, kinds)
 
     def _kind_of(self) -> dict[str, str]:
         """Every class's kind; the name itself where none is given."""
         given = {name: kind for kind, names in self.kinds_of.items() for name in names}
-        return {name: given.get(name, name) for name in self.class_names}
+        return {name: given.get(name, name) for name in self.names()}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         logits = model(batch["image"], tokens=batch["tokens"]).float()  # (images, captions)

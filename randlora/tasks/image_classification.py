@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.images import Transform, check_augmentation, image_transform
 from randlora.data.loader import Encoder, Item
-from randlora.errors import SettingsError, check_choice
+from randlora.data.sources import Table
+from randlora.errors import SettingsError, check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
 
@@ -21,6 +23,7 @@ from randlora.tasks.base import Task
 class ImageClassification(Task):
     """Columns `image` and `label`; top-1 accuracy.
 
+    `class_names` are in the order of the labels; a number is how many the data must name themselves.
     `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere.
     `classes` says what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's
     loss, cheaper when there are many), or ``all``. Evaluation always compares with all.
@@ -28,7 +31,7 @@ class ImageClassification(Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
 
-    class_names: Sequence[str] = ()
+    class_names: Sequence[str] | int = ()
     templates: Sequence[str] = ("An image of {}",)
     classes: str = "all"
     augmentation: str = "crop_flip"
@@ -36,7 +39,9 @@ class ImageClassification(Task):
     def __post_init__(self) -> None:
         check_augmentation(self.augmentation)
         check_choice("classes", self.classes, ("batch", "all"))
-        if len(set(self.class_names)) != len(self.class_names) or not self.class_names:
+        if isinstance(self.class_names, int):
+            check_count("class_names", self.class_names)
+        elif len(set(self.class_names)) != len(self.class_names) or not self.class_names:
             raise SettingsError(f"task {self.name}: class_names must be different and at least one")
 
     @property
@@ -44,12 +49,38 @@ class ImageClassification(Task):
         return "accuracy"
 
     def class_count(self) -> int:
-        return len(self.class_names)
+        return self.class_names if isinstance(self.class_names, int) else len(self.class_names)
+
+    def names(self) -> Sequence[str]:
+        """The class names, from the data where the settings have only their number."""
+        if not isinstance(self.class_names, int):
+            return self.class_names
+        names = self.source.class_names()
+        if len(names) != self.class_names or len(set(names)) != len(names):
+            raise SettingsError(
+                f"{self.name}: the data name {len(names)} classes, {len(set(names))} of them different, "
+                f"expected {self.class_names}"
+            )
+        return names
 
     def bind(self, backbone: Backbone) -> nn.Module:
         if backbone.kind == "clip":
-            return ClipClassifier(backbone, self.class_names, self.templates, within_batch=self.classes == "batch")
-        return LinearClassifier(backbone, len(self.class_names))
+            unread = next(backbone.module.parameters()).is_meta and isinstance(self.class_names, int)
+            names = [f"class {label}" for label in range(self.class_count())] if unread else self.names()
+            return ClipClassifier(backbone, names, self.templates, within_batch=self.classes == "batch")
+        return LinearClassifier(backbone, self.class_count())
+
+    def open(self) -> dict[str, Table]:
+        tables = super().open()
+        for split, table in tables.items():
+            found = np.unique(table.column("label"))
+            strange = [int(label) for label in found if not 0 <= label < self.class_count()]
+            if strange:
+                raise SettingsError(f"{self.name}: label {strange[0]} in {split}, with {self.class_count()} classes")
+            if split == "train" and len(found) < self.class_count():
+                missing = sorted(set(range(self.class_count())) - set(found.tolist()))
+                raise SettingsError(f"{self.name}: class {missing[0]} has no training image ({len(missing)} such)")
+        return tables
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         assert backbone.pixels is not None

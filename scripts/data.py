@@ -1,0 +1,121 @@
+"""What the image tasks need on disk.
+
+python scripts/data.py check cars dtd --root data     what is there, what is missing, where to get it; all tasks if none
+python scripts/data.py prepare dtd --from FOLDER --root data
+    writes data/dtd/train.parquet and so on from the publisher's archive, unpacked in FOLDER (the layouts are in
+    randlora/data/archives.py); files are stored as they are, nothing is encoded anew that was a file
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from randlora.config import build
+from randlora.data.archives import READERS, Archive, Image, read
+from randlora.data.sources import Hub
+from randlora.errors import SettingsError
+from randlora.tasks import ImageClassification
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def task_of(name: str, root: Path) -> ImageClassification:
+    """The task as train.py would build it."""
+    if not (CONFIGS / "task" / f"{name}.yaml").is_file():
+        raise SettingsError(f"task={name}: configs/task has no {name}.yaml")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=[f"task={name}", f"data_root={root}"])
+    return build(OmegaConf.to_container(config["task"], resolve=True))
+
+
+def image_tasks() -> list[str]:
+    """The tasks whose images lie under a data root, by name."""
+    return sorted({*READERS, "cifar10", "mnist", "tiny_imagenet"})
+
+
+def check(name: str, root: Path) -> tuple[bool, str]:
+    """Whether the data of a task are complete, and a sentence on it."""
+    task = task_of(name, root)
+    assert isinstance(task.source, Hub)
+    try:
+        tables = task.open()
+    except SettingsError as error:
+        return False, str(error)
+    return True, f"{name}: complete; " + ", ".join(f"{split} {len(table):,}" for split, table in tables.items())
+
+
+def prepare(name: str, archive_folder: Path, root: Path) -> list[Path]:
+    """Writes the splits of an archive as parquet files under `root`; returns them."""
+    task = task_of(name, root)
+    assert isinstance(task.source, Hub)
+    archive = read(name, archive_folder)
+    folder = root / task.source.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for split in archive.splits:
+        file = folder / f"{task.source.splits[split]}.parquet"
+        write(archive, split, file)
+        written.append(file)
+    return written
+
+
+def write(archive: Archive, split: str, file: Path) -> None:
+    """One split as a parquet file with columns image (bytes, path) and label, the class names in its schema."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for image, label in archive.splits[split]:
+            name = image.name if isinstance(image, Path) else None
+            yield {"image": {"bytes": encoded(image), "path": name}, "label": label}
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=archive.names)})
+    partial = file.with_suffix(".partial")
+    datasets.Dataset.from_generator(rows, features=features, keep_in_memory=False).to_parquet(str(partial))
+    partial.replace(file)  # so that a broken run leaves no half file
+
+
+def encoded(image: Image) -> bytes:
+    """A file's bytes as they are; a made image as PNG."""
+    if isinstance(image, Path):
+        return image.read_bytes()
+    stream = io.BytesIO()
+    image().save(stream, "PNG")
+    return stream.getvalue()
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    checking, preparing = commands.add_parser("check"), commands.add_parser("prepare")
+    checking.add_argument("tasks", nargs="*", help="all image tasks if none")
+    preparing.add_argument("task")
+    preparing.add_argument("--from", dest="archive", type=Path, required=True, help="the unpacked archive")
+    for one in (checking, preparing):
+        one.add_argument("--root", type=Path, required=True, help="the data root, as train.py's data_root")
+    options = parser.parse_args(arguments)
+    if options.command == "prepare":
+        for file in prepare(options.task, options.archive, options.root):
+            print(file)
+        return 0
+    found = [check(name, options.root) for name in options.tasks or image_tasks()]
+    for _, sentence in found:
+        print(sentence)
+    return 0 if all(complete for complete, _ in found) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
