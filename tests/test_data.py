@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import settings
 from randlora.config import build
-from randlora.data.images import AUGMENTATIONS, image_transform
+from randlora.data.images import AUGMENTATIONS, _to_rgb, image_transform
 from randlora.data.loader import Encoder, Split, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
 from randlora.data.subsets import at_most, carve, few_shot, fractional
@@ -158,3 +158,23 @@ def test_real_parquet(shared_data: Path) -> None:
     splits = task.splits(Backbone(torch.nn.Module(), "vision", 1, PIXELS), Budget(0, shots=2))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 5000, 10000)
     assert splits.test[(0, 0)]["image"].shape == (3, 32, 32)
+
+
+def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
+    """Oracle: the RGB picture that each was made from."""
+    grey = np.linspace(0, 255, 48).astype(np.uint8).reshape(6, 8)
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    image = Image.fromarray(grey)
+    stored = {
+        "L.png": image,
+        "P.png": image.convert("P"),
+        "RGBA.png": image.convert("RGBA"),
+        "LA.png": image.convert("LA"),
+        "CMYK.tiff": image.convert("RGB").convert("CMYK"),
+        "I16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "I16.tiff": Image.fromarray(grey.astype(np.uint16) * 257),
+    }
+    for name, made in stored.items():
+        made.save(tmp_path / name)
+        with Image.open(tmp_path / name) as read:
+            assert np.abs(np.asarray(_to_rgb(read)).astype(int) - expected).max() <= 1, name

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from randlora.errors import check_choice
 
 if TYPE_CHECKING:
@@ -45,5 +47,10 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
 
 
 def _to_rgb(image: Any) -> Any:
-    # First of all: a palette's indices cannot be interpolated.
+    """Grey, palette, CMYK and 16-bit images as RGB, before anything is interpolated: a palette's indices cannot be."""
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
+        from PIL import Image
+
+        values = np.asarray(image, dtype=np.float64) / 257
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -56,7 +56,8 @@ class Plan(NamedTuple):
         return min(self.compute, self.delta, key=lambda dtype: dtype.itemsize)
 
 
-# The planner's constants by class of device, as scripts/calibrate.py writes them.
+# The planner's constants by class of device, as scripts/calibrate.py writes them; other devices take the CPU's. Those
+# of CUDA are plain counts of multiply-adds: they await a calibration on such a device.
 COSTS: dict[str, dict[str, float]] = json.loads((files("randlora.methods") / "costs.json").read_text())
 
 
