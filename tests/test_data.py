@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import settings
 from randlora.config import build
 from randlora.data.images import AUGMENTATIONS, _to_rgb, image_transform
-from randlora.data.loader import Encoder, Split, evaluation_keys, loader, training_keys
+from randlora.data.loader import Encoder, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
 from randlora.data.subsets import at_most, carve, few_shot, fractional
 from randlora.errors import SettingsError
@@ -178,3 +178,42 @@ def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
         made.save(tmp_path / name)
         with Image.open(tmp_path / name) as read:
             assert np.abs(np.asarray(_to_rgb(read)).astype(int) - expected).max() <= 1, name
+
+
+def damaged(tmp_path: Path, count: int, broken: list[int]) -> Hub:
+    """A parquet file of `count` images, some of them cut short."""
+    stream = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(stream)
+    whole = stream.read_bytes()
+    rows = [{"bytes": whole[: len(whole) // 2] if i in broken else whole, "path": f"{i}.png"} for i in range(count)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "x").mkdir(exist_ok=True)
+    table = datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features=features)
+    table.to_parquet(str(tmp_path / "x" / "train.parquet"))
+    return Hub("x", root=str(tmp_path), splits={"train": "train"})
+
+
+class Colour(Encoder):
+    def __call__(self, example):  # type: ignore[no-untyped-def]
+        return {"value": np.asarray(example["image"]).mean(), "label": example["label"]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_are_named_and_left_out_up_to_a_share(workers: int, tmp_path: Path) -> None:
+    table = damaged(tmp_path, 10, broken=[3]).open("train")
+    heard: list[str] = []
+    split = Split(table, np.arange(10), Colour(), tolerance=0.1)
+    for _ in range(2):
+        batches = list(loader(split, evaluation_keys(10, 4), workers, heard.append))
+        assert torch.cat([batch["label"] for batch in batches]).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert len(heard) == 1
+    assert heard[0].startswith("example 3 cannot be read")
+    assert "1 of 10" in heard[0]
+
+
+def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
+    table = damaged(tmp_path, 10, broken=[3, 7]).open("train")
+    with pytest.raises(Unreadable, match=r"example 7 .* 2 of 10, more than task\.unreadable=0\.1 allows"):
+        list(loader(Split(table, np.arange(10), Colour(), tolerance=0.1), evaluation_keys(10, 4), 0))
+    with pytest.raises(Unreadable, match=r"task\.unreadable=0\.0"):
+        list(loader(Split(table, np.arange(10), Colour()), evaluation_keys(10, 4), 0))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +28,65 @@ class Encoder:
         return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
 
 
-class Split(Dataset):
-    """Chosen rows of a table, encoded when read. A key is (row, position in the run)."""
+class Unreadable(RuntimeError):
+    """More examples of a split cannot be read than its settings allow."""
 
-    def __init__(self, table: Table, rows: np.ndarray, encode: Encoder, augment_seed: int | None = None):
+
+class Skipped(NamedTuple):
+    """In an example's place: its row in the table, and why it cannot be read."""
+
+    row: int
+    reason: str
+
+
+class Split(Dataset):
+    """Chosen rows of a table, encoded when read. A key is (row, position in the run).
+
+    `tolerance` is the largest share of the rows that may be unreadable; they are left out of their batches.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        rows: np.ndarray,
+        encode: Encoder,
+        augment_seed: int | None = None,
+        tolerance: float = 0.0,
+    ):
         self.table, self.rows, self.encode, self.augment_seed = table, rows, encode, augment_seed
+        self.tolerance = tolerance
+        self.skipped: dict[int, str] = {}  # what `loader` has left out so far
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        row, position = key
-        example = self.table[int(self.rows[row])]
+    def __getitem__(self, key: tuple[int, int]) -> Item | Skipped:
+        index = int(self.rows[key[0]])
+        try:
+            return self._read(index, key[1])
+        except (OSError, SyntaxError, struct.error) as error:  # what PIL raises for damaged files
+            return Skipped(index, f"{type(error).__name__}: {error}")
+
+    def collate(self, items: Sequence[Item | Skipped]) -> tuple[dict[str, Any], list[Skipped]]:
+        """A batch of the items that could be read, {} if none, and those that could not."""
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        readable = [item for item in items if not isinstance(item, Skipped)]
+        return (self.encode.collate(readable) if readable else {}), skipped
+
+    def skip(self, one: Skipped, say: Callable[[str], None]) -> None:
+        """Notes an unreadable example, aloud the first time; Unreadable when there are too many."""
+        if one.row in self.skipped:
+            return
+        self.skipped[one.row] = one.reason
+        sentence = f"example {one.row} cannot be read ({one.reason})"
+        if len(self.skipped) > self.tolerance * len(self):
+            raise Unreadable(
+                f"{sentence}: {len(self.skipped)} of {len(self):,}, more than task.unreadable={self.tolerance} allows"
+            )
+        say(f"{sentence} and is left out: {len(self.skipped)} of {len(self):,} so far")
+
+    def _read(self, index: int, position: int) -> Item:
+        example = self.table[index]
         if self.augment_seed is None:
             return self.encode(example)
         with torch.random.fork_rng(devices=[]):
@@ -69,14 +117,29 @@ def evaluation_keys(count: int, batch_size: int, rank: int = 0, world: int = 1) 
         yield [(row, row) for row in rows[start : start + batch_size]]
 
 
-def loader(split: Split, keys: Iterator[list[tuple[int, int]]], workers: int) -> DataLoader:
-    """A DataLoader over the batches of `keys`."""
-    return DataLoader(
+def loader(
+    split: Split, keys: Iterator[list[tuple[int, int]]], workers: int, say: Callable[[str], None] = print
+) -> Iterator[dict[str, Any]]:
+    """The batches of `keys` without their unreadable examples, which `say` hears of; Unreadable if too many are."""
+    batches = DataLoader(
         split,
         batch_sampler=list(keys),
-        collate_fn=split.encode.collate,
+        collate_fn=split.collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
+    # Begun here and not at the first batch: it draws from torch's generator, which a step seeds for its own noise.
+    return _readable(split, iter(batches), say)
+
+
+def _readable(
+    split: Split, batches: Iterator[tuple[dict[str, Any], list[Skipped]]], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    for batch, skipped in batches:
+        for one in skipped:
+            split.skip(one, say)
+        if not batch:
+            raise Unreadable(f"a whole batch cannot be read, such as example {skipped[0].row}")
+        yield batch

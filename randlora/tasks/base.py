@@ -43,7 +43,8 @@ class Task:
     round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set
     without a validation split has one carved from its training set: a tenth, `validation_size` rows at most.
     `test_size` bounds the test set where all of it takes too long; such a number is not comparable with published
-    ones, and the record's config shows it.
+    ones, and the record's config shows it. `unreadable` is the largest share of a split's examples that is skipped
+    when it cannot be read; beyond it the run stops.
     """
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
@@ -54,6 +55,7 @@ class Task:
     sizes: Mapping[str, int | Sequence[int]]
     validation_size: int = 5000
     test_size: int | None = None
+    unreadable: float = 0.0
 
     def check_model(self, model: Model) -> None:
         """Raises SettingsError for a model of a kind that the task cannot use."""
@@ -105,9 +107,9 @@ class Task:
             held = tables["train"]
         test = at_most(len(tables["test"]), self.test_size, self.name)
         return Splits(
-            Split(tables["train"], train, self.encoder(backbone, training=True), augment_seed=budget.seed),
-            Split(held, validation, self.encoder(backbone, training=False)),
-            Split(tables["test"], test, self.encoder(backbone, training=False)),
+            Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.unreadable),
+            Split(held, validation, self.encoder(backbone, training=False), tolerance=self.unreadable),
+            Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.unreadable),
         )
 
     # What a task must give, and what it may.

@@ -251,7 +251,7 @@ class _Run:
         columns: dict[str, list] = {}
         self.plain.eval()
         with merged(self.plain), self._autocast():
-            for batch in loader(split, keys, self.settings.workers):
+            for batch in loader(split, keys, self.settings.workers, self.observer.say):
                 for key, values in self.task.predict(self.plain, self._to_device(batch)).items():
                     columns.setdefault(key, []).extend(values)
         if self.accelerator.num_processes > 1:
@@ -289,7 +289,7 @@ class _Run:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(loader(self.splits.train, keys, self.settings.workers))
+        return loader(self.splits.train, keys, self.settings.workers, self.observer.say)
 
     def _micro_batches(self) -> int:
         share = self.settings.batch_size // self.accelerator.num_processes
