@@ -43,8 +43,7 @@ class Task:
     round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set
     without a validation split has one carved from its training set: a tenth, `validation_size` rows at most.
     `test_size` bounds the test set where all of it takes too long; such a number is not comparable with published
-    ones, and the record's config shows it. `unreadable` is the largest share of a split's examples that is skipped
-    when it cannot be read; beyond it the run stops.
+    ones, and the record's config shows it.
     """
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
@@ -55,7 +54,6 @@ class Task:
     sizes: Mapping[str, int | Sequence[int]]
     validation_size: int = 5000
     test_size: int | None = None
-    unreadable: float = 0.0
 
     def check_model(self, model: Model) -> None:
         """Raises SettingsError for a model of a kind that the task cannot use."""
@@ -107,9 +105,9 @@ class Task:
             held = tables["train"]
         test = at_most(len(tables["test"]), self.test_size, self.name)
         return Splits(
-            Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.unreadable),
-            Split(held, validation, self.encoder(backbone, training=False), tolerance=self.unreadable),
-            Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.unreadable),
+            Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.tolerance()),
+            Split(held, validation, self.encoder(backbone, training=False), tolerance=self.tolerance()),
+            Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.tolerance()),
         )
 
     # What a task must give, and what it may.
@@ -142,6 +140,10 @@ class Task:
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
         """Metrics by name, from the columns of all examples."""
         raise NotImplementedError
+
+    def tolerance(self) -> float:
+        """The largest share of a split's examples that may be damaged and left out."""
+        return 0.0
 
     def zero_shot(self, backbone: Backbone) -> bool:
         """Whether the bound model can be scored before training."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora.data.images import Transform, check_augmentation, image_transform
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.errors import SettingsError, check_choice, check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
 
@@ -26,7 +26,8 @@ class ImageClassification(Task):
     `class_names` are in the order of the labels; a number is how many the data must name themselves.
     `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere.
     `classes` says what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's
-    loss, cheaper when there are many), or ``all``. Evaluation always compares with all.
+    loss, cheaper when there are many), or ``all``. Evaluation always compares with all. `unreadable` is the largest
+    share of a split's images that may be damaged and left out; beyond it the run stops.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
@@ -35,9 +36,11 @@ class ImageClassification(Task):
     templates: Sequence[str] = ("An image of {}",)
     classes: str = "all"
     augmentation: str = "crop_flip"
+    unreadable: float = 0.0
 
     def __post_init__(self) -> None:
         check_augmentation(self.augmentation)
+        check_range("task.unreadable", self.unreadable, 0, 1)
         check_choice("classes", self.classes, ("batch", "all"))
         if isinstance(self.class_names, int):
             check_count("class_names", self.class_names)
@@ -99,6 +102,9 @@ class ImageClassification(Task):
         right = sum(p == y for p, y in zip(columns["predicted"], columns["label"], strict=True))
         count = len(columns["label"])
         return {"accuracy": right / count, "loss": sum(columns["loss"]) / count}
+
+    def tolerance(self) -> float:
+        return self.unreadable
 
     def zero_shot(self, backbone: Backbone) -> bool:
         return backbone.kind == "clip"
