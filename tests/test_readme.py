@@ -45,6 +45,19 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 5
 
 
+def test_the_speed_page_shows_its_figures() -> None:
+    """Every table row of the page's last part is what the committed figures give."""
+    import subprocess
+    import sys
+
+    folder = REPOSITORY / "experiments" / "speed"
+    command = [sys.executable, "scripts/benchmark.py", "--show", str(folder / "figures.json")]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True).stdout
+    page = (folder / "README.md").read_text().partition("## Tables")[2]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert rows == [line for line in page.splitlines() if line.startswith("|")]
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)`", TEXT))))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
