@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randlora.config import build
+from randlora.data.loader import Unreadable
 from randlora.errors import SettingsError, check_choice, check_count
 from randlora.methods import Method
 from randlora.models.base import Model
@@ -142,6 +143,8 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         code = INTERRUPTED
     except Diverged as error:
         result |= {"status": "diverged", "error": str(error)}
+    except Unreadable as error:
+        result["error"] = str(error)
     except torch.OutOfMemoryError as error:
         remedy = "lower trainer.micro_batch_size or set trainer.precision=bf16"
         result |= {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}

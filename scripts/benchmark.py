@@ -372,15 +372,16 @@ def main(arguments: Sequence[str]) -> None:
     made: dict[str, Any] = {
         "machine": machine,
         "threads": options.threads,
-        "rounds": options.rounds,
+        "rounds": {},
         "versions": {"torch": torch.__version__, "peft": peft.__version__ if peft is not None else None},
         "workloads": {},
     }
     if options.json is not None and options.json.exists():
-        made["workloads"] = json.loads(options.json.read_text())["workloads"]
+        before = json.loads(options.json.read_text())
+        made |= {key: before[key] for key in ("rounds", "workloads")}
     for name in options.workloads or WORKLOADS:
         figures = measure(WORKLOADS[name], names, options.rounds, device)
-        made["workloads"][name] = figures
+        made["rounds"][name], made["workloads"][name] = options.rounds, figures
         print("\n" + tables({"workloads": {name: figures}}), flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(made, indent=1) + "\n")

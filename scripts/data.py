@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ def image_tasks() -> list[str]:
 def check(name: str, root: Path) -> tuple[bool, str]:
     """Whether the data of a task are complete, and a sentence on it."""
     task = task_of(name, root)
-    assert isinstance(task.source, Hub)
     try:
         tables = task.open()
     except SettingsError as error:
@@ -80,7 +80,9 @@ def write(archive: Archive, split: str, file: Path) -> None:
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=archive.names)})
     partial = file.with_suffix(".partial")
-    datasets.Dataset.from_generator(rows, features=features, keep_in_memory=False).to_parquet(str(partial))
+    # A cache of its own: the library's knows the paths, not what is in the files, and would give old images again.
+    with tempfile.TemporaryDirectory(dir=file.parent) as cache:
+        datasets.Dataset.from_generator(rows, features=features, cache_dir=cache).to_parquet(str(partial))
     partial.replace(file)  # so that a broken run leaves no half file
 
 

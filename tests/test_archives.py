@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -276,6 +277,22 @@ def test_crops_are_the_annotated_boxes(tmp_path: Path) -> None:
     assert callable(make)
     assert make().size == (6, 5)
     assert label == VOC.index("cat")
+
+
+def test_an_image_that_is_missing_is_named(tmp_path: Path) -> None:
+    dtd(tmp_path)
+    (tmp_path / "images" / "banded" / "banded_0002.jpg").unlink()
+    with pytest.raises(SettingsError, match=r"banded_0002\.jpg is missing"):
+        read("dtd", tmp_path)
+
+
+def test_a_changed_archive_is_written_anew(tmp_path: Path) -> None:
+    dtd(tmp_path)
+    for level in (10, 200):
+        image(tmp_path / "images" / "dotted_line" / "x_2.jpg", level)
+        write(read("dtd", tmp_path), "test", tmp_path / "test.parquet")
+        (row,) = datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"), cache_dir=str(tmp_path / str(level)))
+        assert abs(row["image"].getpixel((0, 0))[0] - level) < 5
 
 
 def test_a_pickle_that_holds_code_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """PEFT's format both ways, and training side by side with it. Oracle throughout: PEFT itself."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -175,7 +177,21 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
     pickled = saved(CONFIGS["lora"](), "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     other = saved(CONFIGS["lora"](), "other")
-    for folder, why in ((dora, "use_dora=True"), (ia3, "IA3"), (pickled, "pickle"), (tmp_path / "no", "no PEFT")):
+    pissa = saved(peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=TARGETS[:3]), "pissa")
+    rankless, extra = saved(CONFIGS["lora"](), "rankless"), saved(CONFIGS["lora"](), "extra")
+    settings = json.loads((rankless / "adapter_config.json").read_text())
+    (rankless / "adapter_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "r"}))
+    tensors = load_file(extra / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.square.lora_C": torch.ones(2)}, extra / "adapter_model.safetensors")
+    for folder, why in (
+        (dora, "use_dora=True"),
+        (ia3, "IA3"),
+        (pickled, "pickle"),
+        (tmp_path / "no", "no PEFT"),
+        (pissa, "init_lora_weights='pissa'"),
+        (rankless, "has no r"),
+        (extra, "square has lora_C"),
+    ):
         model = Net()
         with pytest.raises(SettingsError, match=why):
             randlora.from_peft(model, folder)

@@ -161,11 +161,12 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def cached(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, what updates make of their trained numbers is kept until an optimiser's step changes these.
+    """Inside, what RandLoRA's updates make of their trained numbers is kept until an optimiser's step changes these.
 
     It saves work where a model is called several times between two steps: accumulation, checkpointed layers,
     passes without gradients. The price is up to one matrix as large as W0 for each site. Changes are seen by the
-    tensors' version counters, so writing to ``.data`` inside is not.
+    tensors' version counters, so writing to ``.data`` inside is not. Updates of other methods compute as outside,
+    unless they use `Update.kept`.
     """
     updates: list[Update] = [update for seat in seats(model).values() for update in seat.updates]  # type: ignore[misc]
     for update in updates:

@@ -33,6 +33,7 @@ _PLAIN: dict[str, Any] = {
     "alpha_pattern": {}, "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "alora_invocation_tokens": None, "bias": "none", "sparse": False, "very_sparse": False,
 }  # fmt: skip
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
 
 
 def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
@@ -86,10 +87,11 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"no PEFT adapter can be read from {folder}: {error}") from error
-    for name, plain in _PLAIN.items():
-        if settings.get(name, plain) not in (plain, None):
-            raise SettingsError(f"{folder / CONFIG} has {name}={settings[name]!r}, which is not understood here")
-    method = _method(settings, folder)
+    _check_settings(settings, folder)
+    try:
+        method = _method(settings, folder)
+    except KeyError as error:
+        raise SettingsError(f"{folder / CONFIG} has no {error.args[0]}") from error
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         if key.startswith(_PREFIX):
@@ -105,6 +107,21 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
         unload(model)
         raise
     return report
+
+
+def _check_settings(settings: Any, folder: Path) -> None:
+    """Raises SettingsError for what changes the mathematics of an adapter, or the weights under it."""
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{folder / CONFIG} is not a JSON object of settings")
+    strange = [name for name, plain in _PLAIN.items() if settings.get(name, plain) not in (plain, None)]
+    strange += [name for name, value in settings.items() if name.endswith("_config") and value and name != "eva_config"]
+    if settings.get("init_lora_weights", True) not in _STARTS:
+        strange.append("init_lora_weights")
+    if strange:
+        raise SettingsError(
+            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
+            "merge it with PEFT and load the plain model"
+        )
 
 
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
@@ -227,6 +244,9 @@ def _fill(
         "randlora_gamma": "gamma",
     }  # fmt: skip
     for site, update in adaptation.updates.items():
+        strange = set(found[site]) - {*names, "randlora_A", "randlora_B"}  # PEFT repeats the bases at every site
+        if strange:
+            raise SettingsError(f"{folder / TENSORS}: {site} has {min(strange)}, which is not understood here")
         given = {names[name]: tensor for name, tensor in found[site].items() if name in names}
         for name, parameter in update.named_parameters():
             value = given.get(name)

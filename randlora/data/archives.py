@@ -43,6 +43,9 @@ def read(task: str, folder: Path) -> Archive:
     for split, rows in archive.splits.items():
         if not rows:
             raise SettingsError(f"{folder} is not {task}'s archive, unpacked: it has no images of the {split} split")
+        missing = next((image for image, _ in rows if isinstance(image, Path) and not image.is_file()), None)
+        if missing is not None:
+            raise SettingsError(f"{folder} is not {task}'s whole archive, unpacked: {missing} is missing")
     return archive
 
 
