@@ -54,6 +54,9 @@ def main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from randlora.config import register_resolvers
+
+    register_resolvers()
     try:
         hydra.main(version_base="1.3", config_path="configs", config_name="train")(execute)()
     except (HydraException, OmegaConfBaseException) as error:

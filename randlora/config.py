@@ -1,4 +1,4 @@
-"""From a composed config to the objects it names."""
+"""From a command line to settings, and from settings to the objects they name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from randlora.errors import SettingsError
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
+
+
+def register_resolvers() -> None:
+    """What the YAML files compute: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def epochs(few: float, all_: float, *, _root_: DictConfig) -> float:
+        return all_ if _root_.get("shots") is None else few
+
+    OmegaConf.register_new_resolver("epochs", epochs, replace=True)
+
+
+def settings(*overrides: str) -> dict[str, Any]:
+    """The settings of ``python train.py OVERRIDES`` as plain data; Hydra's and OmegaConf's errors as they come."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def build(config: Any) -> Any:

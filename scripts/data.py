@@ -16,25 +16,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from randlora.config import build
+from randlora.config import CONFIGS, build, settings
 from randlora.data.archives import READERS, Archive, Image, read
 from randlora.data.sources import Hub
 from randlora.errors import SettingsError
 from randlora.tasks import ImageClassification
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def task_of(name: str, root: Path) -> ImageClassification:
     """The task as train.py would build it."""
     if not (CONFIGS / "task" / f"{name}.yaml").is_file():
         raise SettingsError(f"task={name}: configs/task has no {name}.yaml")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=[f"task={name}", f"data_root={root}"])
-    return build(OmegaConf.to_container(config["task"], resolve=True))
+    return build(settings(f"task={name}", f"data_root={root}")["task"])
 
 
 def image_tasks() -> list[str]:

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from randlora.adapters import open_attention
 from randlora.adapters.targets import linear_maps
-from randlora.config import build
+from randlora.config import CONFIGS, build, settings
 from randlora.models.base import ARCHITECTURES
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def outline(names: list[str]) -> list[list]:
@@ -30,16 +24,18 @@ def outline(names: list[str]) -> list[list]:
 
 
 def main() -> None:
+    written = set()
     models = sorted(path.stem for path in (CONFIGS / "model").glob("[a-z]*.yaml"))
-    with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-        for choice in models:
-            config = compose("train", overrides=[f"model={choice}"])
-            model = build(OmegaConf.to_container(config.model, resolve=True))
-            module = model.skeleton().module
-            open_attention(module)
-            path = ARCHITECTURES / "outlines" / f"{model.architecture}.json"
-            path.write_text(json.dumps(outline(list(linear_maps(module)))) + "\n")
-            print(path.name)
+    for choice in models:
+        model = build(settings(f"model={choice}")["model"])
+        if model.architecture in written:
+            continue  # a tower of a model that has been here
+        written.add(model.architecture)
+        module = model.skeleton().module
+        open_attention(module)
+        path = ARCHITECTURES / "outlines" / f"{model.architecture}.json"
+        path.write_text(json.dumps(outline(list(linear_maps(module)))) + "\n")
+        print(path.name)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from randlora.adapters import load_adapter, merge
-from randlora.config import build
+from randlora.config import build, settings
 from randlora.data.loader import evaluation_keys, loader
 from randlora.models import OpenClip
 from randlora.models.open_clip import EMBEDDED
 from randlora.run import Experiment, run
 from randlora.tasks import Budget, Task
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 CARD = """# clip_tiny
 
@@ -63,15 +59,13 @@ def zero_shot(task: Task, model: OpenClip) -> float:
 
 
 def main() -> int:
-    with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-        config = compose("train", overrides=["experiment=pretrain_clip_tiny", *sys.argv[1:]])
-        root = f"data_root={config.data_root}"
-        others: dict[str, Any] = {
-            name: build(OmegaConf.to_container(compose("train", overrides=[f"task={name}", root]).task, resolve=True))
-            for name in ("tiny_imagenet", "cifar10")
-        }
-    experiment = Experiment.from_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    code = run(experiment, OmegaConf.to_yaml(config, resolve=True)).code
+    config = settings("experiment=pretrain_clip_tiny", *sys.argv[1:])
+    root = f"data_root={config['data_root']}"
+    others: dict[str, Any] = {
+        name: build(settings(f"task={name}", root)["task"]) for name in ("tiny_imagenet", "cifar10")
+    }
+    experiment = Experiment.from_config(config)
+    code = run(experiment, OmegaConf.to_yaml(config)).code
     if code:
         return code
 

@@ -14,22 +14,15 @@ os.environ |= {
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import nn
+
+from randlora.config import settings as settings  # what tests compose is what train.py composes
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
 MODELS = REPOSITORY.parent / "shared" / "models"
 
 torch.set_num_threads(1)
-
-
-def settings(*overrides: str) -> dict:
-    """The composed config of a command line, as plain data."""
-    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        config = compose("train", overrides=list(overrides))
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 class Conv1D(nn.Module):

@@ -51,6 +51,17 @@ def test_yaml_keys_are_the_fields(group: str) -> None:
         assert set(config) - {"_target_"} == fields, option
 
 
+def test_epochs_follow_the_budget_unless_they_are_given() -> None:
+    """The published code takes 10 for few shots, the paper's Table 7 has 76 for all of DTD."""
+    epochs = lambda *overrides: settings("task=dtd", *overrides)["trainer"]["epochs"]  # noqa: E731
+    assert (epochs(), epochs("fraction=0.5"), epochs("shots=4"), epochs("shots=4", "trainer.epochs=3")) == (
+        76,
+        76,
+        10,
+        3,
+    )
+
+
 def test_loggers_build() -> None:
     assert build(settings("logger=none").get("logger")) in (None, {})
     build(settings("logger=wandb")["logger"])

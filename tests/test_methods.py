@@ -252,6 +252,19 @@ def test_full_fine_tuning_trains_everything_else_too(toy: Toy) -> None:
     assert toy.norm.weight.requires_grad
 
 
+def test_full_fine_tuning_of_a_part(toy: Toy) -> None:
+    report = randlora.adapt(toy, FullFineTuning(train=["norm.*"]), ["square"])
+    assert report.trainable_parameters == toy.square.weight.numel() + sum(p.numel() for p in toy.norm.parameters())
+
+
+def test_full_fine_tuning_of_nothing_is_refused_and_leaves_the_model(toy: Toy) -> None:
+    before = [name for name, _ in toy.named_modules()]
+    with pytest.raises(ValueError, match=r"'nrom\.\*' matches no parameter"):
+        randlora.adapt(toy, FullFineTuning(train=["nrom.*"]), ["square"])
+    assert [name for name, _ in toy.named_modules()] == before
+    randlora.adapt(toy, FullFineTuning(), ["square"])
+
+
 def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
     with pytest.raises(ValueError, match="float32"):
         randlora.adapt(toy.bfloat16(), FullFineTuning(), ["square"])

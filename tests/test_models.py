@@ -16,7 +16,7 @@ from randlora.config import build
 from randlora.data.images import image_transform
 from randlora.errors import SettingsError
 from randlora.methods import RandLoRA
-from randlora.models import OpenClip
+from randlora.models import OpenClip, OpenClipVision, TimmTransformer
 from randlora.models.base import Pixels
 
 CLIP = OpenClip(name="clip_tiny", architecture="clip_tiny", pretrained=None, targets={"all": ["*.attn.in_proj"]})
@@ -169,6 +169,43 @@ def test_text_encoders_at_tiny_size(kind: str) -> None:
     report = randlora.adapt(model, RandLoRA(rank=4), settings("model=roberta_base")["model"]["targets"]["all"])
     assert len(report.sites) == 12
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=0, atol=1e-5)
+
+
+def test_the_image_tower_alone_gives_clips_image_embedding() -> None:
+    """Oracle: encode_image of the whole model, from the same weights."""
+    images = torch.randn(3, 3, 64, 64)
+    whole = build(settings("model=clip_tiny")["model"]).load().module.eval()
+    backbone = build(settings("model=clip_tiny_vision")["model"]).load()
+    assert isinstance(build(settings("model=clip_tiny_vision")["model"]), OpenClipVision)
+    assert backbone.features is not None
+    torch.testing.assert_close(backbone.features(backbone.module.eval(), images), whole.encode_image(images))
+    assert not any("text" in name for name, _ in backbone.module.named_modules())
+
+
+def test_timms_dinov2_is_transformers_with_its_projections_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: transformers' Dinov2Model with the same numbers, at the real width and two blocks."""
+    import timm
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    theirs = Dinov2Model(Dinov2Config(num_hidden_layers=2, image_size=56, patch_size=14)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.05)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, depth=2, **options))
+    model = TimmTransformer("x", "vit_base_patch14_dinov2.lvd142m", pretrained=None, image_size=56)
+    backbone = model.load()
+    state = {name: tensor for name, tensor in theirs.named_parameters() if "mask_token" not in name}
+    for name in [name for name in state if "q_proj" in name]:
+        parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in "kv"]
+        state[name] = torch.cat([state[name], *parts])
+    ours = dict(backbone.module.named_parameters())  # in the same order
+    backbone.module.load_state_dict({k: v.view_as(ours[k]) for k, v in zip(ours, state.values(), strict=True)})
+    images = torch.randn(2, 3, 56, 56)
+    assert backbone.features is not None
+    features = backbone.features(backbone.module.eval(), images)
+    torch.testing.assert_close(features, theirs(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])

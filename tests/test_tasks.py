@@ -266,8 +266,25 @@ def test_the_loss_within_the_batch_is_over_its_classes() -> None:
     head = whole.bind(backbone)
     logits = naive_logits(backbone.module, images, head.tokens)  # type: ignore[arg-type]
     assert whole.loss(head, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    few = F.cross_entropy(logits[:, [1, 3]], torch.tensor([1, 0, 1, 1, 0]))
+    # As published: image i against the texts of all images, its target the first of its class; up to a constant.
+    few = F.cross_entropy(logits[:, labels], torch.tensor([0, 1, 0, 0, 1])) - labels.bincount()[labels].log().mean()
     assert within.loss(within.bind(backbone), batch).item() == pytest.approx(few.item(), rel=1e-5)
+
+
+def test_the_published_scale_is_not_exponentiated() -> None:
+    backbone, images = towers(), torch.randn(5, 4)
+    options: dict = {"class_names": NAMES, "templates": ["x {}"]}
+    defined, published = (
+        ImageClassification("t", None, {}, logit_scale=how, **options).bind(backbone)(images)  # type: ignore[arg-type]
+        for how in ("exp", "raw")
+    )
+    scale = backbone.module.logit_scale
+    torch.testing.assert_close(defined / scale.exp(), published / scale)
+
+
+def test_an_ensemble_must_be_there() -> None:
+    with pytest.raises(SettingsError, match="lists no templates"):
+        ImageClassification("t", None, {}, class_names=NAMES, prompts="ensemble")  # type: ignore[arg-type]
 
 
 def test_a_frozen_text_tower_gives_the_same_loss_and_no_gradient() -> None:

@@ -79,13 +79,11 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
         found = places(model, targets)
         modules = {place.module: model.get_submodule(place.module) for place in found}
         updates, sites = _build(method, found, modules, seed)
+        unfrozen = _unfrozen(method, model, {id(module.weight) for module in modules.values()})
     except Exception:
         close_attention(model)
         raise
 
-    seated = {id(module.weight) for module in modules.values()}
-    unfrozen = {name: p for name, p in model.named_parameters() if method.unfreezes(name) and id(p) not in seated}
-    _require_float32(unfrozen, model)
     model.requires_grad_(False)
     for parameter in unfrozen.values():
         parameter.requires_grad_(True)
@@ -206,11 +204,14 @@ def _restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _require_float32(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-    for name, parameter in parameters.items():
+def _unfrozen(method: Method, model: nn.Module, seated: set[int]) -> dict[str, nn.Parameter]:
+    """The model's own parameters that are trained too, by name, without the matrices of the sites."""
+    own = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in seated}
+    unfrozen = {name: own[name] for name in method.unfreezes(list(own))}
+    for name, parameter in unfrozen.items():
         if parameter.dtype != torch.float32:
-            close_attention(model)
             raise SettingsError(f"{name} is {parameter.dtype}: load the model in float32 to train all of it")
+    return unfrozen
 
 
 @torch.no_grad()

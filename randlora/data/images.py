@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from randlora.models.base import Pixels
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "strong")
+AUGMENTATIONS = ("none", "crop", "crop_flip", "clip", "strong")
 
 Transform = Callable[[Any], "Tensor"]  # PIL image -> float32 (3, size, size)
 
@@ -29,7 +29,8 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     * ``none``: short side to `size`, central square: CLIP's transform for evaluation.
     * ``crop``: RandomResizedCrop with scale 0.5 to 1, bicubic; for digits and signs, which a flip would change.
     * ``crop_flip``: the same and a horizontal flip, the paper's default (its code, src/finetune.py).
-    * ``strong``: SimCLR-like, crop from 0.2, colour jitter, grey, flip (its --strong-augs).
+    * ``clip``: RandomResizedCrop with scale 0.9 to 1, as CLIP was trained (its --base-augs).
+    * ``strong``: SimCLR-like, crop from 0.2, colour jitter, grey, blur, flip (its --strong-augs).
     """
     from torchvision import transforms as T
 
@@ -37,11 +38,13 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     begin, finish = T.Lambda(_to_rgb), [T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
     if augmentation == "none":
         return T.Compose([begin, T.Resize(pixels.size, bicubic), T.CenterCrop(pixels.size), *finish])
-    smallest = 0.2 if augmentation == "strong" else 0.5
+    smallest = {"crop": 0.5, "crop_flip": 0.5, "clip": 0.9, "strong": 0.2}[augmentation]
     steps: list[Any] = [begin, T.RandomResizedCrop(pixels.size, scale=(smallest, 1.0), interpolation=bicubic)]
     if augmentation == "strong":
         steps += [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2)]
-    if augmentation != "crop":
+        width = pixels.size // 20 * 2 + 1  # a tenth of the side, odd (SimCLR)
+        steps.append(T.RandomApply([T.GaussianBlur(width, sigma=(0.1, 2.0))], p=0.5))
+    if augmentation in ("crop_flip", "strong"):
         steps.append(T.RandomHorizontalFlip())
     return T.Compose([*steps, *finish])
 

@@ -35,9 +35,9 @@ class Method:
         """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
         raise NotImplementedError
 
-    def unfreezes(self, name: str) -> bool:
-        """Whether the model's own parameter of this name is trained too, beside the updates."""
-        return False
+    def unfreezes(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of the model's own parameters, of those `names`, are trained too, beside the updates."""
+        return []
 
     def parameter_groups(self, trained: Mapping[str, nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
         """The optimiser's groups for the trained tensors (by name), given the run's learning rate and weight decay."""

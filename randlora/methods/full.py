@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.seat import Frozen, Site, Update
-from randlora.errors import check_choice
+from randlora.errors import SettingsError, check_choice
 from randlora.methods.base import Method
 
 if TYPE_CHECKING:
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 class FullFineTuning(Method):
     """W' itself is trained, from W0, in float32.
 
-    `train` is ``all`` (every parameter of the model: embeddings, norms and biases too, as in the paper) or
-    ``targets`` (the targeted matrices alone). Targeted matrices keep W0 beside W', so that the base stays
-    untouched and ΔW can be measured: one more copy of them than a bare fine-tuning would hold.
+    `train` is ``all`` (every parameter of the model: embeddings, norms and biases too, as in the paper), ``targets``
+    (the targeted matrices alone), or a list of patterns on the names of further parameters, such as ``["visual.*"]``
+    for all of CLIP's image tower. Targeted matrices keep W0 beside W', so that the base stays untouched and ΔW can be
+    measured: one more copy of them than a bare fine-tuning would hold.
     """
 
-    train: str = "all"
+    train: str | Sequence[str] = "all"
 
     def __post_init__(self) -> None:
-        check_choice("FullFineTuning.train", self.train, ("all", "targets"))
+        if isinstance(self.train, str):
+            check_choice("FullFineTuning.train (or a list of patterns)", self.train, ("all", "targets"))
 
     @property
     def name(self) -> str:
@@ -39,8 +42,13 @@ class FullFineTuning(Method):
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: FullUpdate(context.weights[site.name]) for site in sites}
 
-    def unfreezes(self, name: str) -> bool:
-        return self.train == "all"
+    def unfreezes(self, names: Sequence[str]) -> Sequence[str]:
+        if isinstance(self.train, str):
+            return names if self.train == "all" else []
+        for pattern in self.train:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SettingsError(f"FullFineTuning.train: {pattern!r} matches no parameter; there are {names[0]}, …")
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.train)]
 
 
 class FullUpdate(Update):

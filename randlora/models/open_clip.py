@@ -104,6 +104,26 @@ class OpenClip(Model):
         )
 
 
+@dataclass(frozen=True)
+class OpenClipVision(OpenClip):
+    """The image tower of a CLIP alone, for tasks that train a head of their own; the text tower is dropped.
+
+    Features are the image embedding (B, width), not normalised. With class names for a head, take OpenClip and the
+    targets ``vision``.
+    """
+
+    kind: ClassVar[str] = "vision"
+
+    def outline(self) -> list[str] | None:
+        names = super().outline()
+        return names and [name.removeprefix("visual.") for name in names if name.startswith("visual.")]
+
+    def _backbone(self, module: nn.Module) -> Backbone:
+        both = super()._backbone(module)
+        tower = module.visual
+        return Backbone(tower, self.kind, both.width, both.pixels, features=lambda tower, images: tower(images))  # type: ignore[arg-type]
+
+
 def _add_architectures() -> None:
     import open_clip
 

@@ -32,7 +32,7 @@ class ImageCaptions(ImageClassification):
     kinds_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def bind(self, backbone: Backbone) -> nn.Module:
-        return ContrastiveClip(backbone, self.names(), self.templates, within_batch=False)
+        return ContrastiveClip(backbone, self.names(), self.templates)
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         images = super().encoder(backbone, training)

@@ -24,24 +24,33 @@ class ImageClassification(Task):
     """Columns `image` and `label`; top-1 accuracy.
 
     `class_names` are in the order of the labels; a number is how many the data must name themselves.
-    `templates` make CLIP's prompts, {} standing for the class name; several are averaged on the unit sphere.
-    `classes` says what a training step compares an image with: the classes of its micro-batch (``batch``, the paper's
-    loss, cheaper when there are many), or ``all``. Evaluation always compares with all. `unreadable` is the largest
-    share of a split's images that may be damaged and left out; beyond it the run stops.
+    CLIP's prompts are made from `templates` or, with ``prompts=ensemble``, from those published for the data set; {}
+    stands for the class name, and several are averaged on the unit sphere. `classes` says what a training step
+    compares an image with: the classes of its micro-batch (``batch``, the paper's loss, cheaper when there are many),
+    or ``all``. Evaluation always compares with all. `logit_scale` is how CLIP's trained scale multiplies similarities:
+    ``exp`` of it, as CLIP defines it, or ``raw``, as in the published code (4.6 instead of 100). `unreadable` is the
+    largest share of a split's images that may be damaged and left out; beyond it the run stops.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
 
     class_names: Sequence[str] | int = ()
     templates: Sequence[str] = ("An image of {}",)
+    ensemble: Sequence[str] = ()
+    prompts: str = "templates"
     classes: str = "all"
+    logit_scale: str = "exp"
     augmentation: str = "crop_flip"
     unreadable: float = 0.0
 
     def __post_init__(self) -> None:
         check_augmentation(self.augmentation)
         check_range("task.unreadable", self.unreadable, 0, 1)
-        check_choice("classes", self.classes, ("batch", "all"))
+        check_choice("task.classes", self.classes, ("batch", "all"))
+        check_choice("task.logit_scale", self.logit_scale, ("exp", "raw"))
+        check_choice("task.prompts", self.prompts, ("templates", "ensemble"))
+        if not getattr(self, self.prompts):
+            raise SettingsError(f"task.prompts={self.prompts}: task {self.name} lists no templates there")
         if isinstance(self.class_names, int):
             check_count("class_names", self.class_names)
         elif len(set(self.class_names)) != len(self.class_names) or not self.class_names:
@@ -70,7 +79,8 @@ class ImageClassification(Task):
         if backbone.kind == "clip":
             unread = next(backbone.module.parameters()).is_meta and isinstance(self.class_names, int)
             names = [f"class {label}" for label in range(self.class_count())] if unread else self.names()
-            return ClipClassifier(backbone, names, self.templates, within_batch=self.classes == "batch")
+            templates = getattr(self, self.prompts)
+            return ClipClassifier(backbone, names, templates, self.classes == "batch", self.logit_scale == "exp")
         return LinearClassifier(backbone, self.class_count())
 
     def open(self) -> dict[str, Table]:
@@ -121,7 +131,7 @@ class ImageEncoder(Encoder):
 
 
 class ClipClassifier(nn.Module):
-    """Cosine similarity of images to the texts of the class names, times exp(logit_scale).
+    """Cosine similarity of images to the texts of the class names, times CLIP's scale.
 
     Texts go through the text tower once per step, not once per image. Features that cannot change (a frozen tower in
     training, any tower in evaluation) are computed once.
@@ -129,11 +139,18 @@ class ClipClassifier(nn.Module):
 
     tokens: Tensor
 
-    def __init__(self, backbone: Backbone, names: Sequence[str], templates: Sequence[str], within_batch: bool):
+    def __init__(
+        self,
+        backbone: Backbone,
+        names: Sequence[str],
+        templates: Sequence[str],
+        within_batch: bool = False,
+        exp_scale: bool = True,
+    ):
         super().__init__()
         assert backbone.tokenizer is not None
         self.clip = backbone.module
-        self.within_batch = within_batch
+        self.within_batch, self.exp_scale = within_batch, exp_scale
         texts = [template.format(name) for name in names for template in templates]
         tokens = backbone.tokenizer()(texts)  # (classes · templates, length)
         self.register_buffer("tokens", tokens.unflatten(0, (len(names), len(templates))), persistent=False)
@@ -150,12 +167,14 @@ class ClipClassifier(nn.Module):
         if labels is None:
             return self.similarity(features, self.text_features())
         if self.within_batch:
-            present, targets = labels.unique(return_inverse=True)
-            return self.similarity(features, self.text_features(present)), targets
+            present, targets, counts = labels.unique(return_inverse=True, return_counts=True)
+            # As if every image had brought its text: a class counts as often as it occurs.
+            return self.similarity(features, self.text_features(present)) + counts.log(), targets
         return self.similarity(features, self.text_features()), labels
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        logits = self.clip.logit_scale.exp() * images @ texts.T.to(images.dtype)
+        scale = self.clip.logit_scale.exp() if self.exp_scale else self.clip.logit_scale
+        logits = scale * images @ texts.T.to(images.dtype)
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias
 

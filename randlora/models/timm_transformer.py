@@ -1,0 +1,73 @@
+"""Vision transformers of timm, whose attention has one fused projection, as the paper's DINOv2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from randlora.errors import SettingsError, check_count
+from randlora.models.base import Backbone, Model, Pixels
+
+
+@dataclass(frozen=True)
+class TimmTransformer(Model):
+    """Features are the class token after the last norm. Position embeddings are interpolated to `image_size` pixels.
+
+    `architecture` is timm's name of a vision transformer, with its tag. `pretrained` is ``hub`` for the weights that
+    timm lists for it, a checkpoint's path, or None for random weights drawn from torch's seed.
+    """
+
+    kind: ClassVar[str] = "vision"
+
+    pretrained: str | None = "hub"
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        check_count("model.image_size", self.image_size)
+
+    def check(self) -> None:
+        if self.pretrained not in (None, "hub") and not Path(self.pretrained).is_file():
+            raise SettingsError(f"model.pretrained={self.pretrained}: give hub, null or a checkpoint's path")
+
+    def skeleton(self) -> Backbone:
+        with torch.device("meta"):
+            return self._backbone(self._create())
+
+    def load(self) -> Backbone:
+        self.check()
+        return self._backbone(self._create(self.pretrained))
+
+    def _create(self, weights: str | None = None) -> nn.Module:
+        import timm
+
+        if self.architecture is None or not timm.is_model(self.architecture):
+            raise SettingsError(f"architecture={self.architecture!r} is not one that timm knows")
+        try:
+            return timm.create_model(
+                self.architecture,
+                pretrained=weights is not None,
+                pretrained_cfg_overlay=None if weights in (None, "hub") else {"file": weights},
+                num_classes=0,
+                img_size=self.image_size,
+            )
+        except Exception as error:  # the hub client raises many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SettingsError(f"cannot load {self.architecture} with pretrained={weights}: {reason}") from error
+
+    def _backbone(self, module: Any) -> Backbone:
+        known = module.pretrained_cfg
+        return Backbone(
+            module=module,
+            kind=self.kind,
+            width=module.num_features,
+            pixels=Pixels(self.image_size, known["mean"], known["std"]),
+            features=_class_token,
+        )
+
+
+def _class_token(module: Any, images: Tensor) -> Tensor:
+    return module.forward_features(images)[:, 0]
