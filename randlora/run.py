@@ -88,8 +88,15 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         "head_parameters": head,
         "total_parameters": report.total_parameters + head,
         "adapter_bytes": 4 * report.trainable_parameters,
-        "steps": experiment.trainer.steps(experiment.task.training_size(experiment.budget)),
+        **lengths(experiment),
     }
+
+
+def lengths(experiment: Experiment) -> dict[str, float]:
+    """How long a run is, from the published size of its training set: optimiser steps, and passes over the set."""
+    size = experiment.task.training_size(experiment.budget)
+    steps = experiment.trainer.steps(size)
+    return {"steps": steps, "epochs": round(steps * experiment.trainer.batch_size / size, 2)}
 
 
 def head_parameters(bound: nn.Module, backbone: nn.Module) -> int:
@@ -261,6 +268,6 @@ def table(plan: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     lines += [
         f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.3g} %), "
         f"{plan['head_parameters']:,} in the head",
-        f"adapter {plan['adapter_bytes']:,} bytes; {plan['steps']:,} steps",
+        f"adapter {plan['adapter_bytes']:,} bytes; {plan['steps']:,} steps, {plan['epochs']:,} times the training set",
     ]
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """Every shipped YAML composes and builds; targets are allow-listed; signatures change with what changes a result."""
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from conftest import REPOSITORY, settings
@@ -11,7 +13,10 @@ from randlora.run import Experiment
 
 
 def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (REPOSITORY / "configs" / group).glob("*.yaml") if not p.stem.startswith("_"))
+    """The choices of a group, those in its folders too: clip_b32/lora."""
+    folder = REPOSITORY / "configs" / group
+    found = (path for path in folder.rglob("*.yaml") if not path.stem.startswith("_"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
 TASK_OF = {"clip": "cifar10", "vision": "cifar10", "text": "mrpc", "causal_lm": "arc_easy"}
@@ -38,6 +43,17 @@ def test_every_task_builds_with_every_method(task: str, method: str) -> None:
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds(experiment: str) -> None:
     Experiment.from_config(settings(f"experiment={experiment}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("sweep", options("sweep"))
+def test_every_run_of_a_sweep_composes(sweep: str) -> None:
+    swept = OmegaConf.load(REPOSITORY / "configs" / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+    runs = BasicSweeper.split_arguments(
+        OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in swept.items()]), 999
+    )
+    assert len(runs[0]) in (22, 44, 88)
+    for run in runs[0][:: len(runs[0]) // 11]:
+        Experiment.from_config(settings("experiment=clip_b32/lora", f"sweep={sweep}", *run, "dry_run=true"))
 
 
 @pytest.mark.parametrize("group", ["method", "model", "task", "trainer"])

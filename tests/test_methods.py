@@ -10,7 +10,7 @@ import randlora
 from conftest import TOY_TARGETS, Toy
 from randlora.adapters.core import relative_norms, seats
 from randlora.adapters.seat import Frozen, Site
-from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
 
 METHODS = [
     LoRA(rank=4),
@@ -24,8 +24,11 @@ METHODS = [
     RandLoRA(rank=5),
     RandLoRA(rank=5, num_bases="floor", basis="normal"),
     RandLoRA(rank=4, num_bases=3, zero="gamma", basis="ternary", sparsity=6.0),
+    RandLoRA(rank=4, num_bases=0.5),
     RandLoRA(rank=5, basis="kronecker"),
     RandLoRA(rank=5, num_bases="floor", basis="kronecker"),
+    RandLoRAa(rank=4, budget_rank=5),
+    RandLoRAa(rank=4, num_bases=3, basis="ternary", sparsity=6.0),
     FullFineTuning(train="targets"),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
@@ -41,9 +44,13 @@ def closed_form(method: Method, site: Site) -> int:
         return method.rank + site.out_features
     if isinstance(method, NoLA):
         return 2 * method.num_bases
+    if isinstance(method, RandLoRAa):
+        budget = small // method.budget_rank * (method.budget_rank + small)
+        return (method.num_bases or budget // (method.rank + small)) * (method.rank + small)
     if isinstance(method, RandLoRA):
         rounded = {"ceil": math.ceil(small / method.rank), "floor": small // method.rank}
-        n = method.num_bases if isinstance(method.num_bases, int) else rounded[method.num_bases]
+        n = rounded.get(method.num_bases, method.num_bases)  # type: ignore[arg-type, call-overload]
+        n = n if isinstance(n, int) else int(n * rounded["floor"])
         return n * (method.rank + small)
     return site.out_features * site.in_features
 
@@ -51,7 +58,7 @@ def closed_form(method: Method, site: Site) -> int:
 def claimed_rank(method: Method, site: Site) -> int:
     """The rank of ΔW for trained numbers in general position."""
     small = min(site.out_features, site.in_features)
-    if isinstance(method, LoRA | NoLA):
+    if isinstance(method, LoRA | NoLA | RandLoRAa):
         return min(method.rank, small)
     if isinstance(method, VeRA):
         return min(method.rank, small)

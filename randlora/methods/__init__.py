@@ -5,6 +5,7 @@ from randlora.methods.full import FullFineTuning
 from randlora.methods.lora import LoRA
 from randlora.methods.nola import NoLA
 from randlora.methods.randlora import RandLoRA
+from randlora.methods.randlora_a import RandLoRAa
 from randlora.methods.vera import VeRA
 
-__all__ = ["FullFineTuning", "LoRA", "Method", "NoLA", "RandLoRA", "VeRA"]
+__all__ = ["FullFineTuning", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]

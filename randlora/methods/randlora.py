@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import Basis, Map, check_kind
 from randlora.bases.peft import PeftBasis, columns_by_basis, draw_randlora
-from randlora.errors import SettingsError, check_choice, check_count, check_positive
+from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale, sharing
 from randlora.methods.forms import TOKENS, Plan, UpdatedLinear, choose, factor, prepare
 
@@ -31,7 +31,7 @@ class RandLoRA(Method):
     a *smaller* rank means more parameters, and the rank of ΔW is min(n·rank, d) whatever the budget.
 
     * `num_bases`: ``ceil`` (of d / rank: full rank; PEFT's choice), ``floor`` (the paper's counts; a few
-      directions are missed where rank does not divide d), or a number for all sites.
+      directions are missed where rank does not divide d), a share of that below 1, or a number for all sites.
     * `alpha` defaults to 2·rank. The paper uses 10 for CLIP (10/rank), PEFT 20·rank.
     * `zero` names the diagonal that starts at zero, so that ΔW does. The other starts at `start`; its default is
       PEFT's 1/max(n, d) for γ and the authors' vision code's 1/max(n, rank) for λ.
@@ -47,7 +47,7 @@ class RandLoRA(Method):
 
     rank: int = 6
     alpha: float | None = None
-    num_bases: int | str = "ceil"
+    num_bases: int | float | str = "ceil"
     basis: str = "uniform"
     sparsity: float | None = None
     zero: str = "lambda"
@@ -57,8 +57,10 @@ class RandLoRA(Method):
 
     def __post_init__(self) -> None:
         check_low_rank(self)
-        if self.num_bases not in ("ceil", "floor"):
-            check_count("RandLoRA.num_bases (ceil, floor or a number)", self.num_bases)  # type: ignore[arg-type]
+        if isinstance(self.num_bases, float):
+            check_range("RandLoRA.num_bases (as a share)", self.num_bases, 0, 1)
+        elif self.num_bases not in ("ceil", "floor"):
+            check_count("RandLoRA.num_bases (ceil, floor, a share or a number)", self.num_bases)  # type: ignore[arg-type]
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
         check_kind(self.basis, self.sparsity, and_peft=True)
         check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
@@ -67,9 +69,12 @@ class RandLoRA(Method):
 
     def bases_of(self, site: Site) -> int:
         """n, the number of bases at a site."""
+        if isinstance(self.num_bases, int):
+            return self.num_bases
         if self.num_bases == "ceil":
             return math.ceil(site.small / self.rank)
-        return max(1, site.small // self.rank) if self.num_bases == "floor" else int(self.num_bases)
+        share = 1.0 if self.num_bases == "floor" else float(self.num_bases)
+        return max(1, int(share * (site.small // self.rank)))
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         pairs = self._peft_bases(sites, context) if self.basis == "peft" else self._bases(sites, context)
