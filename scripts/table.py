@@ -5,11 +5,13 @@ python scripts/table.py runs --seeds       one row per method, mean ± sample de
 python scripts/table.py runs --paired method.basis=kronecker,uniform
     one row per task and model: the scores under each value of a setting, and their difference, seed by seed, with its
     95 % interval (Student's t); --paired method=randlora,lora compares methods
+python scripts/table.py runs --published   means over seeds beside the paper's number for that cell, where it has one
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -23,6 +25,8 @@ from scipy.stats import t as student
 
 from randlora.errors import SettingsError
 
+PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
+
 
 class Run(NamedTuple):
     """One record: where it lies, and what it says."""
@@ -34,6 +38,11 @@ class Run(NamedTuple):
     def cell(self) -> tuple[str, str, str]:
         """task, model, method"""
         return self.folder.parts[-4], self.folder.parts[-3], self.folder.parts[-2]
+
+    @property
+    def budget(self) -> tuple[int | None, float | None]:
+        """shots, fraction"""
+        return self.result["config"].get("shots"), self.result["config"].get("fraction")
 
     @property
     def metric(self) -> str:
@@ -75,23 +84,56 @@ def each(runs: Sequence[Run]) -> Table:
 
 def over_seeds(runs: Sequence[Run]) -> str:
     """Finished runs by task, model and method; runs that differ in more than their seed are not mixed."""
+    lines = [
+        "| task | model | method | trained parameters | metric | zero-shot | after training | seeds | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for members in by_settings(runs):
+        task, model, method = members[0].cell
+        before = "" if members[0].before is None else f"{100 * members[0].before:.1f}"
+        seconds = statistics.mean(run.result["train_seconds"] for run in members)
+        lines.append(
+            f"| {task} | {model} | {method} | {members[0].result['trainable_parameters']:,} | {members[0].metric}, % | "
+            f"{before} | {scores_of(members)} | {len(members)} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    """The finished runs in groups that differ in their seed alone."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if run.result["status"] == "finished":
             settings = {key: value for key, value in run.result["config"].items() if key not in ("seed", "run_root")}
             groups.setdefault((*run.cell, json.dumps(settings, sort_keys=True)), []).append(run)
+    return list(groups.values())
+
+
+def scores_of(runs: Sequence[Run]) -> str:
+    """Mean ± sample deviation of the headline, per cent."""
+    return _spread([100 * run.result["headline"]["value"] for run in runs])
+
+
+def beside_published(runs: Sequence[Run]) -> str:
+    """Ours and the paper's, which are of one run each; the paper's variant is named, since a rank may differ."""
+    cells: dict[tuple, tuple[str, dict[str, str]]] = {}
+    for path in sorted(PUBLISHED.glob("table1[1-4].csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                budget = int(row["shots"] or 0) or None, float(row["fraction"] or 0) or None
+                cells[row["model"], row["method"], *budget] = path.stem, row
     lines = [
-        "| task | model | method | trained parameters | metric | zero-shot | after training | seeds | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | model | method | shots | trained parameters | ours, % | published, % | where |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, model, method, _), members in groups.items():
-        scores = [run.result["headline"]["value"] for run in members]
-        spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-        before = "" if members[0].before is None else f"{100 * members[0].before:.1f}"
-        seconds = statistics.mean(run.result["train_seconds"] for run in members)
+    for members in by_settings(runs):
+        task, model, method = members[0].cell
+        shots, fraction = members[0].budget
+        where, row = cells.get((model, method, shots, fraction or (None if shots else 1.0)), ("", {}))
+        source = f"{where} {row.get('variant', '')}".strip() if task in row else "not in the paper"
         lines.append(
-            f"| {task} | {model} | {method} | {members[0].result['trainable_parameters']:,} | {members[0].metric}, % | "
-            f"{before} | {100 * statistics.mean(scores):.1f}{spread} | {len(scores)} | {seconds:.0f} |"
+            f"| {task} | {model} | {method} | {_data(shots, fraction)} | "
+            f"{members[0].result['trainable_parameters']:,} | {scores_of(members)} | {row.get(task, '')} | {source} |"
         )
     return "\n".join(lines)
 
@@ -100,11 +142,10 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
     """Differences between two values of one setting, within pairs of runs that share everything else that is listed."""
     cells: dict[tuple, dict[tuple[str, int], float]] = {}
     for run in runs:
-        config, value = run.result["config"], _value(run, key)
+        value = _value(run, key)
         if run.result["status"] == "finished" and value in values:
             task, model, method = run.cell
-            budget = config.get("shots"), config.get("fraction")
-            scores = cells.setdefault((task, model, "" if key == "method" else method, *budget), {})
+            scores = cells.setdefault((task, model, "" if key == "method" else method, *run.budget), {})
             if (value, run.result["seed"]) in scores:
                 raise SettingsError(f"{run.folder}: a second run of {key}={value} with this task, model and seed")
             scores[value, run.result["seed"]] = 100 * run.result["headline"]["value"]
@@ -123,13 +164,19 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
         differences = [one - other for one, other in zip(*columns, strict=True)]
         mean, spread = statistics.mean(differences), statistics.stdev(differences)
         half = student.ppf(0.975, len(seeds) - 1) * spread / len(seeds) ** 0.5
-        shown = [f"{statistics.mean(column):.1f} ± {statistics.stdev(column):.1f}" for column in columns]
-        data = shots or (f"{100 * fraction:g} %" if fraction else "all")
         lines.append(
-            f"| {task} | {model} | {data} | {shown[0]} | {shown[1]} | {mean:+.2f} | "
-            f"{mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
+            f"| {task} | {model} | {_data(shots, fraction)} | {_spread(columns[0])} | {_spread(columns[1])} | "
+            f"{mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
         )
     return "\n".join(lines)
+
+
+def _spread(scores: Sequence[float]) -> str:
+    return f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
+
+
+def _data(shots: int | None, fraction: float | None) -> str:
+    return str(shots or (f"{100 * fraction:g} %" if fraction else "all"))
 
 
 def _value(run: Run, key: str) -> str:
@@ -148,6 +195,7 @@ def main() -> None:
     parser.add_argument("root", nargs="?", default="runs", type=Path)
     parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
     parser.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
+    parser.add_argument("--published", action="store_true", help="beside the paper's numbers, as Markdown")
     arguments = parser.parse_args()
     runs = read(arguments.root)
     if arguments.paired:
@@ -155,6 +203,8 @@ def main() -> None:
         if values.count(",") != 1:
             raise SettingsError(f"--paired {arguments.paired}: give a setting and two values, method.rank=4,8")
         print(paired(runs, key, values.split(",")))
+    elif arguments.published:
+        print(beside_published(runs))
     elif arguments.seeds:
         print(over_seeds(runs))
     else:

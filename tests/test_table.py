@@ -13,12 +13,13 @@ from conftest import REPOSITORY
 ONE, OTHER = [0.61, 0.64, 0.60, 0.66], [0.60, 0.60, 0.61, 0.62]
 
 
-def record(root: Path, seed: int, basis: str, score: float) -> None:
-    folder = root / "cifar10" / "vit" / "randlora" / f"{basis}{seed}"
+def record(root: Path, seed: int, basis: str, score: float, model: str = "vit") -> None:
+    folder = root / "cifar10" / model / "randlora" / f"{basis}{seed}"
     folder.mkdir(parents=True)
     result = {
         "status": "finished",
         "seed": seed,
+        "trainable_parameters": 1234,
         "headline": {"name": "test/accuracy", "value": score},
         "config": {"method": {"basis": basis}, "shots": 16, "fraction": None, "seed": seed},
     }
@@ -44,6 +45,18 @@ def test_paired_differences_are_scipys(tmp_path: Path) -> None:
         f"{100 * np.mean(np.subtract(ONE, OTHER)):+.2f}",
         f"{expected[0]:+.2f} to {expected[1]:+.2f}",
         "4",
+    ]
+
+
+def test_ours_beside_the_papers(tmp_path: Path) -> None:
+    """Table 11 prints 92.0 for RandLoRA-6 on CIFAR-10 with 16 shots."""
+    for seed, score in enumerate((0.9, 0.94)):
+        record(tmp_path, seed, "uniform", score, model="clip_vit_b32")
+    record(tmp_path, 0, "uniform", 0.5)
+    rows = table(str(tmp_path), "--published").stdout.splitlines()[2:]
+    assert rows == [
+        "| cifar10 | clip_vit_b32 | randlora | 16 | 1,234 | 92.0 ± 2.8 | 92.0 | table11 rank 6 |",
+        "| cifar10 | vit | randlora | 16 | 1,234 | 50.0 |  | not in the paper |",
     ]
 
 
