@@ -15,7 +15,7 @@ from randlora.adapters import close_attention, open_attention
 from randlora.config import build
 from randlora.data.images import image_transform
 from randlora.errors import SettingsError
-from randlora.methods import RandLoRA
+from randlora.methods import LoRA, RandLoRA
 from randlora.models import OpenClip, OpenClipVision, TimmTransformer
 from randlora.models.base import Pixels
 
@@ -57,6 +57,41 @@ def test_an_adapted_clip_merges_into_open_clips_state_dict() -> None:
     fresh = CLIP.load().module.eval()
     fresh.load_state_dict(state)
     torch.testing.assert_close(fresh.encode_image(images), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-H-14"])
+@torch.no_grad()
+def test_the_papers_clips_equal_open_clips_own_forward_before_and_after_export(architecture: str) -> None:
+    """Oracle: the same module before it was opened; real sizes, random weights."""
+    torch.manual_seed(0)
+    module = OpenClip("x", architecture=architecture, pretrained=None).load().module.eval()
+    images, texts = torch.randn(1, 3, 224, 224), open_clip.get_tokenizer(architecture)(["a photo of two dogs"])
+    outputs = lambda: (module.encode_image(images), module.encode_text(texts))  # noqa: E731
+    expected, keys = outputs(), list(module.state_dict())
+    randlora.adapt(module, LoRA(rank=1), settings("model=clip")["model"]["targets"]["all_split"])
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    randlora.merge(module)
+    assert list(module.state_dict()) == keys
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_frozen_head_is_open_clips_zero_shot_classifier() -> None:
+    """Oracle: build_zero_shot_classifier, with the ensemble of CIFAR-10 and the real embedded weights."""
+    task = build(settings("task=cifar10", "task.prompts=ensemble")["task"])
+    backbone = build(settings("model=clip_tiny")["model"]).load()
+    templates = [template.format for template in task.ensemble]
+    expected = open_clip.build_zero_shot_classifier(
+        backbone.module.eval(), backbone.tokenizer(), task.class_names, templates, num_classes_per_batch=None
+    )
+    classifier = task.bind(backbone).eval()
+    torch.testing.assert_close(classifier.text_features(), expected.T, rtol=1e-5, atol=1e-6)
+    images = torch.randn(4, 3, 64, 64)
+    features = torch.nn.functional.normalize(backbone.module.encode_image(images), dim=-1)
+    theirs = backbone.module.logit_scale.exp() * features @ expected
+    torch.testing.assert_close(classifier(images), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_transform_equals_open_clips() -> None:

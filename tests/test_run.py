@@ -11,9 +11,12 @@ import torch
 
 import randlora
 from conftest import REPOSITORY, settings
+from randlora.data.sources import ArrayImages
+from randlora.errors import SettingsError
 from randlora.models import OpenClip
 from randlora.records.memory import PeakMemory
 from randlora.run import FAILED, FINISHED, KEYS, Experiment, run
+from randlora.tasks import ImageClassification
 from randlora.training import Trainer
 
 SHORT = ("trainer.max_steps=3", "trainer.batch_size=8", "task.test_size=20", "task.validation_size=10", "shots=2")
@@ -76,7 +79,7 @@ def test_a_finished_run_is_skipped_and_begun_again_when_asked(tmp_path: Path, ca
     assert (experiment.folder / "result.json").stat().st_mtime_ns > stamp
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "nola", "randlora", "full"])
+@pytest.mark.parametrize("method", ["lora", "vera", "nola", "randlora", "randlora_a", "full"])
 def test_every_method_runs(tmp_path: Path, method: str) -> None:
     code, experiment = start(tmp_path, f"method={method}", "trainer.max_steps=1")
     assert code == FINISHED
@@ -95,6 +98,41 @@ def test_a_frozen_text_tower_is_encoded_once(tmp_path: Path, monkeypatch: pytest
     start(tmp_path, "targets=all")
     # Once before and once after training; between, once when frozen, else in each of the three steps.
     assert (few, len(calls)) == (3, 5)
+
+
+FROZEN_TOWERS = [
+    ("model=clip_tiny_vision", "method=linearprobe"),
+    ("model=clip_tiny", "targets=text"),
+]
+
+
+@pytest.mark.parametrize("overrides", FROZEN_TOWERS)
+def test_behind_a_frozen_tower_every_image_is_decoded_once(
+    overrides: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same run with nothing kept, whose scores are the same."""
+    decoded: list[int] = []
+    read = ArrayImages.__getitem__
+    monkeypatch.setattr(ArrayImages, "__getitem__", lambda table, i: decoded.append(i) or read(table, i))
+    kept = result_of(start(tmp_path / "kept", *overrides)[1])
+    assert len(decoded) == 20 + 10 + 20  # two shots of ten classes, validation, test
+    monkeypatch.setattr(ImageClassification, "frozen_part", lambda task, model: None)
+    anew = result_of(start(tmp_path / "anew", *overrides)[1])
+    assert len(decoded) > 50 + 3 * 8 + 10 + 20 - 1
+    assert kept["metrics"] == pytest.approx(anew["metrics"], rel=1e-4)
+
+
+def test_augmented_images_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    read = ArrayImages.__getitem__
+    monkeypatch.setattr(ArrayImages, "__getitem__", lambda table, i: decoded.append(i) or read(table, i))
+    start(tmp_path, "model=clip_tiny_vision", "method=linearprobe", "task.augmentation=crop")
+    assert len(decoded) == 3 * 8 + 10 + 20
+
+
+def test_a_probe_needs_a_head(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="linearprobe has nothing to train here"):
+        start(tmp_path, "method=linearprobe")
 
 
 def test_an_error_is_recorded_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ Item = Mapping[str, Any]
 class Encoder:
     """From an example of a source to an item, and from items to a batch; picklable, since workers run it."""
 
+    random = False  # whether an example may be encoded differently each time
+
     def __call__(self, example: Item) -> Item:
         raise NotImplementedError
 
@@ -92,6 +94,28 @@ class Split(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer("augmentation", self.augment_seed, position))
             return self.encode(example)
+
+
+class Computed(Encoder):
+    """Batches that have been computed, as the examples of a split: nothing is read or decoded again."""
+
+    def __init__(self, batches: Sequence[Mapping[str, torch.Tensor]]):
+        self.columns = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> Item:
+        return {key: values[index] for key, values in self.columns.items()}
+
+    def column(self, name: str) -> np.ndarray:
+        return self.columns[name].numpy()
+
+    def __call__(self, example: Item) -> Item:
+        return example
+
+    def split(self) -> Split:
+        return Split(self, np.arange(len(self)), self)
 
 
 def training_keys(

@@ -2,10 +2,11 @@
 
 from randlora.methods.base import Method
 from randlora.methods.full import FullFineTuning
+from randlora.methods.linear_probe import LinearProbe
 from randlora.methods.lora import LoRA
 from randlora.methods.nola import NoLA
 from randlora.methods.randlora import RandLoRA
 from randlora.methods.randlora_a import RandLoRAa
 from randlora.methods.vera import VeRA
 
-__all__ = ["FullFineTuning", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]
+__all__ = ["FullFineTuning", "LinearProbe", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,6 +140,13 @@ class Task:
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
         """Metrics by name, from the columns of all examples."""
         raise NotImplementedError
+
+    def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
+        """From a batch to one that starts behind the frozen part of the model, so that this part is computed once.
+
+        None where no such part comes first. `loss` and `predict` take both kinds of batch.
+        """
+        return None
 
     def tolerance(self) -> float:
         """The largest share of a split's examples that may be damaged and left out."""

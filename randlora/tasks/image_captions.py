@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.images import Transform
 from randlora.data.loader import Item
 from randlora.models.base import Backbone
 from randlora.tasks.image_classification import ClipClassifier, ImageClassification, ImageEncoder
@@ -47,7 +46,7 @@ class ImageCaptions(ImageClassification):
         general = torch.tensor(["{name}" not in caption for caption in self.captions])
         words = list(dict.fromkeys(kind_of.values()))
         kinds = torch.tensor([words.index(kind_of[name]) for name in self.names()])
-        return PairEncoder(images.transform, torch.stack(tokens), general, kinds)
+        return PairEncoder(images, torch.stack(tokens), general, kinds)
 
     def _kind_of(self) -> dict[str, str]:
         """Every class's kind; the name itself where none is given."""
@@ -67,8 +66,10 @@ class ImageCaptions(ImageClassification):
 class PairEncoder(ImageEncoder):
     """An image with one of its class's captions: tokens (classes, captions, length), and what they speak of."""
 
-    def __init__(self, transform: Transform, tokens: Tensor, general: Tensor, kinds: Tensor):
-        super().__init__(transform)
+    random = True  # the caption is drawn
+
+    def __init__(self, images: ImageEncoder, tokens: Tensor, general: Tensor, kinds: Tensor):
+        self.transform = images.transform
         self.tokens, self.general, self.kinds = tokens, general, kinds
 
     def __call__(self, example: Item) -> dict[str, Any]:
@@ -85,10 +86,16 @@ class PairEncoder(ImageEncoder):
 class ContrastiveClip(ClipClassifier):
     """The classifier, which in training compares every image with every caption of the batch."""
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, tokens: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        images: Tensor | None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Any:
         """With tokens (B, length), logits (B, B); without, logits over the classes."""
         if tokens is None:
-            return super().forward(images, labels)
-        features = F.normalize(self.clip.encode_image(images), dim=-1)
+            return super().forward(images, labels, features)
+        assert images is not None
         texts = F.normalize(self.clip.encode_text(tokens), dim=-1)
-        return self.similarity(features, texts)
+        return self.similarity(self.image_features(images), texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.images import Transform, check_augmentation, image_transform
+from randlora.data.images import check_augmentation, image_transform
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
 from randlora.errors import SettingsError, check_choice, check_count, check_range
-from randlora.models.base import Backbone
+from randlora.models.base import Backbone, Pixels
 from randlora.tasks.base import Task
 
 
@@ -97,14 +97,14 @@ class ImageClassification(Task):
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         assert backbone.pixels is not None
-        return ImageEncoder(image_transform(backbone.pixels, self.augmentation if training else "none"))
+        return ImageEncoder(backbone.pixels, self.augmentation if training else "none")
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        logits, targets = model(batch["image"], batch["label"])
+        logits, targets = model(batch.get("image"), batch["label"], features=batch.get("features"))
         return F.cross_entropy(logits.float(), targets)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
-        logits = model(batch["image"]).float()
+        logits = model(batch.get("image"), features=batch.get("features")).float()
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         return {"predicted": logits.argmax(-1).tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
 
@@ -112,6 +112,13 @@ class ImageClassification(Task):
         right = sum(p == y for p, y in zip(columns["predicted"], columns["label"], strict=True))
         count = len(columns["label"])
         return {"accuracy": right / count, "loss": sum(columns["loss"]) / count}
+
+    def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
+        assert isinstance(model, ImageClassifier)
+        tower = model.tower()
+        if any(parameter.requires_grad for parameter in tower.parameters()) or _drops(tower):
+            return None
+        return lambda batch: {"features": model.image_features(batch["image"]), "label": batch["label"]}
 
     def tolerance(self) -> float:
         return self.unreadable
@@ -123,14 +130,39 @@ class ImageClassification(Task):
 class ImageEncoder(Encoder):
     """image (3, size, size) float32 and label."""
 
-    def __init__(self, transform: Transform):
-        self.transform = transform
+    def __init__(self, pixels: Pixels, augmentation: str):
+        self.transform, self.random = image_transform(pixels, augmentation), augmentation != "none"
 
     def __call__(self, example: Item) -> dict[str, Any]:
         return {"image": self.transform(example["image"]), "label": int(example["label"])}
 
 
-class ClipClassifier(nn.Module):
+class ImageClassifier(nn.Module):
+    """From images (B, 3, size, size), or from their features where these are known, to logits (B, classes)."""
+
+    def tower(self) -> nn.Module:
+        """The module whose parameters the features depend on."""
+        raise NotImplementedError
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, width)"""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor | None, labels: Tensor | None = None, features: Tensor | None = None) -> Any:
+        """Logits (B, classes); with labels, (logits, targets) over the classes that training compares with."""
+        return self.classify(self.image_features(images) if features is None else features, labels)  # type: ignore[arg-type]
+
+    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
+        """As `forward`, from the features."""
+        raise NotImplementedError
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether the module draws anything in training: dropout of activations, paths or patches."""
+    return any("Drop" in type(m).__name__ and (getattr(m, "p", 0) or getattr(m, "prob", 0)) for m in module.modules())
+
+
+class ClipClassifier(ImageClassifier):
     """Cosine similarity of images to the texts of the class names, times CLIP's scale.
 
     Texts go through the text tower once per step, not once per image. Features that cannot change (a frozen tower in
@@ -161,9 +193,13 @@ class ClipClassifier(nn.Module):
             self._kept = None
         return super().train(mode)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits (B, classes); with labels, (logits, targets) over the classes that training compares with."""
-        features = F.normalize(self.clip.encode_image(images), dim=-1)
+    def tower(self) -> nn.Module:
+        return self.clip.visual  # type: ignore[return-value]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_image(images), dim=-1)
+
+    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
         if labels is None:
             return self.similarity(features, self.text_features())
         if self.within_batch:
@@ -193,7 +229,7 @@ class ClipClassifier(nn.Module):
         return features
 
 
-class LinearClassifier(nn.Module):
+class LinearClassifier(ImageClassifier):
     """A linear head on the image features: weights N(0, 0.01), as the paper's DINOv2 head, and a bias."""
 
     def __init__(self, backbone: Backbone, classes: int):
@@ -205,7 +241,12 @@ class LinearClassifier(nn.Module):
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits (B, classes); with labels, (logits, labels)."""
-        logits = self.head(self.features(self.backbone, images).float())
+    def tower(self) -> nn.Module:
+        return self.backbone
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.features(self.backbone, images)
+
+    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
+        logits = self.head(features.float())
         return logits if labels is None else (logits, labels)

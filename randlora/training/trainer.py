@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from randlora.adapters.core import adaptation_of, cached, merged, relative_norms
-from randlora.data.loader import Split, evaluation_keys, loader, training_keys
+from randlora.data.loader import Computed, Split, evaluation_keys, loader, training_keys
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.streams import integer
 from randlora.tasks.base import Splits, Task
@@ -143,18 +143,21 @@ class _Run:
         self, trainer: Trainer, task: Task, model: nn.Module, splits: Splits, seed: int, folder: Path,
         observer: Observer, accelerator: Accelerator,
     ):  # fmt: skip
-        self.settings, self.task, self.splits, self.seed = trainer, task, splits, seed
+        self.settings, self.task, self.seed = trainer, task, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
         adaptation = adaptation_of(model)
         assert adaptation is not None
         self.adaptation = adaptation
         self.plain = model.to(accelerator.device)  # .to before the optimiser sees the parameters
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise SettingsError(f"method {adaptation.method.name} has nothing to train here: this model gets no head")
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(trainer.betas[0], trainer.betas[1]))
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(model)
+        self.splits = Splits(*(self._computed(split) for split in (splits.train, splits.validation, splits.test)))
         self.steps = trainer.steps(len(splits.train))
         self.watch = LossWatch()
         self.interrupted = False
@@ -260,6 +263,18 @@ class _Run:
             shares = gather_object([columns])
             columns = {key: [value for share in shares for value in share.get(key, [])] for key in columns}
         return {f"{name}/{key}": value for key, value in self.task.score(columns).items()}
+
+    @torch.no_grad()
+    def _computed(self, split: Split) -> Split:
+        """The split as the frozen part of the model leaves it, where that is the same every time."""
+        frozen = self.task.frozen_part(self.plain)
+        if frozen is None or split.encode.random or not len(split):
+            return split
+        self.plain.eval()
+        keys = evaluation_keys(len(split), self.settings.evaluation_batch_size)
+        with self._autocast():
+            batches = loader(split, keys, self.settings.workers, self.observer.say)
+            return Computed([frozen(self._to_device(batch)) for batch in batches]).split()
 
     def norms(self) -> dict[str, float]:
         """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted modules."""
