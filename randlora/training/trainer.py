@@ -133,10 +133,10 @@ class Trainer:
         accelerator: Accelerator, zero_shot: bool = False,
     ) -> Fit:  # fmt: skip
         """Trains `model` (adapted, with its head) and scores it; goes on from a checkpoint in `folder`, if any."""
-        return _Run(self, task, model, splits, seed, folder, observer, accelerator).fit(zero_shot)
+        return Loop(self, task, model, splits, seed, folder, observer, accelerator).fit(zero_shot)
 
 
-class _Run:
+class Loop:
     """One training: the settings, and what changes while it goes."""
 
     def __init__(
@@ -183,7 +183,7 @@ class _Run:
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
-        settings, batches = self.settings, self._batches(start)
+        settings, batches = self.settings, self.batches(start)
         for step in range(start, self.steps):
             began = time.perf_counter()
             # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
@@ -208,7 +208,7 @@ class _Run:
     def step(self, batches: Iterator[dict[str, Any]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
-        micro = [self._to_device(next(batches)) for _ in range(self._micro_batches())]
+        micro = [self.to_device(next(batches)) for _ in range(self._micro_batches())]
         weights = [self.task.weight(batch) for batch in micro]
         world = self.accelerator.num_processes
         (total,) = self._sum(float(sum(weights)))
@@ -255,7 +255,7 @@ class _Run:
         self.plain.eval()
         with merged(self.plain), self._autocast():
             for batch in loader(split, keys, self.settings.workers, self.observer.say):
-                for key, values in self.task.predict(self.plain, self._to_device(batch)).items():
+                for key, values in self.task.predict(self.plain, self.to_device(batch)).items():
                     columns.setdefault(key, []).extend(values)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -274,7 +274,7 @@ class _Run:
         keys = evaluation_keys(len(split), self.settings.evaluation_batch_size)
         with self._autocast():
             batches = loader(split, keys, self.settings.workers, self.observer.say)
-            return Computed([frozen(self._to_device(batch)) for batch in batches]).split()
+            return Computed([frozen(self.to_device(batch)) for batch in batches]).split()
 
     def norms(self) -> dict[str, float]:
         """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted modules."""
@@ -293,7 +293,8 @@ class _Run:
             groups.append({"params": head, "lr": rate, "weight_decay": settings.weight_decay})
         return [group | {"initial_lr": group["lr"]} for group in groups]
 
-    def _batches(self, start: int) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        """This process's micro-batches from step `start` to the end."""
         share = self.settings.batch_size // self.accelerator.num_processes
         keys = training_keys(
             len(self.splits.train),
@@ -328,10 +329,11 @@ class _Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _to_device(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
+        """The batch with its tensors on this process's device."""
         if isinstance(batch, torch.Tensor):
             return batch.to(self.accelerator.device, non_blocking=True)
-        return {key: self._to_device(value) for key, value in batch.items()} if isinstance(batch, dict) else batch
+        return {key: self.to_device(value) for key, value in batch.items()} if isinstance(batch, dict) else batch
 
     def _sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
