@@ -52,7 +52,7 @@ class Experiment:
         parts["task"].check_model(parts["model"])
         if not config["dry_run"]:
             parts["model"].check()
-            parts["task"].source.check()
+            parts["task"].check()
         parts["task"].training_size(budget)  # refuses shots where there are no classes
         return cls(**parts, patterns=patterns, budget=budget, config=config)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def zero_shot(task: Task, model: OpenClip) -> float:
     bound = task.bind(backbone).eval()
     columns: dict[str, list] = {}
     with torch.no_grad():
-        for batch in loader(split, evaluation_keys(len(split), 256), workers=1):
+        for batch in chain.from_iterable(loader(split, evaluation_keys(range(len(split)), 256), workers=1)):
             for key, values in task.predict(bound, batch).items():
                 columns.setdefault(key, []).extend(values)
     return task.score(columns)["accuracy"]

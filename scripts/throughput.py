@@ -96,7 +96,7 @@ def bare(like: Loop, trainer: Trainer) -> Callable[[int], None]:
     model, task = like.plain, like.task
     parameters = list(like.trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=trainer.learning_rate)
-    batch = like.to_device(next(like.batches(0)))
+    batch = like.to_device(*next(like.batches(0)))
 
     def step(_: int) -> None:
         model.train()
@@ -113,7 +113,7 @@ def bare(like: Loop, trainer: Trainer) -> Callable[[int], None]:
 
 def loading(splits: Splits, trainer: Trainer, workers: int, steps: int) -> float:
     """Examples per second of the loader with nobody to wait for, its start left out."""
-    keys = training_keys(len(splits.train), trainer.batch_size, trainer.batch_size, range(steps + 1), seed=0)
+    keys = training_keys(len(splits.train), trainer.batch_size, range(steps + 1), seed=0)
     batches = loader(splits.train, keys, workers)
     next(batches)
     began = time.perf_counter()

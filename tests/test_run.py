@@ -60,7 +60,7 @@ def test_the_saved_adapter_gives_the_recorded_score(tmp_path: Path) -> None:
     randlora.load_adapter(backbone.module, experiment.folder / "adapter")
     randlora.merge(backbone.module)
     bound = experiment.task.bind(backbone).eval()
-    (batch,) = loader(splits.test, evaluation_keys(20, 20), 0)
+    ((batch,),) = loader(splits.test, evaluation_keys(range(20), 20), 0)
     with torch.no_grad():
         scores = experiment.task.score(experiment.task.predict(bound, batch))
     recorded = result_of(experiment)["metrics"]

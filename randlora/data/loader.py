@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,11 @@ class Encoder:
     """From an example of a source to an item, and from items to a batch; picklable, since workers run it."""
 
     random = False  # whether an example may be encoded differently each time
+
+    @staticmethod
+    def length(item: Item) -> int:
+        """By which items are put together, so that little is padded; all alike where nothing is."""
+        return 0
 
     def __call__(self, example: Item) -> Item:
         raise NotImplementedError
@@ -69,11 +74,27 @@ class Split(Dataset):
         except (OSError, SyntaxError, struct.error) as error:  # what PIL raises for damaged files
             return Skipped(index, f"{type(error).__name__}: {error}")
 
-    def collate(self, items: Sequence[Item | Skipped]) -> tuple[dict[str, Any], list[Skipped]]:
-        """A batch of the items that could be read, {} if none, and those that could not."""
+    def collate(
+        self, items: Sequence[Item | Skipped], most: int | None = None
+    ) -> tuple[list[dict[str, Any]], list[Skipped]]:
+        """Batches of `most` of the items that could be read (None: one of all), and the items that could not.
+
+        Items of like length share a batch; which items come together in a step does not change.
+        """
         skipped = [item for item in items if isinstance(item, Skipped)]
-        readable = [item for item in items if not isinstance(item, Skipped)]
-        return (self.encode.collate(readable) if readable else {}), skipped
+        readable = sorted((item for item in items if not isinstance(item, Skipped)), key=self.encode.length)
+        size = most or max(1, len(readable))
+        batches = [self.encode.collate(readable[i : i + size]) for i in range(0, len(readable), size)]
+        return batches, skipped
+
+    @cached_property
+    def by_length(self) -> Sequence[int]:
+        """The split's positions, the longest first, for reading it through once; in order where nothing has length."""
+        if type(self.encode).length is Encoder.length:
+            return range(len(self))
+        items = [self[position, position] for position in range(len(self))]
+        lengths = [0 if isinstance(item, Skipped) else self.encode.length(item) for item in items]
+        return sorted(range(len(self)), key=lambda position: -lengths[position])
 
     def skip(self, one: Skipped, say: Callable[[str], None]) -> None:
         """Notes an unreadable example, aloud the first time; Unreadable when there are too many."""
@@ -119,9 +140,9 @@ class Computed(Encoder):
 
 
 def training_keys(
-    count: int, batch_size: int, micro_batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
+    count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """This process's micro-batches of (row, position), step after step.
+    """This process's share of (row, position), step after step.
 
     Epochs follow each other without a seam: step s has positions s·batch_size to (s + 1)·batch_size, position p is
     entry p mod count of the permutation of epoch p div count. Every step is full.
@@ -129,26 +150,33 @@ def training_keys(
     order = lru_cache(maxsize=2)(lambda epoch: permutation(count, "order", seed, epoch))
     for step in steps:
         positions = range(step * batch_size + rank, (step + 1) * batch_size, world)
-        for start in range(0, len(positions), micro_batch_size):
-            chunk = positions[start : start + micro_batch_size]
-            yield [(int(order(p // count)[p % count]), p) for p in chunk]
+        yield [(int(order(p // count)[p % count]), p) for p in positions]
 
 
-def evaluation_keys(count: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """This process's share of every row once, in order."""
-    rows = range(rank, count, world)
+def evaluation_keys(
+    order: Sequence[int], batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """This process's share of every row once, in the order given."""
+    rows = order[rank::world]
     for start in range(0, len(rows), batch_size):
         yield [(row, row) for row in rows[start : start + batch_size]]
 
 
 def loader(
-    split: Split, keys: Iterator[list[tuple[int, int]]], workers: int, say: Callable[[str], None] = print
-) -> Iterator[dict[str, Any]]:
-    """The batches of `keys` without their unreadable examples, which `say` hears of; Unreadable if too many are."""
+    split: Split,
+    keys: Iterator[list[tuple[int, int]]],
+    workers: int,
+    say: Callable[[str], None] = print,
+    micro_batch_size: int | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """For every entry of `keys` its batches of `micro_batch_size` (None: one), without unreadable examples.
+
+    `say` hears of those; Unreadable if too many are.
+    """
     batches = DataLoader(
         split,
         batch_sampler=list(keys),
-        collate_fn=split.collate,
+        collate_fn=partial(split.collate, most=micro_batch_size),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
@@ -159,11 +187,11 @@ def loader(
 
 
 def _readable(
-    split: Split, batches: Iterator[tuple[dict[str, Any], list[Skipped]]], say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    for batch, skipped in batches:
+    split: Split, batches: Iterator[tuple[list[dict[str, Any]], list[Skipped]]], say: Callable[[str], None]
+) -> Iterator[list[dict[str, Any]]]:
+    for micro, skipped in batches:
         for one in skipped:
             split.skip(one, say)
-        if not batch:
+        if not micro:
             raise Unreadable(f"a whole batch cannot be read, such as example {skipped[0].row}")
-        yield batch
+        yield micro

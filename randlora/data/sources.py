@@ -35,7 +35,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set as ``root/folder/SPLIT.parquet`` or ``root/folder/SPLIT/CLASS/image``, else from the public hub.
+    """A data set as ``root/folder/SPLIT.parquet``, ``SPLIT.json`` (a list of rows) or ``SPLIT/CLASS/image``, else from
+    the public hub.
 
     `splits` maps our names to the source's: files under the root, splits of `repository` on the hub. `columns` renames
     the hub's columns to ours where they differ. With a root, the hub is never asked.
@@ -60,8 +61,9 @@ class Hub:
         missing = [name for name in self.splits.values() if not self._local(name)]
         if missing:
             raise SettingsError(
-                f"data_root={self.root}: {base} has no {missing[0]}.parquet and no image folder {missing[0]}/; "
-                f"put the data there{', or leave data_root out to fetch it' if self.repository else ''}{self._advice()}"
+                f"data_root={self.root}: {base} has no {missing[0]}.parquet, no {missing[0]}.json and no image folder "
+                f"{missing[0]}/; put the data there{', or leave data_root out to fetch it' if self.repository else ''}"
+                f"{self._advice()}"
             )
 
     def open(self, split: str) -> Table:
@@ -82,7 +84,7 @@ class Hub:
 
     def _local(self, name: str) -> Path | None:
         base = Path(self.root or ".") / self.folder
-        return next((path for path in (base / f"{name}.parquet", base / name) if path.exists()), None)
+        return next((path for end in (".parquet", ".json", "") if (path := base / f"{name}{end}").exists()), None)
 
     def _load(self, split: str) -> Any:
         import datasets
@@ -94,6 +96,8 @@ class Hub:
             assert path is not None  # check() has been here
             if path.is_dir():
                 return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=False)
+            if path.suffix == ".json":
+                return datasets.Dataset.from_json(str(path))
             return datasets.Dataset.from_parquet(str(path))
         try:
             dataset = datasets.load_dataset(
@@ -123,6 +127,29 @@ class HubTable:
         if name not in self.dataset.column_names:
             raise SettingsError(f"the data have no column {name!r}; they have {', '.join(self.dataset.column_names)}")
         return np.asarray(self.dataset.select_columns([name]).with_format("numpy")[:][name])
+
+
+class Joined:
+    """Tables one after the other; every example says in `set` which it is from."""
+
+    def __init__(self, tables: Mapping[str, Table]):
+        self.tables, self.names = list(tables.values()), list(tables)
+        self.ends = np.cumsum([len(table) for table in self.tables])
+
+    def sizes(self) -> dict[str, int]:
+        """How many examples each has, by name, in order."""
+        return {name: len(table) for name, table in zip(self.names, self.tables, strict=True)}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        which = int(np.searchsorted(self.ends, index, side="right"))
+        start = int(self.ends[which - 1]) if which else 0
+        return {**self.tables[which][index - start], "set": self.names[which]}
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([table.column(name) for table in self.tables])
 
 
 @dataclass(frozen=True)

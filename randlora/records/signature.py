@@ -26,7 +26,7 @@ def _without(value: Any, path: str) -> Any:
             key: _without(item, f"{path}.{key}".lstrip("."))
             for key, item in value.items()
             # A source's root is the data root again, wherever a task holds it.
-            if f"{path}.{key}".lstrip(".") not in INDIFFERENT and not f"{path}.{key}".endswith(".source.root")
+            if f"{path}.{key}".lstrip(".") not in INDIFFERENT and not (key == "root" and path.startswith("task."))
         }
     if isinstance(value, list | tuple):
         return [_without(item, path) for item in value]

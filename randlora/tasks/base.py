@@ -55,6 +55,10 @@ class Task:
     validation_size: int = 5000
     test_size: int | None = None
 
+    def check(self) -> None:
+        """Raises SettingsError for data that are known to be missing, without opening them."""
+        self.source.check()
+
     def check_model(self, model: Model) -> None:
         """Raises SettingsError for a model of a kind that the task cannot use."""
         if model.kind not in self.kinds:
@@ -103,12 +107,16 @@ class Task:
             validation = at_most(len(held), self.validation_size, self.name)
         else:
             held = tables["train"]
-        test = at_most(len(tables["test"]), self.test_size, self.name)
+        test = self.test_rows(tables["test"])
         return Splits(
             Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.tolerance()),
             Split(held, validation, self.encoder(backbone, training=False), tolerance=self.tolerance()),
             Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.tolerance()),
         )
+
+    def test_rows(self, table: Table) -> np.ndarray:
+        """Which rows of the test split are used."""
+        return at_most(len(table), self.test_size, self.name)
 
     # What a task must give, and what it may.
 

@@ -1,4 +1,4 @@
-"""Commonsense questions with numbered answers, asked of a causal language model as instructions.
+"""Commonsense questions, asked of a causal language model as instructions.
 
 Prompt, answer patterns and decoding are those of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933), which the paper
 follows. Its training and evaluation prompts differ in blanks; here both are the evaluation's.
@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Item
+from randlora.data.questions import question
+from randlora.data.sources import Joined, Source, Table
+from randlora.data.subsets import at_most
 from randlora.data.texts import pad, pad_inputs
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
 
@@ -31,37 +35,22 @@ def prompt(instruction: str) -> str:
     return f"{_TASK}\n\n{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n{_INDENT}### Response:\n{_INDENT}"
 
 
-def instruction(example: Item) -> str:
-    """LLM-Adapters' text where the row has it, and the same made from a public row of ARC or OpenBookQA."""
-    if "instruction" in example:
-        return example["instruction"]
-    question = example.get("question") or example["question_stem"]
-    answers = example["choices"]["text"]
-    listed = " ".join(f"Answer{i}: {text}" for i, text in enumerate(answers, 1))
-    names = "/".join(f"answer{i}" for i in range(1, len(answers) + 1))
-    return f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer format: {names}"
-
-
-def answer(example: Item) -> str:
-    """The right one, such as answer2."""
-    if "answer" in example:
-        return example["answer"]
-    return f"answer{list(example['choices']['label']).index(example['answerKey']) + 1}"
-
-
 @dataclass(frozen=True)
 class Commonsense(Task):
     """Multiple choice; accuracy over the test questions.
 
-    `answers` are the words to choose from. `scoring` is ``generation`` (`beams`, `max_new_tokens`; the first of
-    the words in the response counts, none is wrong) or ``likelihood`` (the word that makes "the correct answer is
-    WORD" most likely). With `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than
-    `max_length` tokens are cut.
+    `scoring` is ``generation`` (`beams`, `max_new_tokens`; the first of the question's words in the response counts,
+    none is wrong) or ``likelihood`` (the word that makes "the correct answer is WORD" most likely). With
+    `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than `max_length` tokens are
+    cut.
+
+    `tests` are the sets that a mixture is tested on; the accuracy is then the mean of theirs, as published, and
+    `test_size` bounds each. Without them the test set is the source's own.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
-    answers: Sequence[str] = ("answer1", "answer2", "answer3", "answer4", "answer5")
+    tests: Source | None = None
     scoring: str = "generation"
     beams: int = 4
     max_new_tokens: int = 32
@@ -72,10 +61,24 @@ class Commonsense(Task):
         check_choice("task.scoring", self.scoring, ("generation", "likelihood"))
         for name in ("beams", "max_new_tokens", "max_length"):
             check_count(f"task.{name}", getattr(self, name))
-        if not self.answers or not all(isinstance(word, str) for word in self.answers):
-            raise SettingsError(
-                f"task.answers={list(self.answers)!r}: give words (in YAML, 'true' and 'false' in quotes)"
-            )
+
+    def check(self) -> None:
+        super().check()
+        if self.tests is not None:
+            self.tests.check()
+
+    def open(self) -> dict[str, Table]:
+        tables = super().open()
+        return tables if self.tests is None else tables | {"test": self.tests.open("test")}
+
+    def test_rows(self, table: Table) -> np.ndarray:
+        if not isinstance(table, Joined):
+            return super().test_rows(table)
+        rows, start = [], 0
+        for name, size in table.sizes().items():
+            rows.append(start + at_most(size, self.test_size, name))
+            start += size
+        return np.concatenate(rows)
 
     @property
     def headline(self) -> str:
@@ -92,7 +95,7 @@ class Commonsense(Task):
         tokenizer = backbone.tokenizer()
         if training:
             return ResponseEncoder(tokenizer, self.max_length, self.train_on_inputs)
-        return QuestionEncoder(tokenizer, self.answers, self.scoring == "likelihood")
+        return QuestionEncoder(tokenizer, self.scoring == "likelihood")
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -108,14 +111,19 @@ class Commonsense(Task):
             tokenizer = batch["tokenizer"]
             made = model.generate(batch["inputs"], tokenizer.pad_token_id, self.beams, self.max_new_tokens)
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-            predicted = [first_answer(text, self.answers) for text in texts]
-        return {"predicted": predicted, "label": batch["answer"]}
+            predicted = [first_answer(text, words) for text, words in zip(texts, batch["recognised"], strict=True)]
+        return {"predicted": predicted, "label": batch["answer"], "set": batch["set"]}
 
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
-        pairs = list(zip(columns["predicted"], columns["label"], strict=True))
+        rows = list(zip(columns["set"], columns["predicted"], columns["label"], strict=True))
+        accuracy = {}
+        for name in dict.fromkeys(columns["set"]):
+            right = [predicted == label for found, predicted, label in rows if found == name]
+            accuracy[name] = sum(right) / len(right)
         return {
-            "accuracy": sum(p == y for p, y in pairs) / len(pairs),
-            "answered": sum(p != "" for p, _ in pairs) / len(pairs),
+            "accuracy": sum(accuracy.values()) / len(accuracy),
+            "answered": sum(predicted != "" for _, predicted, _ in rows) / len(rows),
+            **({f"{name}/accuracy": value for name, value in accuracy.items()} if len(accuracy) > 1 else {}),
         }
 
     def _most_likely(self, model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
@@ -145,8 +153,8 @@ class ResponseEncoder(Encoder):
         self.tokenizer, self.max_length, self.train_on_inputs = tokenizer, max_length, train_on_inputs
 
     def __call__(self, example: Item) -> dict[str, Any]:
-        asked = prompt(instruction(example))
-        ids = self.tokenizer(asked + f"the correct answer is {answer(example)}")["input_ids"]
+        asked, right = prompt(question(example).text), question(example).answer
+        ids = self.tokenizer(asked + f"the correct answer is {right}")["input_ids"]
         ids = [*ids, self.tokenizer.eos_token_id][: self.max_length]
         hidden = 0 if self.train_on_inputs else len(self.tokenizer(asked)["input_ids"])
         return {
@@ -154,6 +162,10 @@ class ResponseEncoder(Encoder):
             "attention_mask": [1] * len(ids),
             "labels": [IGNORED] * min(hidden, len(ids)) + ids[hidden:],
         }
+
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["input_ids"])
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         return {
@@ -165,21 +177,27 @@ class ResponseEncoder(Encoder):
 class QuestionEncoder(Encoder):
     """Prompts to go on from, padded on the left; for likelihoods, with the answers' tokens."""
 
-    def __init__(self, tokenizer: Any, answers: Sequence[str], likelihood: bool):
-        self.tokenizer, self.answers, self.likelihood = tokenizer, list(answers), likelihood
+    def __init__(self, tokenizer: Any, likelihood: bool):
+        self.tokenizer, self.likelihood = tokenizer, likelihood
 
     def __call__(self, example: Item) -> dict[str, Any]:
-        text, right = instruction(example), answer(example)
-        asked = prompt(text)
+        one = question(example)
+        asked = prompt(one.text)
+        item = {"answer": one.answer, "set": example.get("set", ""), "recognised": one.recognised}
         if not self.likelihood:
-            return {"answer": right, "prefix": self.tokenizer(asked)["input_ids"]}
-        names = [name for name in self.answers if name in text] or self.answers
-        rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in names]
+            return {**item, "prefix": self.tokenizer(asked)["input_ids"]}
+        rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in one.choices]
         shared = common_prefix(rows)
-        return {"answer": right, "names": names, "prefix": rows[0][:shared], "tails": [row[shared:] for row in rows]}
+        tails = [row[shared:] for row in rows]
+        return {**item, "names": one.choices, "prefix": rows[0][:shared], "tails": tails}
+
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["prefix"])
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"answer": [item["answer"] for item in items], "tokenizer": self.tokenizer}
+        batch: dict[str, Any] = {key: [item[key] for item in items] for key in ("answer", "set", "recognised")}
+        batch["tokenizer"] = self.tokenizer
         rows = [item["prefix"] for item in items]
         if self.likelihood:
             batch["names"] = [item["names"] for item in items]

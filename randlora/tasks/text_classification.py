@@ -132,6 +132,10 @@ class TextEncoder(Encoder):
         encoded = self.tokenizer(*(example[name] for name in self.texts), truncation=True, max_length=self.max_length)
         return {**encoded, "label": float(example["label"])}
 
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["input_ids"])
+
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         labels = torch.tensor([item["label"] for item in items], dtype=torch.float32)
         return {"inputs": pad_inputs(items, self.tokenizer.pad_token_id), "label": labels}  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -205,10 +206,10 @@ class Loop:
                 raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
         return seconds
 
-    def step(self, batches: Iterator[dict[str, Any]], step: int) -> tuple[float, float]:
+    def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
-        micro = [self.to_device(next(batches)) for _ in range(self._micro_batches())]
+        micro = [self.to_device(batch) for batch in next(batches)]
         weights = [self.task.weight(batch) for batch in micro]
         world = self.accelerator.num_processes
         (total,) = self._sum(float(sum(weights)))
@@ -245,16 +246,11 @@ class Loop:
         """Metrics of a split, as ``name/metric``; every process takes its share."""
         if not len(split):
             return {}
-        keys = evaluation_keys(
-            len(split),
-            self.settings.evaluation_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         columns: dict[str, list] = {}
         self.plain.eval()
         with merged(self.plain), self._autocast():
-            for batch in loader(split, keys, self.settings.workers, self.observer.say):
+            for batch in self._once(split, rank, world):
                 for key, values in self.task.predict(self.plain, self.to_device(batch)).items():
                     columns.setdefault(key, []).extend(values)
         if self.accelerator.num_processes > 1:
@@ -271,10 +267,13 @@ class Loop:
         if frozen is None or split.encode.random or not len(split):
             return split
         self.plain.eval()
-        keys = evaluation_keys(len(split), self.settings.evaluation_batch_size)
         with self._autocast():
-            batches = loader(split, keys, self.settings.workers, self.observer.say)
-            return Computed([frozen(self.to_device(batch)) for batch in batches]).split()
+            return Computed([frozen(self.to_device(batch)) for batch in self._once(split)]).split()
+
+    def _once(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
+        """Every example of this process's share, once, in batches."""
+        keys = evaluation_keys(split.by_length, self.settings.evaluation_batch_size, rank, world)
+        return chain.from_iterable(loader(split, keys, self.settings.workers, self.observer.say))
 
     def norms(self) -> dict[str, float]:
         """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted modules."""
@@ -293,23 +292,12 @@ class Loop:
             groups.append({"params": head, "lr": rate, "weight_decay": settings.weight_decay})
         return [group | {"initial_lr": group["lr"]} for group in groups]
 
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        """This process's micro-batches from step `start` to the end."""
-        share = self.settings.batch_size // self.accelerator.num_processes
-        keys = training_keys(
-            len(self.splits.train),
-            self.settings.batch_size,
-            min(self.settings.micro_batch_size or share, share),
-            range(start, self.steps),
-            self.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        return loader(self.splits.train, keys, self.settings.workers, self.observer.say)
-
-    def _micro_batches(self) -> int:
-        share = self.settings.batch_size // self.accelerator.num_processes
-        return math.ceil(share / min(self.settings.micro_batch_size or share, share))
+    def batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
+        """This process's micro-batches of every step from `start` to the end."""
+        settings, process = self.settings, self.accelerator
+        steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
+        keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world)
+        return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
 
     def _report(self, step: int, loss: float, norm: float, rate: float) -> None:
         done = step + 1
