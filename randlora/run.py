@@ -185,6 +185,8 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
     from randlora.records.memory import PeakMemory
 
     seed = experiment.config["seed"]
+    if experiment.task.remark():
+        record.say(experiment.task.remark())
     memory = PeakMemory(accelerator.device)
     torch.manual_seed(seed)  # random weights and heads
     began = time.perf_counter()

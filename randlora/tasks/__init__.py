@@ -2,8 +2,18 @@
 
 from randlora.tasks.base import Budget, Splits, Task
 from randlora.tasks.commonsense import Commonsense
+from randlora.tasks.data_to_text import DataToText
 from randlora.tasks.image_captions import ImageCaptions
 from randlora.tasks.image_classification import ImageClassification
 from randlora.tasks.text_classification import TextClassification
 
-__all__ = ["Budget", "Commonsense", "ImageCaptions", "ImageClassification", "Splits", "Task", "TextClassification"]
+__all__ = [
+    "Budget",
+    "Commonsense",
+    "DataToText",
+    "ImageCaptions",
+    "ImageClassification",
+    "Splits",
+    "Task",
+    "TextClassification",
+]

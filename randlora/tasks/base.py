@@ -156,6 +156,10 @@ class Task:
         """
         return None
 
+    def remark(self) -> str | None:
+        """A sentence for the log when a run begins, such as on a metric that cannot be computed here."""
+        return None
+
     def tolerance(self) -> float:
         """The largest share of a split's examples that may be damaged and left out."""
         return 0.0

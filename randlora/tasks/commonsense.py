@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Item
@@ -24,10 +22,10 @@ from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
+from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, mean_loss
 
 _INDENT = " " * 16  # the published prompt is indented so
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
-IGNORED = -100  # cross_entropy's ignore_index
 
 
 def prompt(instruction: str) -> str:
@@ -98,18 +96,18 @@ class Commonsense(Task):
         return QuestionEncoder(tokenizer, self.scoring == "likelihood")
 
     def weight(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return labelled(batch)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        logits = model(batch["inputs"])[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+        return mean_loss(model, batch)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
         if self.scoring == "likelihood":
             predicted = self._most_likely(model, batch)
         else:
             tokenizer = batch["tokenizer"]
-            made = model.generate(batch["inputs"], tokenizer.pad_token_id, self.beams, self.max_new_tokens)
+            limits = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens}
+            made = model.generate(batch["inputs"], tokenizer.pad_token_id, **limits)
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             predicted = [first_answer(text, words) for text, words in zip(texts, batch["recognised"], strict=True)]
         return {"predicted": predicted, "label": batch["answer"], "set": batch["set"]}
@@ -219,29 +217,3 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
             break
         length += 1
     return length
-
-
-class LanguageModel(nn.Module):
-    """The causal model as it is."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.lm = backbone.module
-
-    def forward(self, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
-        """Logits (B, length, vocabulary), of the last `keep` positions if not 0."""
-        return self._run(inputs, use_cache=False, logits_to_keep=keep).logits
-
-    @torch.no_grad()
-    def generate(self, inputs: dict[str, Tensor], pad: int, beams: int, max_new_tokens: int) -> Tensor:
-        """The new tokens (B, new) of a beam search after prompts that are padded on the left."""
-        # A question's beams share its prompt, so all but its last token is read once; generate would read it per beam.
-        read = self._run({name: value[:, :-1] for name, value in inputs.items()}, use_cache=True, logits_to_keep=1)
-        read.past_key_values.batch_repeat_interleave(beams)
-        settings = {"num_beams": beams, "max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
-        ids = self.lm.generate(**inputs, past_key_values=read.past_key_values, **settings)
-        return ids[:, inputs["input_ids"].shape[1] :]
-
-    def _run(self, inputs: dict[str, Tensor], **options: Any) -> Any:
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)  # padding on the left is not counted
-        return self.lm(**inputs, position_ids=positions, **options)

@@ -1,0 +1,179 @@
+"""Meaning representations to sentences: the E2E NLG challenge (Novikova et al. 2017, arXiv 1706.09254)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from randlora.data.loader import Encoder, Item
+from randlora.data.sources import Table
+from randlora.data.texts import pad, pad_inputs
+from randlora.errors import check_count, check_range
+from randlora.models.base import Backbone
+from randlora.tasks.base import Task
+from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, mean_loss
+from randlora.tasks.text_metrics import meteor_is_missing, scores
+
+_RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
+
+def linearised(meaning: str) -> str:
+    """``name[Blue Spice], eatType[pub]`` as ``name : Blue Spice | Type : pub``, as LoRA's authors write it."""
+    slots = re.findall(r"\s*([^,\[\]]+)\[([^\]]*)\]", meaning)
+    return " | ".join(f"{_RENAMED.get(name, name)} : {value}" for name, value in slots)
+
+
+@dataclass(frozen=True)
+class DataToText(Task):
+    """Columns `meaning_representation` and `reference`; scored over the distinct meanings against all their references.
+
+    Trained on "MEANING || REFERENCE", the loss over the reference and the end token alone, with `label_smoothing`.
+    Texts come from a beam search: `beams`, `max_new_tokens`, `length_penalty`, and no n-gram of `no_repeat_ngram`
+    tokens twice within a text (0: no such rule). Longer training texts than `max_length` tokens are cut. The headline
+    is BLEU, as a part of 1; NIST, ROUGE-L, CIDEr and METEOR are beside it.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+
+    label_smoothing: float = 0.1
+    beams: int = 10
+    max_new_tokens: int = 64
+    length_penalty: float = 0.8
+    no_repeat_ngram: int = 4
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        check_range("task.label_smoothing", self.label_smoothing, 0, 1)
+        for name in ("beams", "max_new_tokens", "max_length"):
+            check_count(f"task.{name}", getattr(self, name))
+        check_count("task.no_repeat_ngram", self.no_repeat_ngram, 0)
+        check_range("task.length_penalty", self.length_penalty, 0)
+
+    @property
+    def headline(self) -> str:
+        return "bleu"
+
+    def remark(self) -> str | None:
+        return meteor_is_missing()
+
+    def bind(self, backbone: Backbone) -> nn.Module:
+        return LanguageModel(backbone)
+
+    def open(self) -> dict[str, Table]:
+        tables = super().open()
+        return {split: table if split == "train" else Meanings(table) for split, table in tables.items()}
+
+    def encoder(self, backbone: Backbone, training: bool) -> Encoder:
+        assert backbone.tokenizer is not None
+        tokenizer = backbone.tokenizer()
+        return ReferenceEncoder(tokenizer, self.max_length) if training else MeaningEncoder(tokenizer)
+
+    def weight(self, batch: Mapping[str, Any]) -> int:
+        return labelled(batch)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return mean_loss(model, batch, self.label_smoothing)
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+        tokenizer, prompt = batch["tokenizer"], batch["inputs"]["input_ids"].shape[1]
+        made = model.generate(
+            batch["inputs"],
+            tokenizer.pad_token_id,
+            num_beams=self.beams,
+            max_new_tokens=self.max_new_tokens,
+            length_penalty=self.length_penalty,
+            logits_processor=[NoRepeats(self.no_repeat_ngram, prompt)] if self.no_repeat_ngram else None,
+        )
+        texts = [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+        return {"made": texts, "references": batch["references"]}
+
+    def score(self, columns: Mapping[str, list]) -> dict[str, float]:
+        found = scores(columns["made"], columns["references"])
+        return found | {"bleu": found["bleu"] / 100}
+
+
+class Meanings:
+    """The distinct meanings of a table, each with all its references; in the order in which they come first."""
+
+    def __init__(self, table: Table):
+        self.references: dict[str, list[str]] = {}
+        for meaning, reference in zip(table.column("meaning_representation"), table.column("reference"), strict=True):
+            self.references.setdefault(str(meaning), []).append(str(reference))
+        self.meanings = list(self.references)
+
+    def __len__(self) -> int:
+        return len(self.meanings)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        meaning = self.meanings[index]
+        return {"meaning_representation": meaning, "references": self.references[meaning]}
+
+    def column(self, name: str) -> np.ndarray:
+        return np.array({"meaning_representation": self.meanings}[name])
+
+
+def _prompt(example: Item) -> str:
+    return f"{linearised(example['meaning_representation'])} ||"
+
+
+class ReferenceEncoder(Encoder):
+    """Meaning, reference and end token, with labels for the last two; padded on the right."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, example: Item) -> dict[str, Any]:
+        asked = self.tokenizer(_prompt(example))["input_ids"]
+        said = [*self.tokenizer(f" {example['reference']}")["input_ids"], self.tokenizer.eos_token_id]
+        ids = [*asked, *said][: self.max_length]
+        labels = [*[IGNORED] * len(asked), *said][: self.max_length]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["input_ids"])
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        return {
+            "inputs": pad_inputs(items, self.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            "labels": pad([item["labels"] for item in items], IGNORED),
+        }
+
+
+class MeaningEncoder(Encoder):
+    """Meanings to go on from, padded on the left, with the references to compare with."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, example: Item) -> dict[str, Any]:
+        ids = self.tokenizer(_prompt(example))["input_ids"]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "references": example["references"]}
+
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["input_ids"])
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        return {
+            "inputs": pad_inputs(items, self.tokenizer.pad_token_id, side="left"),  # type: ignore[arg-type]
+            "references": [item["references"] for item in items],
+            "tokenizer": self.tokenizer,
+        }
+
+
+class NoRepeats:
+    """Forbids a second n-gram of `size` tokens after the prompt; transformers' own rule counts the prompt's, too."""
+
+    def __init__(self, size: int, prompt: int):
+        from transformers import NoRepeatNGramLogitsProcessor
+
+        self.rule, self.prompt = NoRepeatNGramLogitsProcessor(size), prompt
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return self.rule(ids[:, self.prompt :], logits)
