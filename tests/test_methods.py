@@ -24,7 +24,7 @@ METHODS = [
     RandLoRA(rank=5),
     RandLoRA(rank=5, num_bases="floor", basis="normal"),
     RandLoRA(rank=4, num_bases=3, zero="gamma", basis="ternary", sparsity=6.0),
-    RandLoRA(rank=4, num_bases=0.5),
+    RandLoRA(rank=4, num_bases=0.5, divide_by_root=True),
     RandLoRA(rank=5, basis="kronecker"),
     RandLoRA(rank=5, num_bases="floor", basis="kronecker"),
     RandLoRAa(rank=4, budget_rank=5),

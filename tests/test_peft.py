@@ -57,6 +57,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
         (RandLoRA(rank=5, num_bases="floor", basis="normal"), True, 24),
         (RandLoRA(rank=6, num_bases=2), True, 24),
         (RandLoRA(rank=5, basis="kronecker"), True, 24),
+        (RandLoRA(rank=5, divide_by_root=True), True, 24),
         (RandLoRA(rank=5, basis="peft"), True, 16),
         (RandLoRA(rank=5, basis="peft"), False, 16),
     ],

@@ -176,7 +176,8 @@ def _randlora_out(method: RandLoRA, adaptation: Adaptation, bases: bool) -> tupl
         if missing < 0:
             raise SettingsError(f"{site.name} has {len(update.lambda_)} bases; PEFT has at most {site.small} / {rank}")  # type: ignore[arg-type]
         pad = (0, 0, 0, missing)  # PEFT rounds up: bases that we lack do nothing there
-        tensors[f"{_PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(update.lambda_, pad).T  # type: ignore[arg-type]
+        scaled = update.lambda_ * (update.scale * rank / alpha)  # what PEFT's α / r has not: 1/√n
+        tensors[f"{_PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(scaled, pad).T  # type: ignore[arg-type]
         tensors[f"{_PREFIX}{site.name}.randlora_gamma"] = nn.functional.pad(update.gamma, pad)  # type: ignore[arg-type]
     if bases:
         tensors["base_model.randlora_A"], tensors["base_model.randlora_B"] = _randlora_bases(method, adaptation)

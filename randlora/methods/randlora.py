@@ -32,7 +32,8 @@ class RandLoRA(Method):
 
     * `num_bases`: ``ceil`` (of d / rank: full rank; PEFT's choice), ``floor`` (the paper's counts; a few
       directions are missed where rank does not divide d), a share of that below 1, or a number for all sites.
-    * `alpha` defaults to 2·rank. The paper uses 10 for CLIP (10/rank), PEFT 20·rank.
+    * `alpha` defaults to 2·rank. The paper uses 10 for CLIP (10/rank), PEFT 20·rank. With `divide_by_root`, ΔW is
+      also divided by √n, as in the paper's language runs.
     * `zero` names the diagonal that starts at zero, so that ΔW does. The other starts at `start`; its default is
       PEFT's 1/max(n, d) for γ and the authors' vision code's 1/max(n, rank) for λ.
     * `basis` and `sparsity`: see randlora.bases. All sites share one A and one B and take leading blocks; with
@@ -47,6 +48,7 @@ class RandLoRA(Method):
 
     rank: int = 6
     alpha: float | None = None
+    divide_by_root: bool = False
     num_bases: int | float | str = "ceil"
     basis: str = "uniform"
     sparsity: float | None = None
@@ -61,6 +63,7 @@ class RandLoRA(Method):
             check_range("RandLoRA.num_bases (as a share)", self.num_bases, 0, 1)
         elif self.num_bases not in ("ceil", "floor"):
             check_count("RandLoRA.num_bases (ceil, floor, a share or a number)", self.num_bases)  # type: ignore[arg-type]
+        check_choice("RandLoRA.divide_by_root", self.divide_by_root, (True, False))
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
         check_kind(self.basis, self.sparsity, and_peft=True)
         check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
@@ -115,11 +118,12 @@ class RandLoRAUpdate(Update):
 
     def __init__(self, method: RandLoRA, site: Site, A: Basis, B: Basis, device: torch.device):
         super().__init__()
-        self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
+        self.dropout = method.dropout
         self.delta_dtype = None if method.delta_dtype == "float32" else getattr(torch, method.delta_dtype)
         self.basis_A, self.basis_B = A, B
         self.tall = site.out_features >= site.in_features
         n = method.bases_of(site)
+        self.scale = relative_scale(method.rank, method.alpha) / (math.sqrt(n) if method.divide_by_root else 1)
         width = max(n, site.small) if method.zero == "lambda" else max(n, method.rank)
         start = 1 / width if method.start is None else method.start
         on_lambda, on_gamma = (0.0, start) if method.zero == "lambda" else (start, 0.0)
