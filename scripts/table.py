@@ -5,6 +5,8 @@ python scripts/table.py runs --seeds       one row per method, mean ± sample de
 python scripts/table.py runs --paired method.basis=kronecker,uniform
     one row per task and model: the scores under each value of a setting, and their difference, seed by seed, with its
     95 % interval (Student's t); --paired method=randlora,lora compares methods
+python scripts/table.py runs --best trainer.learning_rate,method.alpha
+    of a search: the settings with the best validation score for each task, model, method and budget, and the runner-up
 python scripts/table.py runs --published   means over seeds beside the paper's number for that cell, where it has one
 """
 
@@ -114,6 +116,28 @@ def scores_of(runs: Sequence[Run]) -> str:
     return _spread([100 * run.result["headline"]["value"] for run in runs])
 
 
+def best(runs: Sequence[Run], keys: Sequence[str]) -> str:
+    """The settings that a search ends with; the test score takes no part. The mean over seeds counts."""
+    cells: dict[tuple, dict[tuple, list[float]]] = {}
+    for run in runs:
+        if run.result["status"] == "finished":
+            tried = tuple(_value(run, key, missing="") for key in keys)
+            scores = cells.setdefault((*run.cell, *run.budget), {}).setdefault(tried, [])
+            scores.append(100 * run.result["metrics"][f"validation/{run.metric}"])
+    lines = [
+        f"| task | model | method | shots | tried | {' | '.join(keys)} | validation, % | runner-up, % |",
+        "|---|---|---|---|---|" + "---|" * (len(keys) + 2),
+    ]
+    for (task, model, method, *budget), tried in cells.items():
+        ranked = sorted(((statistics.mean(scores), settings) for settings, scores in tried.items()), reverse=True)
+        second = f"{ranked[1][0]:.1f}" if len(ranked) > 1 else ""
+        lines.append(
+            f"| {task} | {model} | {method} | {_data(*budget)} | {len(ranked)} | {' | '.join(ranked[0][1])} | "
+            f"{ranked[0][0]:.1f} | {second} |"
+        )
+    return "\n".join(lines)
+
+
 def beside_published(runs: Sequence[Run]) -> str:
     """Ours and the paper's, which are of one run each; the paper's variant is named, since a rank may differ."""
     cells: dict[tuple, tuple[str, dict[str, str]]] = {}
@@ -179,12 +203,15 @@ def _data(shots: int | None, fraction: float | None) -> str:
     return str(shots or (f"{100 * fraction:g} %" if fraction else "all"))
 
 
-def _value(run: Run, key: str) -> str:
+def _value(run: Run, key: str, missing: str | None = None) -> str:
+    """A setting of a run as text; `missing` where it has none, SettingsError if that is None."""
     if key == "method":
         return run.cell[2]
     found: Any = run.result["config"]
     for part in key.split("."):
         if not isinstance(found, dict) or part not in found:
+            if missing is not None:
+                return missing
             raise SettingsError(f"{key!r} is no setting of {run.folder}")
         found = found[part]
     return str(found)
@@ -195,6 +222,7 @@ def main() -> None:
     parser.add_argument("root", nargs="?", default="runs", type=Path)
     parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
     parser.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
+    parser.add_argument("--best", metavar="SETTING,SETTING", help="the best settings of a search, by validation")
     parser.add_argument("--published", action="store_true", help="beside the paper's numbers, as Markdown")
     arguments = parser.parse_args()
     runs = read(arguments.root)
@@ -203,6 +231,8 @@ def main() -> None:
         if values.count(",") != 1:
             raise SettingsError(f"--paired {arguments.paired}: give a setting and two values, method.rank=4,8")
         print(paired(runs, key, values.split(",")))
+    elif arguments.best:
+        print(best(runs, arguments.best.split(",")))
     elif arguments.published:
         print(beside_published(runs))
     elif arguments.seeds:

@@ -60,6 +60,17 @@ def test_ours_beside_the_papers(tmp_path: Path) -> None:
     ]
 
 
+def test_a_search_ends_with_the_best_validation_score(tmp_path: Path) -> None:
+    """The test scores say the opposite, and take no part."""
+    for basis, test, validation in (("uniform", 0.9, 0.5), ("normal", 0.1, 0.7), ("binary", 0.8, 0.6)):
+        record(tmp_path, 0, basis, test)
+        path = tmp_path / "cifar10" / "vit" / "randlora" / f"{basis}0" / "result.json"
+        result = json.loads(path.read_text()) | {"metrics": {"validation/accuracy": validation}}
+        path.write_text(json.dumps(result))
+    row = table(str(tmp_path), "--best", "method.basis,method.alpha").stdout.splitlines()[-1]
+    assert row == "| cifar10 | vit | randlora | 16 | 3 | normal |  | 70.0 | 60.0 |"
+
+
 def test_one_sentence_for_what_cannot_be_paired(tmp_path: Path) -> None:
     record(tmp_path, 0, "uniform", 0.5)
     for asked in ("method.basis=kronecker,uniform", "method.nosuch=1,2", "method.basis=uniform"):
