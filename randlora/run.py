@@ -74,14 +74,20 @@ class Outcome:
 def dry_run(experiment: Experiment) -> dict[str, Any]:
     """What a run would train, found on the meta device: no weights, no data, no hub.
 
-    Counts are numbers. `adapter_bytes` is the tensors' alone; a file has under 4 kB more.
+    Counts are numbers. `adapter_bytes` is the tensors' alone; a file has under 4 kB more. `memory` is that of a
+    training step on one process, by `randlora.memory_plan`; None for a task that has no `sample`.
     """
     from randlora.adapters import adapt
+    from randlora.memory_plan import memory_plan
 
     backbone = experiment.model.skeleton()
     report = adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
     bound = experiment.task.bind(backbone)
     head = head_parameters(bound, backbone.module)
+    try:
+        memory = memory_plan(experiment)
+    except NotImplementedError:
+        memory = None
     return {
         "sites": [vars(site) for site in report.sites],
         "trainable_parameters": report.trainable_parameters,
@@ -89,6 +95,7 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
         "total_parameters": report.total_parameters + head,
         "adapter_bytes": 4 * report.trainable_parameters,
         **lengths(experiment),
+        "memory": memory,
     }
 
 
@@ -272,4 +279,7 @@ def table(plan: Mapping[str, Any], names: Sequence[str] = ()) -> str:
         f"{plan['head_parameters']:,} in the head",
         f"adapter {plan['adapter_bytes']:,} bytes; {plan['steps']:,} steps, {plan['epochs']:,} times the training set",
     ]
+    if plan["memory"]:
+        shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if name != "total")
+        lines.append(f"memory of a step {plan['memory']['total'] / 2**30:.2f} GiB: {shares}")
     return "\n".join(lines)

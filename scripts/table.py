@@ -121,8 +121,8 @@ def best(runs: Sequence[Run], keys: Sequence[str]) -> str:
     cells: dict[tuple, dict[tuple, list[float]]] = {}
     for run in runs:
         if run.result["status"] == "finished":
-            tried = tuple(_value(run, key, missing="") for key in keys)
-            scores = cells.setdefault((*run.cell, *run.budget), {}).setdefault(tried, [])
+            setting = tuple(_value(run, key, missing="") for key in keys)
+            scores = cells.setdefault((*run.cell, *run.budget), {}).setdefault(setting, [])
             scores.append(100 * run.result["metrics"][f"validation/{run.metric}"])
     lines = [
         f"| task | model | method | shots | tried | {' | '.join(keys)} | validation, % | runner-up, % |",

@@ -100,6 +100,7 @@ def test_a_plan_has_the_promised_keys_and_reads_as_a_table() -> None:
     plan = plan_of(CLIP, "clip_vit_b32", "randlora")
     assert list(plan) == [
         "sites", "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes", "steps", "epochs",
+        "memory",
     ]  # fmt: skip
     json.dumps(plan)
     assert "visual.transformer.resblocks.*.attn.in_proj     12  2304 × 768" in table(plan)

@@ -54,6 +54,9 @@ class Model:
     name: str
     architecture: str | None = None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    gradient_checkpointing: bool = (
+        False  # blocks are computed again in backward instead of kept: less memory, more time
+    )
 
     def load(self) -> Backbone:
         """The real weights. Raises SettingsError when they cannot be had."""

@@ -18,8 +18,6 @@ class CausalLM(Pretrained):
 
     kind: ClassVar[str] = "causal_lm"
 
-    gradient_checkpointing: bool = False
-
     def skeleton(self) -> Backbone:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -28,10 +26,7 @@ class CausalLM(Pretrained):
     def load(self) -> Backbone:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        module = self.pretrained(MODEL_FOR_CAUSAL_LM_MAPPING)
-        if self.gradient_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
-        return self._backbone(module)
+        return self._backbone(self.pretrained(MODEL_FOR_CAUSAL_LM_MAPPING))
 
     def tokenizer(self) -> Any:
         tokenizer = super().tokenizer()

@@ -64,13 +64,15 @@ class OpenClip(Model):
             raise SettingsError(f"architecture={self.architecture!r} is not one that open_clip knows")
         try:
             with _quiet():
-                return open_clip.create_model(
+                module = open_clip.create_model(
                     self.architecture,
                     pretrained=weights,
                     pretrained_text=False,
                     force_patch_dropout=self.patch_dropout,
                     device=device,
                 )
+                module.set_grad_checkpointing(self.gradient_checkpointing)
+                return module
         except (RuntimeError, OSError) as error:
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights!r}: {error}") from error
 

@@ -73,25 +73,33 @@ class Pretrained(Model):
 
     def empty(self, mapping: Any) -> nn.Module:
         """The module of `mapping` (a transformers class or auto-mapping) on the meta device."""
-        configuration = self.configuration()
         with torch.device("meta"):
-            cls = mapping[type(configuration)]
-            return cls(configuration, **_without_pooler(cls))
+            return self._prepared(self._random(mapping))
 
     def pretrained(self, mapping: Any) -> nn.Module:
         """The same with its weights."""
-        dtype = DTYPES[self.dtype]
-        if self._location is None:
-            configuration = self.configuration()
-            cls = mapping[type(configuration)]
-            return cls(configuration, **_without_pooler(cls)).to(dtype)
+        return self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
+
+    def _prepared(self, module: Any) -> nn.Module:
+        if self.gradient_checkpointing:
+            # The name changed in transformers 5.
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        return module
+
+    def _random(self, mapping: Any) -> nn.Module:
+        configuration = self.configuration()
+        cls = mapping[type(configuration)]
+        return cls(configuration, **_without_pooler(cls)).to(DTYPES[self.dtype])
+
+    def _read(self, mapping: Any) -> nn.Module:
         folder = self.folder()
         configuration = _asked(self.name, lambda: _config(folder, self.revision))
         cls = mapping[type(configuration)]
         return _asked(
             self.name,
             lambda: cls.from_pretrained(
-                folder, config=configuration, revision=self.revision, dtype=dtype, **_without_pooler(cls)
+                folder, config=configuration, revision=self.revision, dtype=DTYPES[self.dtype], **_without_pooler(cls)
             ),
         )
 

@@ -47,13 +47,15 @@ class TimmTransformer(Model):
         if self.architecture is None or not timm.is_model(self.architecture):
             raise SettingsError(f"architecture={self.architecture!r} is not one that timm knows")
         try:
-            return timm.create_model(
+            module = timm.create_model(
                 self.architecture,
                 pretrained=weights is not None,
                 pretrained_cfg_overlay=None if weights in (None, "hub") else {"file": weights},
                 num_classes=0,
                 img_size=self.image_size,
             )
+            module.set_grad_checkpointing(self.gradient_checkpointing)
+            return module
         except Exception as error:  # the hub client raises many kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights}: {reason}") from error

