@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters import adapt
+from randlora.adapters.quantization import quantised_maps, stored_bytes
 
 if TYPE_CHECKING:
     from randlora.models import Model
@@ -35,8 +36,13 @@ def memory_plan(experiment: Experiment) -> dict[str, int]:
         _, everything = _shapes(experiment, replace(experiment.model, gradient_checkpointing=False))
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
         activations += (sum(everything) - activations) // blocks
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    quantization = getattr(experiment.model, "quantization", None)
+    if quantization:
+        for linear in (one for one in quantised_maps(model).values() if not one.weight.requires_grad):
+            weights -= linear.weight.numel() * linear.weight.element_size() - stored_bytes(linear, quantization)
     plan = {
-        "weights": sum(tensor.numel() * tensor.element_size() for tensor in held),
+        "weights": weights,
         "optimizer": 12 * trained,
         "activations": activations,
         "working": 2 * max(kept, default=0),

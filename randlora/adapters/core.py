@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.attention import close_attention, open_attention
+from randlora.adapters.quantization import dense, is_quantised
 from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
 from randlora.bases import Basis, basis_of
@@ -110,6 +111,7 @@ def _build(
     updates = dict(method.updates(sites, Context(seed, device, weights)))
     if set(updates) != set(weights):
         raise RuntimeError(f"{type(method).__name__}.updates must return one update for each site")
+    _refuse_quantised(method, updates, weights)
     counted = []
     for site in sites:
         parameters = list(updates[site.name].parameters())
@@ -117,6 +119,12 @@ def _build(
         if any(p.dtype != torch.float32 for p in parameters):
             raise RuntimeError(f"{type(method).__name__}: trained tensors are float32 whatever the base's dtype")
     return updates, counted
+
+
+def _refuse_quantised(method: Method, updates: Mapping[str, Update], weights: Mapping[str, Tensor]) -> None:
+    for name, update in updates.items():
+        if update.replaces_base and is_quantised(weights[name]):
+            raise SettingsError(f"{method.name} trains the weights themselves, and those of {name} are quantised")
 
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:
@@ -220,7 +228,7 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
     return {
         name: float(
             torch.stack([u.delta(s.weight[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
-            / s.weight.float().norm().clamp_min(1e-30)
+            / dense(s.weight).float().norm().clamp_min(1e-30)
         )
         for name, s in seats(model).items()
     }

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.adapters.quantization import dense, is_quantised
+
 
 @dataclass(frozen=True)
 class Site:
@@ -112,6 +114,11 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     @property
+    def quantised(self) -> bool:
+        """Whether W0 is kept in fewer bits; then W' is never formed but for good."""
+        return is_quantised(self.weight)
+
+    @property
     def out_features(self) -> int:
         return self.weight.shape[0]
 
@@ -132,6 +139,8 @@ class AdaptedLinear(nn.Module):
         return found
 
     def frozen(self, rows: slice) -> Frozen:
+        if rows == slice(0, self.out_features):
+            return Frozen(self.weight, self.bias)
         return Frozen(self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,14 +155,19 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W' in the base's dtype, (out, in); the sum is taken in float32 at least."""
-        merged = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        weight = dense(self.weight)
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for rows, update in zip(self.rows, self.updates, strict=True):
-            merged[rows] += update.delta(self.weight[rows])
-        return merged.to(self.weight.dtype)
+            merged[rows] += update.delta(weight[rows])
+        return merged.to(weight.dtype)
 
     def stash_merged(self) -> None:
-        """From here on forward costs what the base costs; the base keeps its numbers."""
-        self._merged = self.merged_weight()
+        """From here on forward costs what the base costs; the base keeps its numbers.
+
+        A quantised base stays apart: W' would take the memory that quantising saves.
+        """
+        if not self.quantised:
+            self._merged = self.merged_weight()
 
     def drop_merged(self) -> None:
         self._merged = None

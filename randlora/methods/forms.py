@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from randlora.adapters.quantization import dense, is_quantised
 from randlora.bases import DenseMap, Map, SparseMap
 
 WEIGHT, TOKENS = "weight", "tokens"
@@ -171,7 +172,7 @@ class UpdatedLinear(torch.autograd.Function):
                 if plan.input_gradient == WEIGHT:
                     dx = g @ factors.weight()
                 else:
-                    start = None if weight is None else g @ weight.to(g.dtype)
+                    start = None if weight is None else g @ dense(weight, g.dtype)
                     M = factors.factor()
                     dx = _plus_product(start, low, M) if tall else B.up(g_token @ M.T, onto=start)
                 dx = dx.to(dtype).view(shape)
@@ -215,7 +216,8 @@ class _Factors(NamedTuple):
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear, in the dtype of the tokens."""
     dtype = tokens.dtype
-    return F.linear(tokens, weight.to(dtype), None if bias is None else bias.to(dtype))
+    weight = weight if is_quantised(weight) else weight.to(dtype)
+    return F.linear(tokens, weight, None if bias is None else bias.to(dtype))
 
 
 def _plus_product(onto: Tensor | None, a: Tensor | None, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.adapters.quantization import is_quantised
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import Basis, Map, check_kind
 from randlora.bases.peft import PeftBasis, columns_by_basis, draw_randlora
@@ -156,6 +157,7 @@ class RandLoRAUpdate(Update):
     def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> Plan:
         """How to compute for this input: the cheapest way, if W0 + ΔW may be formed at all."""
         compute, delta = compute_dtype(x), self.delta_dtype or self.lambda_.dtype
-        if dropping or weight.dtype.itemsize < 4:  # a base kept in low precision would round a small ΔW away
+        # A base kept in low precision would round a small ΔW away.
+        if dropping or weight.dtype.itemsize < 4 or is_quantised(weight):
             return Plan(TOKENS, TOKENS, TOKENS, compute, delta)
         return choose(x.numel() // x.shape[-1], weight.shape, B, compute, delta, x.device.type, self.caching)

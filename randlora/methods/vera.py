@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from randlora.adapters.quantization import dense, is_quantised
 from randlora.adapters.seat import Frozen, Site, Update
 from randlora.bases import Basis, DenseMap, Map, check_kind
 from randlora.bases.peft import PeftBasis, draw_vera
@@ -84,7 +85,8 @@ class VeRAUpdate(Update):
         compute = compute_dtype(x)
         dropping = self.training and self.dropout > 0
         # A base kept in low precision would round a small ΔW away.
-        merge = base.weight.dtype.itemsize >= 4 and merging_pays(x.numel() // x.shape[-1], A, B, compute, x.device.type)
+        may = base.weight.dtype.itemsize >= 4 and not is_quantised(base.weight)
+        merge = may and merging_pays(x.numel() // x.shape[-1], A, B, compute, x.device.type)
         if not dropping and (merge or not isinstance(A, DenseMap)):
             return VeRALinear.apply(x, self.d, self.b, base.weight, base.bias, A, B, self.scale, compute, merge)
         dropped = F.dropout(x, self.dropout, self.training).reshape(-1, x.shape[-1]).to(compute)
@@ -140,7 +142,7 @@ class VeRALinear(torch.autograd.Function):
                 back = B.down(g * b.to(compute))
                 dd = scale * (low * back).sum(0, dtype=d.dtype)
                 db = (g * high).sum(0, dtype=b.dtype)
-                dx = A.down(back * (scale * d).to(compute)).addmm_(g, weight.to(compute))
+                dx = A.down(back * (scale * d).to(compute)).addmm_(g, dense(weight, compute))
             dbias = g.sum(0) if ctx.needs_input_grad[4] else None
         return None if dx is None else dx.view_as(x).to(x.dtype), dd, db, None, dbias, None, None, None, None, None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from randlora.adapters.quantization import BITS, quantise
 from randlora.errors import SettingsError, check_choice
 from randlora.models.base import ARCHITECTURES, Model, package_file
 
@@ -37,9 +38,11 @@ class Pretrained(Model):
     search: Sequence[str] = ()
     install: str = ""  # the command that installs the package of `weights`
     dtype: str = "float32"
+    quantization: str | None = None  # int8 or int4: the frozen linear maps inside the blocks, by torchao
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.quantization", self.quantization, (None, *BITS))
         if self.architecture is not None and not (ARCHITECTURES / f"{self.architecture}.json").is_file():
             known = sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
             raise SettingsError(f"architecture={self.architecture!r}: choose one of {', '.join(known)}")
@@ -78,7 +81,10 @@ class Pretrained(Model):
 
     def pretrained(self, mapping: Any) -> nn.Module:
         """The same with its weights."""
-        return self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
+        module = self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
+        if self.quantization:
+            quantise(module, self.quantization)
+        return module
 
     def _prepared(self, module: Any) -> nn.Module:
         if self.gradient_checkpointing:

@@ -1,0 +1,60 @@
+"""Frozen weights in 8 or 4 bits, by torchao: the linear maps of a model, but for its output head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from randlora.errors import SettingsError
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = 128  # weights that share a scale in int4; a row does in int8
+
+
+def quantise(module: nn.Module, kind: str) -> None:
+    """Replaces the weights in place; SettingsError where torchao is missing, or something that it needs here."""
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise SettingsError(
+            f"model.quantization={kind} needs the package torchao: pip install 'randlora[quant]'"
+        ) from error
+    chosen = quantised_maps(module)
+    configuration = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
+    try:
+        quantize_(module, configuration, filter_fn=lambda linear, name: name in chosen)
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"model.quantization={kind} does not work here ({reason}): use int8, or null") from error
+    for name, linear in chosen.items():  # torchao passes over what does not fit, without a word
+        if not is_quantised(linear.weight):
+            shape = " × ".join(map(str, linear.weight.shape))
+            raise SettingsError(
+                f"model.quantization={kind} does not work here: {name} is {shape}, in groups of {GROUP}"
+            )
+
+
+def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps that are quantised, by name: those inside numbered blocks. Output heads are left."""
+    return {
+        name: one
+        for name, one in module.named_modules()
+        if isinstance(one, nn.Linear) and any(part.isdigit() for part in name.split("."))
+    }
+
+
+def stored_bytes(linear: nn.Linear, kind: str) -> int:
+    """What a quantised weight and its scales take."""
+    rows, columns = linear.weight.shape
+    scales = rows if kind == "int8" else 2 * rows * -(-columns // GROUP)
+    return rows * columns * BITS[kind] // 8 + scales * linear.weight.dtype.itemsize
+
+
+def is_quantised(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers that a quantised weight stands for; another weight as it is."""
+    numbers = weight.dequantize() if is_quantised(weight) else weight
+    return numbers if dtype is None else numbers.to(dtype)
