@@ -108,4 +108,4 @@ def test_the_memory_plan_counts_the_bits() -> None:
     # 8.03 billion weights of two bytes, 1.05 billion of them in the embedding and the output head.
     assert plans["null"] == pytest.approx(15.0, abs=0.2)
     assert plans["int8"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9) / 2**30, abs=0.1)
-    assert plans["int4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 / 2) / 2**30, abs=0.2)
+    assert plans["int4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 * (1 / 2 + 4 / 128)) / 2**30, abs=0.1)
