@@ -47,6 +47,7 @@ class Commonsense(Task):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    version: ClassVar[int] = 2  # 1 asked with the blanks before the response as tokens of their own
 
     tests: Source | None = None
     scoring: str = "generation"
@@ -157,7 +158,7 @@ class ResponseEncoder(Encoder):
         asked, right = prompt(question(example).text), question(example).answer
         ids = self.tokenizer(asked + f"the correct answer is {right}")["input_ids"]
         ids = [*ids, self.tokenizer.eos_token_id][: self.max_length]
-        hidden = 0 if self.train_on_inputs else len(self.tokenizer(asked)["input_ids"])
+        hidden = 0 if self.train_on_inputs else prompt_tokens(self.tokenizer, asked)
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -186,7 +187,7 @@ class QuestionEncoder(Encoder):
         asked = prompt(one.text)
         item = {"answer": one.answer, "set": example.get("set", ""), "recognised": one.recognised}
         if not self.likelihood:
-            return {**item, "prefix": self.tokenizer(asked)["input_ids"]}
+            return {**item, "prefix": self.tokenizer(asked)["input_ids"][: prompt_tokens(self.tokenizer, asked)]}
         rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in one.choices]
         shared = common_prefix(rows)
         tails = [row[shared:] for row in rows]
@@ -210,6 +211,15 @@ class QuestionEncoder(Encoder):
                 batch["targets"] = pad([tail for item in items for tail in item["tails"]], IGNORED, side="left")
         padded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
         return batch | {"inputs": pad_inputs(padded, self.tokenizer.pad_token_id, side="left")}
+
+
+def prompt_tokens(tokenizer: Any, asked: str) -> int:
+    """How many of a prompt's tokens are there whatever follows.
+
+    The last blanks may join the response's first word in one token; a model that is trained on whole texts must be
+    asked with what comes before it, or it is asked with a token that it never saw there.
+    """
+    return common_prefix([tokenizer(asked)["input_ids"], tokenizer(asked + "the correct answer is")["input_ids"]])
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
