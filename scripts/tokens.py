@@ -1,6 +1,6 @@
 """Training tokens per second of a language model: ours beside transformers' Trainer with PEFT.
 
-python scripts/tokens.py [--rounds 5] [--json FILE] model=smollm2_135m task=commonsense_mix data_root=FOLDER [KEY=VALUE …]
+python scripts/tokens.py [--rounds 5] [--json FILE] model=smollm2_135m task=commonsense_mix data_root=FOLDER [K=V …]
 
 LoRA and RandLoRA of the same rank, each by our trainer and by transformers.Trainer on PEFT's model, in one process, in
 turns: the same batches, bf16 autocast, AdamW, clipping. Medians over the rounds; the first warms up. A step counts its

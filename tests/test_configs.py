@@ -1,5 +1,7 @@
 """Every shipped YAML composes and builds; targets are allow-listed; signatures change with what changes a result."""
 
+import re
+
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,6 +45,15 @@ def test_every_task_builds_with_every_method(task: str, method: str) -> None:
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds(experiment: str) -> None:
     Experiment.from_config(settings(f"experiment={experiment}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if "/" in name])
+def test_an_experiments_header_has_its_command(experiment: str) -> None:
+    text = (REPOSITORY / "configs" / "experiment" / f"{experiment}.yaml").read_text()
+    (command,) = re.findall(r"^# python train\.py ([^(\n]*)", text, re.MULTILINE)
+    words = [word for word in command.split() if word != "-m"]
+    assert f"experiment={experiment}" in words
+    settings(*words)
 
 
 @pytest.mark.parametrize("sweep", options("sweep"))
