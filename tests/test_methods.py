@@ -10,10 +10,12 @@ import randlora
 from conftest import TOY_TARGETS, Toy
 from randlora.adapters.core import relative_norms, seats
 from randlora.adapters.seat import Frozen, Site
-from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
+from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
 
 METHODS = [
     LoRA(rank=4),
+    DoRA(rank=4),
+    DoRA(rank=4, detach_norm=False),
     VeRA(rank=16),
     VeRA(rank=16, basis="ternary"),
     VeRA(rank=16, basis="kronecker"),
@@ -40,6 +42,8 @@ def closed_form(method: Method, site: Site) -> int:
     small, total = min(site.out_features, site.in_features), site.out_features + site.in_features
     if isinstance(method, LoRA):
         return method.rank * total
+    if isinstance(method, DoRA):
+        return method.rank * total + site.out_features
     if isinstance(method, VeRA):
         return method.rank + site.out_features
     if isinstance(method, NoLA):
@@ -58,7 +62,7 @@ def closed_form(method: Method, site: Site) -> int:
 def claimed_rank(method: Method, site: Site) -> int:
     """The rank of ΔW for trained numbers in general position."""
     small = min(site.out_features, site.in_features)
-    if isinstance(method, LoRA | NoLA | RandLoRAa):
+    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa):
         return min(method.rank, small)
     if isinstance(method, VeRA):
         return min(method.rank, small)

@@ -13,13 +13,13 @@ from randlora.adapters.seat import AdaptedLinear
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.memory_plan import memory_plan
-from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
+from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
 from randlora.run import Experiment
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'randlora[quant]'")
 
 METHODS = [
-    LoRA(rank=4), VeRA(rank=16), VeRA(rank=16, basis="kronecker"), NoLA(num_bases=32), RandLoRA(rank=5),
+    LoRA(rank=4), DoRA(rank=4), VeRA(rank=16), VeRA(rank=16, basis="kronecker"), NoLA(num_bases=32), RandLoRA(rank=5),
     RandLoRA(rank=5, basis="kronecker"), RandLoRA(rank=5, dropout=0.5), RandLoRAa(rank=4),
 ]  # fmt: skip
 

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.adapters.core import cached
-from randlora.methods import LoRA, RandLoRA, VeRA
+from randlora.methods import DoRA, LoRA, RandLoRA, VeRA
 from randlora.methods.forms import TOKENS, WEIGHT, Plan, choose
 
 SHAPES = {"square": (24, 24), "tall": (60, 24), "wide": (24, 60), "prime": (23, 23)}
@@ -204,6 +205,69 @@ def test_equals_peft_with_its_own_bases(shape: tuple[int, int]) -> None:
         x = torch.randn(tokens, shape[1])
         expected = theirs(x).detach()
         torch.testing.assert_close(seat(x), expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dora_is_its_formula_in_value_and_gradient(detach: bool, dropout: float) -> None:
+    """Oracle: V formed and its rows' norms taken, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 60)).double()
+    randlora.adapt(model, DoRA(rank=4, alpha=12, dropout=dropout, detach_norm=detach), ["0"])
+    model.double()
+    update, base = model[0].updates[0], model[0].base
+    with torch.no_grad():
+        update.low_rank.B.normal_(std=0.2)
+        update.magnitude.mul_(torch.rand(60).double() + 0.5)
+    x = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
+    inputs = x, update.low_rank.A, update.low_rank.B, update.magnitude
+    V = base.weight + 3 * update.low_rank.B @ update.low_rank.A
+    norm = V.norm(dim=1)
+    W = (update.magnitude / (norm.detach() if detach else norm))[:, None] * V
+    torch.manual_seed(1)
+    dropped = F.dropout(x, dropout)
+    expected = F.linear(x, base.weight, base.bias) + F.linear(dropped, W - base.weight)
+    torch.manual_seed(1)
+    ours = model.train()(x)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # ‖W0‖² was taken in float32
+    direction = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(update.delta(base.weight), W - base.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_dora_equals_peft() -> None:
+    """Oracle: PEFT's LoRA layer with use_dora, without dropout."""
+    peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 60))
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(24, 60)), config)
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        model[0].load_state_dict(layer.base_layer.state_dict())
+    randlora.adapt(model, DoRA(rank=4, alpha=12), ["0"])
+    update = model[0].updates[0]
+    with torch.no_grad():
+        update.low_rank.B.normal_(std=0.3)
+        update.magnitude.mul_(1.2)
+        layer.lora_A["default"].weight.copy_(update.low_rank.A)
+        layer.lora_B["default"].weight.copy_(update.low_rank.B)
+        layer.lora_magnitude_vector["default"].weight.copy_(update.magnitude)
+    x = torch.randn(7, 24)
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+    gradients = []
+    for net in (model, theirs):
+        net(x).square().sum().backward()
+    ours = update.low_rank.A.grad, update.low_rank.B.grad, update.magnitude.grad
+    gradients = (
+        layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad,
+        layer.lora_magnitude_vector["default"].weight.grad,
+    )  # fmt: skip
+    for one, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_equals_peft() -> None:

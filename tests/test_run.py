@@ -79,7 +79,7 @@ def test_a_finished_run_is_skipped_and_begun_again_when_asked(tmp_path: Path, ca
     assert (experiment.folder / "result.json").stat().st_mtime_ns > stamp
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "nola", "randlora", "randlora_a", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "nola", "randlora", "randlora_a", "full"])
 def test_every_method_runs(tmp_path: Path, method: str) -> None:
     code, experiment = start(tmp_path, f"method={method}", "trainer.max_steps=1")
     assert code == FINISHED

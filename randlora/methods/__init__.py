@@ -1,6 +1,7 @@
 """What an update is: one paper, one file."""
 
 from randlora.methods.base import Method
+from randlora.methods.dora import DoRA
 from randlora.methods.full import FullFineTuning
 from randlora.methods.linear_probe import LinearProbe
 from randlora.methods.lora import LoRA
@@ -9,4 +10,4 @@ from randlora.methods.randlora import RandLoRA
 from randlora.methods.randlora_a import RandLoRAa
 from randlora.methods.vera import VeRA
 
-__all__ = ["FullFineTuning", "LinearProbe", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]
+__all__ = ["DoRA", "FullFineTuning", "LinearProbe", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]

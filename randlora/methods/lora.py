@@ -17,6 +17,7 @@ from randlora.methods.base import Method, check_low_rank, low_rank_linear, relat
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
+    from randlora.methods.dora import DoRA
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LoRA(Method):
 class LoRAUpdate(Update):
     """The update of one site."""
 
-    def __init__(self, method: LoRA, site: Site, seed: int, device: torch.device):
+    def __init__(self, method: LoRA | DoRA, site: Site, seed: int, device: torch.device):
         super().__init__()
         self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
         if device.type == "meta":

@@ -1,0 +1,84 @@
+"""DoRA: LoRA's direction under a trained magnitude (Liu et al., ICML 2024, arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.adapters.quantization import dense
+from randlora.adapters.seat import Frozen, Site, Update
+from randlora.errors import check_choice
+from randlora.methods.base import Method, check_low_rank
+from randlora.methods.lora import LoRAUpdate
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
+
+
+@dataclass(frozen=True)
+class DoRA(Method):
+    """W' = diag(m / ‖V‖) V with V = W0 + (alpha / rank) · B A and ‖V‖ the norms of V's rows.
+
+    A and B are LoRA's; m (out) starts at the norms of W0's rows, so that W' starts at W0. The norm is taken of every
+    output's row, as the authors confirmed. With `detach_norm`, it counts as a constant in backward: their way, which
+    saves memory and is another gradient. `dropout` acts on the input of all that differs from W0. `alpha` defaults to
+    2·rank.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    detach_norm: bool = True
+
+    def __post_init__(self) -> None:
+        check_low_rank(self)
+        check_choice("DoRA.detach_norm", self.detach_norm, (True, False))
+
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
+        return {site.name: DoRAUpdate(self, site, context) for site in sites}
+
+
+class DoRAUpdate(Update):
+    """The update of one site."""
+
+    squares: Tensor  # ‖W0‖² by row
+
+    def __init__(self, method: DoRA, site: Site, context: Context):
+        super().__init__()
+        self.detach_norm = method.detach_norm
+        self.low_rank = LoRAUpdate(method, site, context.seed, context.device)
+        squares = dense(context.weights[site.name], torch.float32).square().sum(1)
+        self.register_buffer("squares", squares, persistent=False)
+        self.magnitude = nn.Parameter(squares.sqrt())
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """m / ‖V‖ (out,), without forming V: ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b·(A Aᵀ b), row by row."""
+        A, B = (one.detach() if self.detach_norm else one for one in (self.low_rank.A, self.low_rank.B))
+        s = self.low_rank.scale
+        # In float32 whatever the autocast: what is added up here is small beside ‖w‖².
+        with torch.autocast(weight.device.type, enabled=False):
+            crossed = F.linear(dense(weight, A.dtype), A)  # (out, rank)
+            squares = self.squares.to(A.dtype) + s * (B * (2 * crossed + s * F.linear(B, A @ A.T))).sum(1)
+            return self.magnitude / squares.sqrt()
+
+    def delta(self, weight: Tensor) -> Tensor:
+        factor = self.factor(weight)[:, None]
+        return (factor - 1) * weight.to(factor.dtype) + factor * self.low_rank.delta(weight)
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        A, B, dropout = self.low_rank.A, self.low_rank.B, self.low_rank.dropout
+        y = base(x)
+        dropping = self.training and dropout > 0
+        dropped = F.dropout(x, dropout) if dropping else x
+        held = base(dropped) if dropping else y
+        if base.bias is not None:
+            held = held - base.bias.to(y.dtype)
+        low = F.linear(F.linear(dropped, A.to(dropped.dtype)), (self.low_rank.scale * B).to(dropped.dtype))
+        # Written as a change of the base's output, so that half precision does not round what has not changed.
+        factor = self.factor(base.weight)
+        return y + (factor - 1).to(y.dtype) * held + factor.to(y.dtype) * low
