@@ -64,7 +64,16 @@ def main() -> int:
 
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
+    finally:
+        _leave_the_others()
     return max(codes, default=0)
+
+
+def _leave_the_others() -> None:
+    """Ends the processes' group, whose threads can otherwise abort Python's shutdown after all work is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
