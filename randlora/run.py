@@ -72,30 +72,36 @@ class Outcome:
 
 
 def dry_run(experiment: Experiment) -> dict[str, Any]:
-    """What a run would train, found on the meta device: no weights, no data, no hub.
+    """What a run would train, how long, and in how much memory, without weights, data or hub.
 
-    Counts are numbers. `adapter_bytes` is the tensors' alone; a file has under 4 kB more. `memory` is that of a
-    training step on one process, by `randlora.memory_plan`; None for a task that has no `sample`.
+    `memory` is that of a training step on one process, by `randlora.memory_plan`; None for a task without a `sample`.
+    """
+    from randlora.memory_plan import memory_plan
+
+    try:
+        memory = memory_plan(experiment)
+    except NotImplementedError:
+        memory = None
+    return counts(experiment) | lengths(experiment) | {"memory": memory}
+
+
+def counts(experiment: Experiment) -> dict[str, Any]:
+    """What a run would train, in numbers, found on the meta device.
+
+    `adapter_bytes` is the tensors' alone; a file has under 4 kB more.
     """
     from randlora.adapters import adapt
-    from randlora.memory_plan import memory_plan
 
     backbone = experiment.model.skeleton()
     report = adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
     bound = experiment.task.bind(backbone)
     head = head_parameters(bound, backbone.module)
-    try:
-        memory = memory_plan(experiment)
-    except NotImplementedError:
-        memory = None
     return {
         "sites": [vars(site) for site in report.sites],
         "trainable_parameters": report.trainable_parameters,
         "head_parameters": head,
         "total_parameters": report.total_parameters + head,
         "adapter_bytes": 4 * report.trainable_parameters,
-        **lengths(experiment),
-        "memory": memory,
     }
 
 

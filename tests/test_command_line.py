@@ -17,7 +17,7 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 
 
 WRONG = {
-    "method=nosuch": "method=nosuch: choose one of full, lora, nola, randlora, vera",
+    "method=nosuch": "method=nosuch: choose one of dora, full, linearprobe, lora, nola, randlora, randlora_a, vera",
     "method.rnak=3": "method.rnak: no such setting; method has rank, alpha, .*; did you mean rank",
     "method.rank=0": "RandLoRA.rank=0: must be a whole number of at least 1",
     "task=cifar10 model=minilm": "task=cifar10 needs a model of kind clip or vision; model=minilm is text",

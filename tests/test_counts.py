@@ -5,12 +5,13 @@ Sources: RandLoRA's paper (arXiv 2502.00987, Tables 8, 9 and 15) and the shapes 
 """
 
 import json
+from collections.abc import Callable
 
 import pytest
 
 from conftest import settings
 from randlora.models.base import ARCHITECTURES, expand
-from randlora.run import Experiment, dry_run, table
+from randlora.run import Experiment, counts, dry_run, lengths, table
 
 CLIP = "task=cifar10"
 GLUE = "task=mrpc"
@@ -58,10 +59,10 @@ COUNTS = [
 ]
 
 
-def plan_of(task: str, model: str, method: str) -> dict:
+def plan_of(task: str, model: str, method: str, plan: Callable = counts) -> dict:
     name, *values = method.split()
     overrides = [task, f"model={model}", f"method={name}", *(f"method.{value}" for value in values)]
-    return dry_run(Experiment.from_config(settings("dry_run=true", *overrides)))
+    return plan(Experiment.from_config(settings("dry_run=true", *overrides)))
 
 
 @pytest.mark.parametrize(("task", "model", "method", "expected"), COUNTS)
@@ -97,7 +98,7 @@ def test_the_papers_percentages(rank: int, percent: float) -> None:
 
 
 def test_a_plan_has_the_promised_keys_and_reads_as_a_table() -> None:
-    plan = plan_of(CLIP, "clip_vit_b32", "randlora")
+    plan = plan_of(CLIP, "clip_vit_b32", "randlora", dry_run)
     assert list(plan) == [
         "sites", "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes", "steps", "epochs",
         "memory",
@@ -113,7 +114,7 @@ def test_a_linear_head_is_counted_apart() -> None:
 
 def test_steps_follow_the_budget() -> None:
     def steps(*overrides: str) -> int:
-        return dry_run(Experiment.from_config(settings("dry_run=true", CLIP, "trainer.epochs=10", *overrides)))["steps"]
+        return lengths(Experiment.from_config(settings("dry_run=true", CLIP, "trainer.epochs=10", *overrides)))["steps"]
 
     assert steps() == round(10 * 45_000 / 128)
     assert steps("fraction=0.5") == round(10 * 22_500 / 128)

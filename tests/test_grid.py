@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import REPOSITORY, settings
-from randlora.run import Experiment, dry_run, lengths
+from randlora.run import Experiment, counts, lengths
 
 PUBLISHED = REPOSITORY / "experiments" / "published"
 METHODS = ("full", "lora", "vera", "nola", "randlora")
@@ -50,7 +50,7 @@ COUNTS = {
 def test_parameters_of_the_grid(family: str) -> None:
     for method, expected in zip(METHODS, COUNTS[family], strict=True):
         experiment = Experiment.from_config(settings("dry_run=true", f"experiment={family}/{method}"))
-        assert dry_run(experiment)["trainable_parameters"] == expected, method
+        assert counts(experiment)["trainable_parameters"] == expected, method
 
 
 @pytest.mark.parametrize("family", COUNTS)
@@ -77,13 +77,13 @@ def test_steps_and_epochs_of_the_grid(family: str) -> None:
 
 def test_half_the_rank_at_equal_parameters() -> None:
     """Table 2: RandLoRA-6, its half-rank and its low-rank ablation have about as many numbers; LoRA has more."""
-    counts = {}
+    found = {}
     for name in ("randlora", "randlora_b", "randlora_a", "lora"):
-        plan = dry_run(Experiment.from_config(settings("dry_run=true", f"experiment=table2/{name}")))
-        counts[name] = plan["trainable_parameters"]
-    assert counts["randlora_b"] == pytest.approx(counts["randlora"], rel=0.01)
-    assert counts["randlora"] * 0.98 < counts["randlora_a"] <= counts["randlora"]
-    assert counts["lora"] > 1.3 * counts["randlora"]
+        plan = counts(Experiment.from_config(settings("dry_run=true", f"experiment=table2/{name}")))
+        found[name] = plan["trainable_parameters"]
+    assert found["randlora_b"] == pytest.approx(found["randlora"], rel=0.01)
+    assert found["randlora"] * 0.98 < found["randlora_a"] <= found["randlora"]
+    assert found["lora"] > 1.3 * found["randlora"]
 
 
 FIGURE_1 = [("clip_lora", "b", "lora"), ("clip_randlora", "b", "randlora")] + [
@@ -98,7 +98,7 @@ def test_ranks_of_figure_1_have_its_parameters(name: str, panel: str, method: st
     points = [row for row in published("figure1") if (row["panel"], row["method"]) == (panel, method)]
     for rank, point in zip(ranks, points, strict=True):
         overrides = ("dry_run=true", f"experiment=figure1/{name}", f"method.rank={rank}")
-        plan = dry_run(Experiment.from_config(settings(*overrides)))
+        plan = counts(Experiment.from_config(settings(*overrides)))
         assert plan["trainable_parameters"] == pytest.approx(int(point["parameters"]), rel=0.06), rank
 
 
@@ -120,7 +120,7 @@ def test_percentages_of_table_15() -> None:
         variant = f"{row['method']}_{row['variant'].removeprefix('rank ')}"
         name = f"{row['model']}/{row['method'] if row['method'] in ('vera', 'nola') else variant}"
         if name not in ours:
-            plan = dry_run(Experiment.from_config(settings("dry_run=true", f"experiment={name}")))
+            plan = counts(Experiment.from_config(settings("dry_run=true", f"experiment={name}")))
             ours[name] = 100 * plan["trainable_parameters"] / plan["total_parameters"]
         printed = row["percent_of_parameters"]
         expected = DIFFERENT.get((row["model"], variant, printed), float(printed))
@@ -131,7 +131,7 @@ def test_percentages_of_table_15() -> None:
 def test_parameters_of_table_4(row: dict[str, str]) -> None:
     """Without the classifiers, as in the paper; VeRA's 0.26 M fits large alone, and is printed for both."""
     experiment = f"experiment=glue/{row['model']}_{row['method']}"
-    plan = dry_run(Experiment.from_config(settings("dry_run=true", experiment)))
+    plan = counts(Experiment.from_config(settings("dry_run=true", experiment)))
     expected = 156_672 if (row["model"], row["method"]) == ("roberta_base", "vera") else float(row["parameters"])
     assert plan["trainable_parameters"] == pytest.approx(expected, rel=0.06)
     assert plan["head_parameters"] > 0

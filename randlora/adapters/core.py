@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.attention import close_attention, open_attention
-from randlora.adapters.quantization import dense, is_quantised
+from randlora.adapters.quantization import dense, is_quantised, recognise
 from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
 from randlora.bases import Basis, basis_of
@@ -105,6 +105,7 @@ def _build(
     weights = {}
     for place in found:
         weight = linear_weight(modules[place.module]).detach()
+        recognise(weight)
         weights[place.site] = weight if place.rows is None else weight[place.rows]
     sites = [Site(name, *weight.shape) for name, weight in weights.items()]
     device = next(iter(weights.values())).device

@@ -27,6 +27,7 @@ def quantise(module: nn.Module, kind: str) -> None:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"model.quantization={kind} does not work here ({reason}): use int8, or null") from error
     for name, linear in chosen.items():  # torchao passes over what does not fit, without a word
+        recognise(linear.weight)
         if not is_quantised(linear.weight):
             shape = " × ".join(map(str, linear.weight.shape))
             raise SettingsError(
@@ -50,8 +51,19 @@ def stored_bytes(linear: nn.Linear, kind: str) -> int:
     return rows * columns * BITS[kind] // 8 + scales * linear.weight.dtype.itemsize
 
 
+_types: tuple[type, ...] = ()  # of quantised weights, as they are met
+
+
 def is_quantised(weight: Tensor) -> bool:
-    return type(weight).__module__.startswith("torchao.")
+    """Whether `recognise` has met weights of this type; a compiler can follow it."""
+    return isinstance(weight, _types)
+
+
+def recognise(weight: Tensor) -> None:
+    """Notes the type of a weight that torchao has quantised, here or elsewhere."""
+    global _types
+    if type(weight).__module__.startswith("torchao.") and type(weight) not in _types:
+        _types = (*_types, type(weight))
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
