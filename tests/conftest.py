@@ -10,6 +10,7 @@ os.environ |= {
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # of the programs that tests start: several with more would wait for each other
 }
 
 import pytest
