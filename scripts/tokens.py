@@ -28,8 +28,10 @@ from torch.utils.data import Dataset
 from randlora.adapters import adapt
 from randlora.config import settings
 from randlora.data.loader import Split, training_keys
+from randlora.data.texts import pad
 from randlora.methods import LoRA, Method, RandLoRA
 from randlora.run import Experiment
+from randlora.tasks.language_model import IGNORED
 from randlora.training.trainer import Loop
 
 LORA, RANDLORA = 16, 5  # ranks: 1.18 % of Qwen2-0.5B's parameters each, as in the paper's Table 15
@@ -92,8 +94,7 @@ def theirs(experiment: Experiment, config: Any, steps: int) -> Callable[[int], f
     model = peft.get_peft_model(backbone.module, config)
 
     def collate(items: list[Any]) -> dict[str, torch.Tensor]:
-        batch = encode.collate(items)
-        return {**batch["inputs"], "labels": batch["labels"]}
+        return {**encode.collate(items)["inputs"], "labels": pad([item["labels"] for item in items], IGNORED)}
 
     def timed(index: int) -> float:
         clock, size = Clock(), experiment.trainer.batch_size

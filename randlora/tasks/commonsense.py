@@ -22,7 +22,7 @@ from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, labelled, longest, mean_loss
+from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, longest, mean_loss
 
 _INDENT = " " * 16  # the published prompt is indented so
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -100,7 +100,7 @@ class Commonsense(Task):
         return longest(size, self.max_length)
 
     def weight(self, batch: Mapping[str, Any]) -> int:
-        return labelled(batch)
+        return len(batch["targets"])
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return mean_loss(model, batch)

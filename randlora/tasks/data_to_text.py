@@ -16,7 +16,7 @@ from randlora.data.texts import pad_inputs
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, labelled, longest, mean_loss
+from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, longest, mean_loss
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -77,7 +77,7 @@ class DataToText(Task):
         return longest(size, self.max_length)
 
     def weight(self, batch: Mapping[str, Any]) -> int:
-        return labelled(batch)
+        return len(batch["targets"])
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return mean_loss(model, batch, self.label_smoothing)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from randlora.data.loader import Encoder, Item
 from randlora.data.texts import pad, pad_inputs
 from randlora.models.base import Backbone
+from randlora.tasks.head_loss import head_loss
 
 IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not learned
 
@@ -26,28 +27,31 @@ class LabelledTokens(Encoder):
         return len(item["input_ids"])
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        return {
-            "inputs": pad_inputs(items, self.tokenizer.pad_token_id),  # type: ignore[arg-type]
-            "labels": pad([item["labels"] for item in items], IGNORED),
-        }
+        inputs = pad_inputs(items, self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return {"inputs": inputs, **learned(pad([item["labels"] for item in items], IGNORED))}
 
 
-def labelled(batch: Mapping[str, Any]) -> int:
-    """How many tokens the loss is a mean over."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def learned(labels: Tensor) -> dict[str, Tensor]:
+    """From labels (B, length): the `targets` (tokens,) and the `positions` (tokens,), row by row, that predict them."""
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return {"positions": row * labels.shape[1] + column, "targets": labels[row, column + 1]}
 
 
 def longest(size: int, length: int) -> dict[str, Any]:
     """A batch of zeros of `size` texts of `length` tokens, all of them labelled."""
     ids = torch.zeros(size, length, dtype=torch.int64)
-    return {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "labels": ids}
+    places = torch.arange(size * length).view(size, length)[:, :-1].flatten()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"inputs": inputs, "positions": places, "targets": torch.zeros_like(places)}
 
 
 def mean_loss(model: nn.Module, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of the labelled tokens, each predicted from those before it."""
-    logits = model(batch["inputs"])[:, :-1].flatten(0, 1).float()
-    labels = batch["labels"][:, 1:].flatten()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=smoothing)
+    return model(batch["inputs"], learned=(batch["positions"], batch["targets"]), smoothing=smoothing)
+
+
+# Those whose logits are the head of the last hidden states, and nothing more: neither scaled nor capped.
+_PLAIN = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class LanguageModel(nn.Module):
@@ -56,10 +60,29 @@ class LanguageModel(nn.Module):
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.lm = backbone.module
+        head = self.lm.get_output_embeddings()
+        # An updated head is no plain linear map.
+        self.plain_head = self.lm.config.model_type in _PLAIN and type(head) is nn.Linear
 
-    def forward(self, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
-        """Logits (B, length, vocabulary), of the last `keep` positions if not 0."""
-        return self._run(inputs, use_cache=False, logits_to_keep=keep).logits
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        keep: int = 0,
+        learned: tuple[Tensor, Tensor] | None = None,
+        smoothing: float = 0.0,
+    ) -> Tensor:
+        """Logits (B, length, vocabulary), of the last `keep` positions if not 0; with `learned`, their mean loss.
+
+        `learned` are positions among all B · length and the tokens that they predict.
+        """
+        if learned is None:
+            return self._run(self.lm, inputs, logits_to_keep=keep).logits
+        positions, targets = learned
+        if self.plain_head:
+            hidden = self._run(self.lm.base_model, inputs).last_hidden_state
+            return head_loss(hidden.flatten(0, 1)[positions], self.lm.get_output_embeddings(), targets, smoothing)
+        logits = self._run(self.lm, inputs).logits.flatten(0, 1)[positions].float()
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum") / max(len(targets), 1)
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], pad: int, num_beams: int, **settings: Any) -> Tensor:
@@ -68,12 +91,14 @@ class LanguageModel(nn.Module):
         `settings` are those of transformers' generate.
         """
         # The beams share their prompt, so all but its last token is read once; generate would read it per beam.
-        read = self._run({name: value[:, :-1] for name, value in inputs.items()}, use_cache=True, logits_to_keep=1)
+        before = {name: value[:, :-1] for name, value in inputs.items()}
+        read = self._run(self.lm, before, use_cache=True, logits_to_keep=1)
         read.past_key_values.batch_repeat_interleave(num_beams)
         settings |= {"num_beams": num_beams, "do_sample": False, "pad_token_id": pad}
         ids = self.lm.generate(**inputs, past_key_values=read.past_key_values, **settings)
         return ids[:, inputs["input_ids"].shape[1] :]
 
-    def _run(self, inputs: dict[str, Tensor], **options: Any) -> Any:
+    @staticmethod
+    def _run(model: Any, inputs: dict[str, Tensor], use_cache: bool = False, **options: Any) -> Any:
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)  # padding on the left is not counted
-        return self.lm(**inputs, position_ids=positions, **options)
+        return model(**inputs, position_ids=positions, use_cache=use_cache, **options)

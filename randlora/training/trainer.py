@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from randlora.errors import SettingsError, check_choice, check_count, check_posi
 from randlora.streams import integer
 from randlora.tasks.base import Splits, Task
 from randlora.training import checkpoint
+from randlora.training.precision import autocast
 from randlora.training.schedule import check_schedule, rate_factor
 from randlora.training.watch import LossWatch
 
@@ -314,8 +315,8 @@ class Loop:
             checkpoint.save(self.folder, state, self.trained, self.optimizer)
         self.accelerator.wait_for_everyone()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+    def _autocast(self) -> AbstractContextManager[None]:
+        return autocast(self.accelerator.device.type, self.settings.precision)
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on this process's device."""
