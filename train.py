@@ -15,6 +15,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from randlora.config import register_resolvers
+
+register_resolvers()
 codes: list[int] = []  # of the runs of this command, one or a sweep
 
 
@@ -54,9 +57,6 @@ def main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from randlora.config import register_resolvers
-
-    register_resolvers()
     try:
         hydra.main(version_base="1.3", config_path="configs", config_name="train")(execute)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,11 +1,23 @@
 """The one error a user can cause."""
 
+import sys
+from collections.abc import Callable
+
 
 class SettingsError(ValueError):
     """A setting that cannot be used: one sentence with the value, what is allowed, and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """What a program ends with: `main`'s code, or 2 after the sentence of a SettingsError."""
+    try:
+        return main() or 0
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def check_choice(name: str, value: object, allowed: object) -> None:

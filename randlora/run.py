@@ -59,7 +59,7 @@ class Experiment:
     @property
     def folder(self) -> Path:
         """run_root/task/model/method/signature."""
-        names = (self.task.name, self.model.name, self.method.name, signature(self.config))
+        names = (self.task.name, self.model.name, self.method.name, signature(self.config, self.task.version))
         return Path(self.config["run_root"]).joinpath(*names)
 
 
@@ -94,8 +94,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
 
     backbone = experiment.model.skeleton()
     report = adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
-    bound = experiment.task.bind(backbone)
-    head = head_parameters(bound, backbone.module)
+    head = _head(experiment, experiment.task.bind(backbone), backbone.module)
     return {
         "sites": [vars(site) for site in report.sites],
         "trainable_parameters": report.trainable_parameters,
@@ -116,6 +115,17 @@ def head_parameters(bound: nn.Module, backbone: nn.Module) -> int:
     """The trained numbers of a bound model that are not its backbone's."""
     own = {id(parameter) for parameter in backbone.parameters()}
     return sum(p.numel() for p in bound.parameters() if p.requires_grad and id(p) not in own)
+
+
+def _head(experiment: Experiment, bound: nn.Module, backbone: nn.Module) -> int:
+    """head_parameters; SettingsError where there are none and the settings give them a rate."""
+    count, rate = head_parameters(bound, backbone), experiment.trainer.head_learning_rate
+    if not count and rate is not None:
+        raise SettingsError(
+            f"trainer.head_learning_rate={rate}: task {experiment.task.name} on {experiment.model.name} trains no "
+            "head; use null, or trainer.learning_rate for the updates"
+        )
+    return count
 
 
 def run(experiment: Experiment, config_yaml: str) -> Outcome:
@@ -144,6 +154,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         "seed": config["seed"],
         "signature": record.folder.name,
         "config": config,
+        "task_version": experiment.task.version,
         "versions": versions(),
         "commit": commit(),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
@@ -184,7 +195,7 @@ KEYS: dict[str, Any] = dict.fromkeys(
     (
         "status", "headline", "metrics", "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes",
         "train_seconds", "seconds_per_step", "peak_memory_bytes", "steps", "seed", "signature", "config", "versions",
-        "commit", "device", "error", "examples",
+        "commit", "device", "error", "examples", "task_version",
     )
 )  # fmt: skip
 
@@ -207,7 +218,7 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
     splits = experiment.task.splits(backbone, experiment.budget)
     report = adapt(backbone.module, experiment.method, experiment.patterns, seed)
     model = experiment.task.bind(backbone)
-    head = head_parameters(model, backbone.module)
+    head = _head(experiment, model, backbone.module)
     record.say(
         f"{experiment.model.name}: {report.trainable_parameters:,} of {report.total_parameters:,} parameters in "
         f"{len(report.sites)} sites, {head:,} in the head; {len(splits.train):,} training examples; "

@@ -19,7 +19,7 @@ from typing import Any
 from randlora.config import CONFIGS, build, settings
 from randlora.data.archives import READERS, Archive, Image, read
 from randlora.data.sources import Hub
-from randlora.errors import SettingsError
+from randlora.errors import SettingsError, exit_code
 from randlora.tasks import ImageClassification
 
 
@@ -109,8 +109,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

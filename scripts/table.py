@@ -1,7 +1,7 @@
 """Tables of the records under a folder.
 
 python scripts/table.py runs               one row per run
-python scripts/table.py runs --seeds       one row per method, mean ± sample deviation over seeds, as Markdown
+python scripts/table.py runs --seeds       one row per method: mean ± sample deviation and median over seeds, Markdown
 python scripts/table.py runs --paired method.basis=kronecker,uniform
     one row per task and model: the scores under each value of a setting, and their difference, seed by seed, with its
     95 % interval (Student's t); --paired method=randlora,lora compares methods
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
-from randlora.errors import SettingsError
+from randlora.errors import SettingsError, exit_code
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
 
@@ -87,16 +87,21 @@ def each(runs: Sequence[Run]) -> Table:
 def over_seeds(runs: Sequence[Run]) -> str:
     """Finished runs by task, model and method; runs that differ in more than their seed are not mixed."""
     lines = [
-        "| task | model | method | trained parameters | metric | zero-shot | after training | seeds | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | model | shots | method | trained parameters | metric | zero-shot | after training | median | seeds | "
+        "seconds | MiB |",
+        "|---" * 12 + "|",
     ]
     for members in by_settings(runs):
         task, model, method = members[0].cell
         before = "" if members[0].before is None else f"{100 * members[0].before:.1f}"
         seconds = statistics.mean(run.result["train_seconds"] for run in members)
+        peaks = [run.result["peak_memory_bytes"] for run in members if run.result["peak_memory_bytes"]]
+        memory = f"{statistics.mean(peaks) / 2**20:,.0f}" if peaks else ""
+        middle = 100 * statistics.median(run.result["headline"]["value"] for run in members)
         lines.append(
-            f"| {task} | {model} | {method} | {members[0].result['trainable_parameters']:,} | {members[0].metric}, % | "
-            f"{before} | {scores_of(members)} | {len(members)} | {seconds:.0f} |"
+            f"| {task} | {model} | {_data(*members[0].budget)} | {method} | "
+            f"{members[0].result['trainable_parameters']:,} | {members[0].metric}, % | {before} | "
+            f"{scores_of(members)} | {middle:.1f} | {len(members)} | {seconds:.0f} | {memory} |"
         )
     return "\n".join(lines)
 
@@ -242,8 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

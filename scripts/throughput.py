@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import torch
 from randlora.adapters import adapt
 from randlora.config import settings
 from randlora.data.loader import loader, training_keys
+from randlora.errors import exit_code
 from randlora.run import Experiment
 from randlora.tasks.base import Splits
 from randlora.training.trainer import Loop, Trainer
@@ -139,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

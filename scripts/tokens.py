@@ -2,9 +2,9 @@
 
 python scripts/tokens.py [--rounds 5] [--json FILE] model=smollm2_135m task=commonsense_mix data_root=FOLDER [K=V …]
 
-LoRA and RandLoRA of the same rank, each by our trainer and by transformers.Trainer on PEFT's model, in one process, in
-turns: the same batches, bf16 autocast, AdamW, clipping. Medians over the rounds; the first warms up. A step counts its
-tokens without padding.
+LoRA and RandLoRA with about as many trained numbers, each by our trainer and by transformers.Trainer on PEFT's model,
+in one process, in turns: the same batches, bf16 autocast, AdamW, clipping. Medians over the rounds; the first warms up.
+A step counts its tokens without padding.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from randlora.adapters import adapt
 from randlora.config import settings
 from randlora.data.loader import Split, training_keys
 from randlora.data.texts import pad
+from randlora.errors import SettingsError, exit_code
 from randlora.methods import LoRA, Method, RandLoRA
 from randlora.run import Experiment
 from randlora.tasks.language_model import IGNORED
@@ -116,6 +118,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments, overrides = parser.parse_known_args()
     experiment = Experiment.from_config(settings(*overrides))
+    if experiment.model.kind != "causal_lm":
+        raise SettingsError(f"model={experiment.model.name}: a causal language model is needed, such as smollm2_135m")
     steps = arguments.rounds + 1
     modules = [pattern.rpartition(".")[2] for pattern in experiment.patterns]
     timed = {
@@ -149,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -126,6 +126,7 @@ def test_signatures() -> None:
         assert signature(settings(override)) == base, override
     for override in ("seed=1", "method.rank=7", "trainer.learning_rate=0.1", "shots=4", "targets=vision", "task=mnist"):
         assert signature(settings(override)) != base, override
+    assert signature(settings(), task_version=1) == base != signature(settings(), task_version=2)
     assert signature(settings("task=cifar10", "data_root=/a")) == signature(settings("task=cifar10", "data_root=/b"))
 
 

@@ -15,6 +15,7 @@ SMALL = [
     ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4"],
     ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4", "trainer.precision=bf16", "method.basis=kronecker"],
     ["model=clip_tiny", "task=cifar10", "trainer.batch_size=8", "trainer.micro_batch_size=2", "method=lora"],
+    ["model=clip_tiny", "task=tiny_imagenet_captions", "trainer.batch_size=3", "method=full"],
     ["model=clip_tiny_vision", "task=cifar10", "trainer.batch_size=4", "method=full"],
     ["model=minilm", "task=mrpc", "trainer.batch_size=2", "method=vera"],
     ["model=smollm2_135m", "task=arc_easy", "trainer.batch_size=1", "task.max_length=32"],

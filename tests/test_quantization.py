@@ -8,6 +8,7 @@ from torch import nn
 
 import randlora
 from conftest import settings
+from randlora.adapters.core import relative_norms
 from randlora.adapters.quantization import dense, is_quantised, quantise
 from randlora.adapters.seat import AdaptedLinear
 from randlora.config import build
@@ -44,6 +45,14 @@ def pair() -> tuple[Net, Net]:
     return quantised, plain
 
 
+def disturb(net: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_updates_on_quantised_weights(method: Method) -> None:
     """Oracle: the same update on the dequantised weights."""
@@ -52,11 +61,7 @@ def test_updates_on_quantised_weights(method: Method) -> None:
     results = []
     for net in nets:
         randlora.adapt(net, method, ["block.0", "block.2"])
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        disturb(net)
         inputs = x.clone().requires_grad_()
         torch.manual_seed(2)
         y = net.train()(inputs)
@@ -65,6 +70,20 @@ def test_updates_on_quantised_weights(method: Method) -> None:
         results.append((y.detach(), inputs.grad, *trained))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_norms_and_slices_of_quantised_weights(method: Method) -> None:
+    """Oracle: the same on the dequantised weights."""
+    found = []
+    for net in pair():
+        net.block = nn.ModuleDict({"gate_up_proj": net.block[0]})
+        randlora.adapt(net, method, ["*.gate_up_proj[up]"])
+        disturb(net)
+        with torch.no_grad():
+            (norm,) = relative_norms(net).values()
+            found.append((torch.tensor(norm), net.eval().block["gate_up_proj"](torch.ones(2, 32))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_keeps_the_bits_and_merging_gives_plain_weights() -> None:
@@ -97,6 +116,12 @@ def test_what_does_not_work_is_one_sentence() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match=r"int4 does not work here \(.*\): use int8, or null"):
             quantise(nn.Sequential(nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16))), "int4")
+
+
+def test_a_model_without_linear_maps_is_refused_before_it_is_loaded() -> None:
+    overrides = ("dry_run=true", "model=gpt2_medium", "task=e2e_nlg", "model.quantization=int8")
+    with pytest.raises(SettingsError, match="model has no linear maps in its blocks"):
+        memory_plan(Experiment.from_config(settings(*overrides)))
 
 
 def test_the_memory_plan_counts_the_bits() -> None:

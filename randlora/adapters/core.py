@@ -228,7 +228,7 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
     """‖ΔW‖ / ‖W0‖ (Frobenius) of every adapted module, by name."""
     return {
         name: float(
-            torch.stack([u.delta(s.weight[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
+            torch.stack([u.delta(dense(s.weight)[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
             / dense(s.weight).float().norm().clamp_min(1e-30)
         )
         for name, s in seats(model).items()

@@ -36,12 +36,18 @@ def quantise(module: nn.Module, kind: str) -> None:
 
 
 def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps that are quantised, by name: those inside numbered blocks. Output heads are left."""
-    return {
+    """The linear maps that are quantised, by name: those inside numbered blocks. Output heads are left.
+
+    SettingsError where there are none, as in GPT-2, whose maps are of another class.
+    """
+    found = {
         name: one
         for name, one in module.named_modules()
         if isinstance(one, nn.Linear) and any(part.isdigit() for part in name.split("."))
     }
+    if not found:
+        raise SettingsError("model.quantization: the model has no linear maps in its blocks; use null")
+    return found
 
 
 def stored_bytes(linear: nn.Linear, kind: str) -> int:

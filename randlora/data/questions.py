@@ -34,18 +34,18 @@ class Question(NamedTuple):
 def question(row: Mapping[str, Any]) -> Question:
     """LLM-Adapters' text where the row has it, and the same made from a public row.
 
-    A row's set is known by its columns: ARC, OpenBookQA, BoolQ, PIQA, Social IQa, HellaSwag, WinoGrande. ValueError
-    for others.
+    A row's set is known by its columns: ARC, OpenBookQA, BoolQ, PIQA, Social IQa, HellaSwag, WinoGrande.
+    SettingsError for others.
     """
     if "instruction" in row:
         text = row["instruction"]
         if _FORMAT not in text:
-            raise ValueError(f"an instruction without {_FORMAT!r}: {text[:60]!r}")
+            raise SettingsError(f"an instruction without {_FORMAT!r}: {text[:60]!r}")
         return Question(text, text.rpartition(_FORMAT)[2].strip().split("/"), row["answer"])
     for columns, made in _PUBLIC.items():
         if columns <= row.keys():
             return made(row)
-    raise ValueError(f"a row with the columns {', '.join(row)} is of no data set that is known here")
+    raise SettingsError(f"a row with the columns {', '.join(row)} is of no data set that is known here")
 
 
 def _asked(
@@ -129,21 +129,25 @@ class QuestionSets:
     """The public sets of these names, one after the other; every example says in `set` which it is from.
 
     Read from ``root/commonsense/FOLDER/SPLIT.parquet`` or ``.json`` (LLM-Adapters' own files), else from the hub. Of
-    WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does.
+    WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does. Only `splits` need to be there.
     """
 
     names: Sequence[str]
     root: str | None = None
+    splits: Sequence[str] = ("train", "test")
 
     def __post_init__(self) -> None:
         for name in self.names:
             check_choice("names of question sets", name, tuple(SETS))
+        for split in self.splits:
+            check_choice("splits of question sets", split, ("train", "test"))
 
     def check(self) -> None:
         for name in self.names:
             self._part(name).check()
 
     def open(self, split: str) -> Joined:
+        check_choice("the split of question sets", split, self.splits)
         tables = {}
         for name in self.names:
             tables[name] = self._part(name).open(split) if self.root or split != "train" else self._all_sizes(name)
@@ -163,6 +167,7 @@ class QuestionSets:
             configuration=configuration or one.configurations[-1],
             revision=one.revision,
             root=self.root,
+            splits={split: split for split in self.splits},
             hub_splits={"test": one.test_split},
         )
 

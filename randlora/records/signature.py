@@ -14,9 +14,13 @@ INDIFFERENT = {
 }  # fmt: skip
 
 
-def signature(config: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits; equal for configs that differ in indifferent settings alone."""
-    text = json.dumps(_without(config, ""), sort_keys=True, default=str)
+def signature(config: Mapping[str, Any], task_version: int = 1) -> str:
+    """Twelve hexadecimal digits; equal for configs that differ in indifferent settings alone.
+
+    A task whose scores have stopped being comparable has a higher version, and so another signature.
+    """
+    settings = _without(config, "") | ({"task_version": task_version} if task_version > 1 else {})
+    text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -53,6 +53,12 @@ class ImageCaptions(ImageClassification):
         given = {name: kind for kind, names in self.kinds_of.items() for name in names}
         return {name: given.get(name, name) for name in self.names()}
 
+    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+        assert backbone.tokenizer is not None
+        tokens = torch.zeros_like(backbone.tokenizer()([""])).expand(size, -1)
+        general, kind = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64)
+        return {**super().sample(backbone, size), "tokens": tokens, "general": general, "kind": kind}
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         logits = model(batch["image"], tokens=batch["tokens"]).float()  # (images, captions)
         same_class = batch["label"][:, None] == batch["label"]

@@ -15,7 +15,7 @@ from randlora.data.images import check_augmentation, image_transform
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
 from randlora.errors import SettingsError, check_choice, check_count, check_range
-from randlora.models.base import Backbone, Pixels
+from randlora.models.base import Backbone, Model, Pixels
 from randlora.tasks.base import Task
 
 
@@ -55,6 +55,16 @@ class ImageClassification(Task):
             check_count("class_names", self.class_names)
         elif len(set(self.class_names)) != len(self.class_names) or not self.class_names:
             raise SettingsError(f"task {self.name}: class_names must be different and at least one")
+
+    def check_model(self, model: Model) -> None:
+        super().check_model(model)
+        if model.kind == "vision":
+            for name, usual in (("prompts", "templates"), ("classes", "all"), ("logit_scale", "exp")):
+                if (value := getattr(self, name)) != usual:
+                    raise SettingsError(
+                        f"task.{name}={value}: model={model.name} has a linear head, which reads no class names; "
+                        f"use {usual}, or a model of kind clip"
+                    )
 
     @property
     def headline(self) -> str:
@@ -124,7 +134,8 @@ class ImageClassification(Task):
         return {"accuracy": right / count, "loss": sum(columns["loss"]) / count}
 
     def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
-        assert isinstance(model, ImageClassifier)
+        if not isinstance(model, ImageClassifier):  # of a task that binds its own
+            return None
         tower = model.tower()
         if any(parameter.requires_grad for parameter in tower.parameters()) or _drops(tower):
             return None
