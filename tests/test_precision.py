@@ -1,12 +1,13 @@
-"""The trainer's autocast, against torch's own attention."""
+"""Attention under autocast on a CPU, against torch's own in float32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from randlora.training.precision import autocast
+from randlora.training.precision import attention_in_float32
 
 SHAPE = (2, 4, 5, 8)
 
@@ -27,7 +28,7 @@ def test_attention_under_autocast_is_that_of_float32(mask: str | None) -> None:
         "causal": {"is_causal": True},
     }[mask]
     inputs = qkv(torch.bfloat16)
-    with autocast("cpu", "bf16"):
+    with attention_in_float32(), torch.autocast("cpu", torch.bfloat16):
         ours = F.scaled_dot_product_attention(*inputs, **options)
     if mask == "added":
         options["attn_mask"] = options["attn_mask"].float()
@@ -37,12 +38,23 @@ def test_attention_under_autocast_is_that_of_float32(mask: str | None) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_rule_ends_with_the_autocast() -> None:
+def test_the_rule_is_autocasts_and_ends_with_the_context() -> None:
     inputs = qkv(torch.float32)
-    with autocast("cpu", "bf16"):
+    with attention_in_float32(), torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(*inputs).dtype == torch.float32
         assert (inputs[0] @ inputs[1].mT).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(*inputs).dtype == torch.bfloat16
-    with autocast("cpu", "fp32"):
-        assert (inputs[0] @ inputs[1].mT).dtype == torch.float32
+
+
+def test_checkpointing_runs_the_same_attention_again() -> None:
+    """Oracle: the gradients without checkpointing; exact."""
+    inputs, gradients = qkv(torch.bfloat16), []
+    for again in (False, True):
+        with attention_in_float32():
+            with torch.autocast("cpu", torch.bfloat16):
+                attend = F.scaled_dot_product_attention
+                out = checkpoint(attend, *inputs, use_reentrant=False) if again else attend(*inputs)
+            gradients.append(torch.autograd.grad(out.sum(), inputs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

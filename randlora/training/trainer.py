@@ -21,7 +21,7 @@ from randlora.errors import SettingsError, check_choice, check_count, check_posi
 from randlora.streams import integer
 from randlora.tasks.base import Splits, Task
 from randlora.training import checkpoint
-from randlora.training.precision import autocast
+from randlora.training.precision import attention_in_float32
 from randlora.training.schedule import check_schedule, rate_factor
 from randlora.training.watch import LossWatch
 
@@ -215,7 +215,8 @@ class Loop:
         world = self.accelerator.num_processes
         (total,) = self._sum(float(sum(weights)))
         mean = torch.zeros((), device=self.accelerator.device)
-        with cached(self.plain) if len(micro) > 1 else nullcontext():  # nothing trained changes between them
+        unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
+        with unchanged, self._attention():
             for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
                 last = i == len(micro) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -250,7 +251,7 @@ class Loop:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         columns: dict[str, list] = {}
         self.plain.eval()
-        with merged(self.plain), self._autocast():
+        with merged(self.plain), self._attention(), self._autocast():
             for batch in self._once(split, rank, world):
                 for key, values in self.task.predict(self.plain, self.to_device(batch)).items():
                     columns.setdefault(key, []).extend(values)
@@ -268,7 +269,7 @@ class Loop:
         if frozen is None or split.encode.random or not len(split):
             return split
         self.plain.eval()
-        with self._autocast():
+        with self._attention(), self._autocast():
             return Computed([frozen(self.to_device(batch)) for batch in self._once(split)]).split()
 
     def _once(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
@@ -315,8 +316,12 @@ class Loop:
             checkpoint.save(self.folder, state, self.trained, self.optimizer)
         self.accelerator.wait_for_everyone()
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        return autocast(self.accelerator.device.type, self.settings.precision)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _attention(self) -> AbstractContextManager[None]:
+        on_cpu, bf16 = self.accelerator.device.type == "cpu", self.settings.precision == "bf16"
+        return attention_in_float32() if on_cpu and bf16 else nullcontext()
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on this process's device."""
