@@ -99,7 +99,7 @@ def over_seeds(runs: Sequence[Run]) -> str:
         memory = f"{statistics.mean(peaks) / 2**20:,.0f}" if peaks else ""
         middle = 100 * statistics.median(run.result["headline"]["value"] for run in members)
         lines.append(
-            f"| {task} | {model} | {_data(*members[0].budget)} | {method} | "
+            f"| {task} | {model} | {data_used(*members[0].budget)} | {method} | "
             f"{members[0].result['trainable_parameters']:,} | {members[0].metric}, % | {before} | "
             f"{scores_of(members)} | {middle:.1f} | {len(members)} | {seconds:.0f} | {memory} |"
         )
@@ -137,7 +137,7 @@ def best(runs: Sequence[Run], keys: Sequence[str]) -> str:
         ranked = sorted(((statistics.mean(scores), settings) for settings, scores in tried.items()), reverse=True)
         second = f"{ranked[1][0]:.1f}" if len(ranked) > 1 else ""
         lines.append(
-            f"| {task} | {model} | {method} | {_data(*budget)} | {len(ranked)} | {' | '.join(ranked[0][1])} | "
+            f"| {task} | {model} | {method} | {data_used(*budget)} | {len(ranked)} | {' | '.join(ranked[0][1])} | "
             f"{ranked[0][0]:.1f} | {second} |"
         )
     return "\n".join(lines)
@@ -161,7 +161,7 @@ def beside_published(runs: Sequence[Run]) -> str:
         where, row = cells.get((model, method, shots, fraction or (None if shots else 1.0)), ("", {}))
         source = f"{where} {row.get('variant', '')}".strip() if task in row else "not in the paper"
         lines.append(
-            f"| {task} | {model} | {method} | {_data(shots, fraction)} | "
+            f"| {task} | {model} | {method} | {data_used(shots, fraction)} | "
             f"{members[0].result['trainable_parameters']:,} | {scores_of(members)} | {row.get(task, '')} | {source} |"
         )
     return "\n".join(lines)
@@ -194,7 +194,7 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
         mean, spread = statistics.mean(differences), statistics.stdev(differences)
         half = student.ppf(0.975, len(seeds) - 1) * spread / len(seeds) ** 0.5
         lines.append(
-            f"| {task} | {model} | {_data(shots, fraction)} | {_spread(columns[0])} | {_spread(columns[1])} | "
+            f"| {task} | {model} | {data_used(shots, fraction)} | {_spread(columns[0])} | {_spread(columns[1])} | "
             f"{mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
         )
     return "\n".join(lines)
@@ -204,7 +204,8 @@ def _spread(scores: Sequence[float]) -> str:
     return f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
 
 
-def _data(shots: int | None, fraction: float | None) -> str:
+def data_used(shots: int | None, fraction: float | None) -> str:
+    """Shots, a percentage, or all."""
     return str(shots or (f"{100 * fraction:g} %" if fraction else "all"))
 
 
