@@ -77,7 +77,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         if panel in zero_shot:
             axis.axhline(zero_shot[panel], linestyle="--", color="#999999", linewidth=1)
         task, model, size = panel
-        title = f"{task}, {model}\n{size}" + " shots" * size.isdigit()
+        title = f"{task}, {model}\n{size}" + (f" shot{'s' * (size != '1')}" if size.isdigit() else "")
         axis.set(xscale="log", xlabel="trained parameters", title=title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{metric}, %")
