@@ -2,7 +2,7 @@
 
 4,096 tokens over LLaMA-3's 128,256 words make 2 GiB of float32 logits, as much again for their gradient, and several
 passes over both. Here a chunk of them is made, turned into its gradient and let go of, so only the gradients of the
-hidden states are kept. torch.nn.functional.linear_cross_entropy does the same since torch 2.13, but in bf16 it sums the
+hidden states are kept. torch 2.14 has torch.nn.functional.linear_cross_entropy for the same, but in bf16 that sums the
 loss in bf16 and takes several times as long on a CPU.
 """
 
