@@ -48,13 +48,9 @@ def panels(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[Point]]:
     return {(task, model, data_used(*size)): points for (task, model, *size), points in ranked}
 
 
-def before(runs: Sequence[Run]) -> dict[tuple[str, str, str], float]:
-    """The score before training, per cent, by panel; of runs that have one."""
-    return {
-        (*run.cell[:2], data_used(*run.budget)): 100 * run.before
-        for run in runs
-        if run.result["status"] == "finished" and run.before is not None
-    }
+def panel_of(run: Run) -> tuple[str, str, str]:
+    """task, model, budget"""
+    return (*run.cell[:2], data_used(*run.budget))
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -64,8 +60,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
-    found, zero_shot = panels(runs), before(runs)
-    metric = runs[0].metric
+    runs = [run for run in runs if run.result["status"] == "finished"]
+    if not runs:
+        raise SettingsError(f"{path}: none of the runs has finished, so there is nothing to draw")
+    found, example = panels(runs), {panel_of(run): run for run in runs}
     figure = Figure(figsize=(max(5.0, 3.1 * len(found)), 3.2), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, (panel, points) in zip(axes, found.items(), strict=True):
@@ -74,13 +72,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 point.parameters, point.mean, point.deviation, fmt="o", capsize=3, label=point.method,
                 color=COLOURS.get(point.method, "#F0E442"),
             )  # fmt: skip
-        if panel in zero_shot:
-            axis.axhline(zero_shot[panel], linestyle="--", color="#999999", linewidth=1)
+        if (before := example[panel].before) is not None:
+            axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
         task, model, size = panel
         title = f"{task}, {model}\n{size}" + (f" shot{'s' * (size != '1')}" if size.isdigit() else "")
-        axis.set(xscale="log", xlabel="trained parameters", title=title)
+        axis.set(xscale="log", xlabel="trained parameters", title=title, ylabel=f"{example[panel].metric}, %")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{metric}, %")
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     with rc_context(SETTINGS):

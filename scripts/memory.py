@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from randlora.errors import exit_code
 from randlora.memory_plan import memory_plan
 from randlora.records.memory import PeakMemory
 from randlora.run import Experiment
-from randlora.training.precision import attention_in_float32
+from randlora.training.precision import attention_rule
 
 
 def measure(overrides: list[str]) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     batch = _on(device, experiment.task.sample(backbone, size))
     peak = PeakMemory(device)  # after loading, which may hold two copies of a weight
     bf16 = trainer.precision == "bf16"
-    with attention_in_float32() if bf16 and device.type == "cpu" else nullcontext():
+    with attention_rule(device.type, trainer.precision):
         for _ in range(3):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = experiment.task.loss(model, batch)

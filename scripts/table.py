@@ -107,12 +107,14 @@ def over_seeds(runs: Sequence[Run]) -> str:
 
 
 def by_settings(runs: Sequence[Run]) -> list[list[Run]]:
-    """The finished runs in groups that differ in their seed alone."""
+    """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if run.result["status"] == "finished":
             settings = {key: value for key, value in run.result["config"].items() if key not in ("seed", "run_root")}
-            groups.setdefault((*run.cell, json.dumps(settings, sort_keys=True)), []).append(run)
+            groups.setdefault(
+                (*run.cell, run.result.get("task_version", 1), json.dumps(settings, sort_keys=True)), []
+            ).append(run)
     return list(groups.values())
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def attention_rule(device: str, precision: str) -> AbstractContextManager[None]:
+    """`attention_in_float32` where it is due, for a device's type and fp32 or bf16; else nothing changes."""
+    return attention_in_float32() if device == "cpu" and precision == "bf16" else nullcontext()
 
 
 @contextmanager

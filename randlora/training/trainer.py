@@ -21,7 +21,7 @@ from randlora.errors import SettingsError, check_choice, check_count, check_posi
 from randlora.streams import integer
 from randlora.tasks.base import Splits, Task
 from randlora.training import checkpoint
-from randlora.training.precision import attention_in_float32
+from randlora.training.precision import attention_rule
 from randlora.training.schedule import check_schedule, rate_factor
 from randlora.training.watch import LossWatch
 
@@ -214,6 +214,8 @@ class Loop:
         weights = [self.task.weight(batch) for batch in micro]
         world = self.accelerator.num_processes
         (total,) = self._sum(float(sum(weights)))
+        if not total:
+            raise SettingsError(f"step {step}: its examples have nothing to learn; are they cut too short?")
         mean = torch.zeros((), device=self.accelerator.device)
         unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
         with unchanged, self._attention():
@@ -320,8 +322,7 @@ class Loop:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _attention(self) -> AbstractContextManager[None]:
-        on_cpu, bf16 = self.accelerator.device.type == "cpu", self.settings.precision == "bf16"
-        return attention_in_float32() if on_cpu and bf16 else nullcontext()
+        return attention_rule(self.accelerator.device.type, self.settings.precision)
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on this process's device."""
