@@ -2,8 +2,8 @@
 
 python scripts/figure.py experiments/image_protocol/records --out accuracy.svg
 
-One panel per task, model and budget; a point per method, its mean over seeds and sample deviation; the dashed line is
-the score before training.
+One panel per task, model and budget, four in a row; a point per method, its mean over seeds and sample deviation; the
+dashed line is the score before training.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ COLOURS = {
     "full": "#000000", "lora": "#0072B2", "dora": "#56B4E9", "vera": "#009E73", "nola": "#E69F00",
     "randlora": "#D55E00", "randlora_a": "#CC79A7", "linearprobe": "#999999",
 }  # fmt: skip
+ACROSS = 4  # panels in a row, so that a page's width shows them
 # Text stays text in an SVG, and the same records make the same file.
 SETTINGS: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "randlora"}
 
@@ -64,9 +66,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     if not runs:
         raise SettingsError(f"{path}: none of the runs has finished, so there is nothing to draw")
     found, example = panels(runs), {panel_of(run): run for run in runs}
-    figure = Figure(figsize=(max(5.0, 3.1 * len(found)), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, (panel, points) in zip(axes, found.items(), strict=True):
+    columns, rows = min(ACROSS, len(found)), -(-len(found) // ACROSS)
+    figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")
+    axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, (panel, points) in zip(axes, found.items(), strict=False):
         for point in points:
             axis.errorbar(
                 point.parameters, point.mean, point.deviation, fmt="o", capsize=3, label=point.method,
@@ -78,7 +83,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         title = f"{task}, {model}\n{size}" + (f" shot{'s' * (size != '1')}" if size.isdigit() else "")
         axis.set(xscale="log", xlabel="trained parameters", title=title, ylabel=f"{example[panel].metric}, %")
         axis.grid(alpha=0.3)
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     with rc_context(SETTINGS):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
