@@ -26,14 +26,21 @@ def register_resolvers() -> None:
 
 
 def settings(*overrides: str) -> dict[str, Any]:
-    """The settings of ``python train.py OVERRIDES`` as plain data; Hydra's and OmegaConf's errors as they come."""
+    """The settings of ``python train.py OVERRIDES`` as plain data; SettingsError where they do not compose."""
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from randlora.overrides import explain
 
     register_resolvers()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=list(overrides))
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", overrides=list(overrides))
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(explain(error)) from error
 
 
 def build(config: Any) -> Any:

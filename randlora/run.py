@@ -94,7 +94,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
 
     backbone = experiment.model.skeleton()
     report = adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
-    head = _head(experiment, experiment.task.bind(backbone), backbone.module)
+    head = _size(_head(experiment, experiment.task.bind(backbone), backbone.module))
     return {
         "sites": [vars(site) for site in report.sites],
         "trainable_parameters": report.trainable_parameters,
@@ -111,21 +111,25 @@ def lengths(experiment: Experiment) -> dict[str, float]:
     return {"steps": steps, "epochs": round(steps * experiment.trainer.batch_size / size, 2)}
 
 
-def head_parameters(bound: nn.Module, backbone: nn.Module) -> int:
-    """The trained numbers of a bound model that are not its backbone's."""
+def head_of(bound: nn.Module, backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """What a bound model trains beside its backbone, by name."""
     own = {id(parameter) for parameter in backbone.parameters()}
-    return sum(p.numel() for p in bound.parameters() if p.requires_grad and id(p) not in own)
+    return {name: p for name, p in bound.named_parameters() if p.requires_grad and id(p) not in own}
 
 
-def _head(experiment: Experiment, bound: nn.Module, backbone: nn.Module) -> int:
-    """head_parameters; SettingsError where there are none and the settings give them a rate."""
-    count, rate = head_parameters(bound, backbone), experiment.trainer.head_learning_rate
-    if not count and rate is not None:
+def _head(experiment: Experiment, bound: nn.Module, backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """head_of; SettingsError where there is none and the settings give it a rate."""
+    head, rate = head_of(bound, backbone), experiment.trainer.head_learning_rate
+    if not head and rate is not None:
         raise SettingsError(
             f"trainer.head_learning_rate={rate}: task {experiment.task.name} on {experiment.model.name} trains no "
             "head; use null, or trainer.learning_rate for the updates"
         )
-    return count
+    return head
+
+
+def _size(head: Mapping[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in head.values())
 
 
 def run(experiment: Experiment, config_yaml: str) -> Outcome:
@@ -221,7 +225,7 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
     head = _head(experiment, model, backbone.module)
     record.say(
         f"{experiment.model.name}: {report.trainable_parameters:,} of {report.total_parameters:,} parameters in "
-        f"{len(report.sites)} sites, {head:,} in the head; {len(splits.train):,} training examples; "
+        f"{len(report.sites)} sites, {_size(head):,} in the head; {len(splits.train):,} training examples; "
         f"loaded in {time.perf_counter() - began:.1f} s"
     )
     fit = experiment.trainer.fit(
@@ -238,8 +242,7 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
     if accelerator.is_main_process:
         adapter_bytes = save_adapter(backbone.module, record.folder / "adapter")
         if head:
-            own = {id(p) for p in backbone.module.parameters()}
-            tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+            tensors = {name: p.detach().cpu() for name, p in head.items()}
             save_file(tensors, record.folder / "adapter" / "head.safetensors")
     headline = f"test/{experiment.task.headline}"
     return {
@@ -247,8 +250,8 @@ def _train(experiment: Experiment, record: Any, accelerator: Any) -> dict[str, A
         "headline": {"name": headline, "value": fit.metrics[headline]},
         "metrics": fit.metrics,
         "trainable_parameters": report.trainable_parameters,
-        "head_parameters": head,
-        "total_parameters": report.total_parameters + head,
+        "head_parameters": _size(head),
+        "total_parameters": report.total_parameters + _size(head),
         "adapter_bytes": adapter_bytes,
         "train_seconds": fit.train_seconds,
         "seconds_per_step": fit.seconds_per_step,

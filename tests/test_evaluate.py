@@ -1,0 +1,78 @@
+"""A finished run's adapter, scored again: what the run recorded is the oracle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, settings
+from randlora.errors import SettingsError
+from randlora.run import Experiment, run
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from evaluate import evaluate
+
+SHORT = (
+    "trainer.max_steps=3",
+    "trainer.batch_size=8",
+    "task.validation_size=10",
+    "shots=2",
+    "trainer.learning_rate=1e-2",
+)
+
+
+def finished(root: Path, *overrides: str) -> tuple[Path, dict[str, float]]:
+    """A run's folder and its metrics."""
+    experiment = Experiment.from_config(settings(f"run_root={root}", *SHORT, *overrides))
+    assert run(experiment, "as: given\n").code == 0
+    return experiment.folder, json.loads((experiment.folder / "result.json").read_text())["metrics"]
+
+
+def part(metrics: dict[str, float], name: str) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if key.startswith(f"{name}/")}
+
+
+def test_a_run_scores_what_it_recorded(tmp_path: Path) -> None:
+    folder, metrics = finished(tmp_path, "task.test_size=60")
+    assert metrics["test/loss"] != metrics["zero_shot/loss"]
+    assert evaluate(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
+    assert evaluate(folder, zero_shot=True) == pytest.approx(part(metrics, "zero_shot"), rel=1e-6)
+    again = evaluate(folder, ["task=digits", "task.test_size=60", "trainer.evaluation_batch_size=7"])
+    assert again == pytest.approx(part(metrics, "test"), rel=1e-5)
+
+
+def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
+    folder, metrics = finished(tmp_path, "model=clip_tiny_vision", "task.test_size=60")
+    assert evaluate(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
+    with pytest.raises(SettingsError, match="no score before training"):
+        evaluate(folder, zero_shot=True)
+    (folder / "adapter" / "head.safetensors").unlink()
+    with pytest.raises(SettingsError, match=r"this task's head is \{'head.weight': \(10, 128\).* and the run's none"):
+        evaluate(folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["task=digits", "model=clip"], "model=clip: model, method, targets, seed are the run's"),
+        (["task.test_size=3"], "name the task too, such as task=digits"),
+        (["task=digit"], "did you mean digits?"),
+    ],
+)
+def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    (tmp_path / "result.json").write_text('{"status": "finished", "config": {"task": {"name": "digits"}}}')
+    with pytest.raises(SettingsError) as caught:
+        evaluate(tmp_path, overrides)
+    assert sentence in str(caught.value)
+
+
+def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"status": "interrupted", "config": {}}')
+    for folder, sentence in ((tmp_path, "this run is interrupted"), (tmp_path / "none", "is not the folder of a run")):
+        command = [sys.executable, "scripts/evaluate.py", str(folder)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
