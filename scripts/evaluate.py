@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 
 from randlora.adapters import adapt, load_adapter
 from randlora.config import settings
-from randlora.data.loader import Split
+from randlora.data.loader import Split, Unreadable
 from randlora.errors import SettingsError, exit_code
 from randlora.records.console import Console
 from randlora.run import Experiment, head_of
@@ -69,11 +70,12 @@ def finished(run: Path) -> dict[str, Any]:
     """The settings of a finished run."""
     try:
         result = json.loads((run / "result.json").read_text())
-    except (OSError, ValueError) as error:
+        status, config = result["status"], result["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{run} is not the folder of a run: {error}") from error
-    if result["status"] != "finished":
-        raise SettingsError(f"{run}: this run is {result['status']}; give its command again to finish it")
-    return result["config"]
+    if status != "finished":
+        raise SettingsError(f"{run}: this run is {status}; give its command again to finish it")
+    return config
 
 
 def composed(of_the_run: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def composed(of_the_run: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     if not overrides:
         return dict(of_the_run)
     for override in overrides:
-        if override.partition("=")[0].partition(".")[0] in KEPT:
+        if override.lstrip("+~").partition("=")[0].partition(".")[0] in (*KEPT, "experiment"):
             raise SettingsError(f"{override}: {', '.join(KEPT)} are the run's; give a task and its settings")
     if not any(override.startswith("task=") for override in overrides):
         raise SettingsError(f"{' '.join(overrides)}: name the task too, such as task={of_the_run['task']['name']}")
@@ -102,12 +104,19 @@ def load_head(model: nn.Module, backbone: nn.Module, file: Path) -> None:
             parameter.copy_(found[name])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--zero-shot", action="store_true")
     arguments, overrides = parser.parse_known_args()
-    print(json.dumps(evaluate(arguments.run, overrides, arguments.zero_shot), indent=1))
+    try:
+        metrics = evaluate(arguments.run, overrides, arguments.zero_shot)
+    except Unreadable as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    if PartialState().is_main_process:
+        print(json.dumps(metrics, indent=1))
+    return 0
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     ("overrides", "sentence"),
     [
         (["task=digits", "model=clip"], "model=clip: model, method, targets, seed are the run's"),
+        (["task=digits", "+method.rank=3"], "+method.rank=3: model, method"),
+        (["task=digits", "experiment=table2/a"], "experiment=table2/a: model, method"),
         (["task.test_size=3"], "name the task too, such as task=digits"),
         (["task=digit"], "did you mean digits?"),
     ],
@@ -70,7 +72,14 @@ def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sen
 
 def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"status": "interrupted", "config": {}}')
-    for folder, sentence in ((tmp_path, "this run is interrupted"), (tmp_path / "none", "is not the folder of a run")):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "result.json").write_text("[]")
+    for folder, sentence in (
+        (tmp_path, "this run is interrupted"),
+        (other, "is not the folder of a run"),
+        (tmp_path / "none", "is not the folder of a run"),
+    ):
         command = [sys.executable, "scripts/evaluate.py", str(folder)]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
