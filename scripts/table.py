@@ -7,6 +7,7 @@ python scripts/table.py runs --paired method.basis=kronecker,uniform
     95 % interval (Student's t); --paired method=randlora,lora compares methods
 python scripts/table.py runs --best trainer.learning_rate,method.alpha
     of a search: the settings with the best validation score for each task, model, method and budget, and the runner-up
+python scripts/table.py runs --metrics     every metric of the test set in its own unit, before and after training
 python scripts/table.py runs --published   means over seeds beside the paper's number for that cell, where it has one
 """
 
@@ -145,6 +146,36 @@ def best(runs: Sequence[Run], keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def every_metric(runs: Sequence[Run]) -> str:
+    """A table per task: all that its test set measures, in the units of the records, mean ± sample deviation."""
+    tasks: dict[str, list[list[Run]]] = {}
+    for members in by_settings(runs):
+        tasks.setdefault(members[0].cell[0], []).append(members)
+    return "\n\n".join(_metrics_of(groups) for groups in tasks.values())
+
+
+def _metrics_of(groups: Sequence[Sequence[Run]]) -> str:
+    """Rows are the methods of one task; before each model's and budget's, its scores before training if it has any."""
+    measured = (name for members in groups for name in members[0].result["metrics"] if name.startswith("test/"))
+    names = list(dict.fromkeys(name.removeprefix("test/") for name in measured))
+    lines = [f"| task | model | shots | method | {' | '.join(names)} | seeds |", "|---" * (len(names) + 5) + "|"]
+    seen = set()
+
+    def add(start: str, label: str, members: Sequence[Run], stage: str) -> None:
+        found = [[run.result["metrics"].get(f"{stage}/{name}") for run in members] for name in names]
+        scores = ["" if None in values else _spread(values, ".4g", ".2g") for values in found]
+        lines.append(f"{start} | {label} | {' | '.join(scores)} | {len(members)} |")
+
+    for members in groups:
+        task, model, method = members[0].cell
+        start = f"| {task} | {model} | {data_used(*members[0].budget)}"
+        if members[0].before is not None and start not in seen:
+            seen.add(start)
+            add(start, "before", members[:1], "zero_shot")
+        add(start, method, members, "test")
+    return "\n".join(lines)
+
+
 def beside_published(runs: Sequence[Run]) -> str:
     """Ours and the paper's, which are of one run each; the paper's variant is named, since a rank may differ."""
     cells: dict[tuple, tuple[str, dict[str, str]]] = {}
@@ -202,8 +233,10 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _spread(scores: Sequence[float]) -> str:
-    return f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
+def _spread(scores: Sequence[float], form: str = ".1f", deviation: str = ".1f") -> str:
+    return f"{statistics.mean(scores):{form}}" + (
+        f" ± {statistics.stdev(scores):{deviation}}" if len(scores) > 1 else ""
+    )
 
 
 def data_used(shots: int | None, fraction: float | None) -> str:
@@ -231,6 +264,7 @@ def main() -> None:
     parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
     parser.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
     parser.add_argument("--best", metavar="SETTING,SETTING", help="the best settings of a search, by validation")
+    parser.add_argument("--metrics", action="store_true", help="every metric of the test set, as Markdown")
     parser.add_argument("--published", action="store_true", help="beside the paper's numbers, as Markdown")
     arguments = parser.parse_args()
     runs = read(arguments.root)
@@ -243,6 +277,8 @@ def main() -> None:
         print(best(runs, arguments.best.split(",")))
     elif arguments.published:
         print(beside_published(runs))
+    elif arguments.metrics:
+        print(every_metric(runs))
     elif arguments.seeds:
         print(over_seeds(runs))
     else:

@@ -60,6 +60,21 @@ def test_ours_beside_the_papers(tmp_path: Path) -> None:
     ]
 
 
+def test_every_metric_with_the_score_before_training(tmp_path: Path) -> None:
+    """A metric that only some of a task's runs have is left blank in the others' rows."""
+    for seed, (model, extra) in enumerate((("vit", {}), ("clip", {"test/nist": 8.5, "zero_shot/accuracy": 0.25}))):
+        record(tmp_path, seed, "uniform", 0.5, model=model)
+        path = tmp_path / "cifar10" / model / "randlora" / f"uniform{seed}" / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"test/accuracy": 0.5, **extra}}))
+    assert table(str(tmp_path), "--metrics").stdout.splitlines() == [
+        "| task | model | shots | method | accuracy | nist | seeds |",
+        "|---|---|---|---|---|---|---|",
+        "| cifar10 | clip | 16 | before | 0.25 |  | 1 |",
+        "| cifar10 | clip | 16 | randlora | 0.5 | 8.5 | 1 |",
+        "| cifar10 | vit | 16 | randlora | 0.5 |  | 1 |",
+    ]
+
+
 def test_a_search_ends_with_the_best_validation_score(tmp_path: Path) -> None:
     """The test scores say the opposite, and take no part."""
     for basis, test, validation in (("uniform", 0.9, 0.5), ("normal", 0.1, 0.7), ("binary", 0.8, 0.6)):
