@@ -155,25 +155,24 @@ def every_metric(runs: Sequence[Run]) -> str:
 
 
 def _metrics_of(groups: Sequence[Sequence[Run]]) -> str:
-    """Rows are the methods of one task; before each model's and budget's, its scores before training if it has any."""
+    """Rows are the methods of one task, after the scores that they start from where there are any."""
     measured = (name for members in groups for name in members[0].result["metrics"] if name.startswith("test/"))
     names = list(dict.fromkeys(name.removeprefix("test/") for name in measured))
     lines = [f"| task | model | shots | method | {' | '.join(names)} | seeds |", "|---" * (len(names) + 5) + "|"]
-    seen = set()
-
-    def add(start: str, label: str, members: Sequence[Run], stage: str) -> None:
-        found = [[run.result["metrics"].get(f"{stage}/{name}") for run in members] for name in names]
-        scores = ["" if None in values else _spread(values, ".4g", ".2g") for values in found]
-        lines.append(f"{start} | {label} | {' | '.join(scores)} | {len(members)} |")
-
     for members in groups:
-        task, model, method = members[0].cell
-        start = f"| {task} | {model} | {data_used(*members[0].budget)}"
-        if members[0].before is not None and start not in seen:
-            seen.add(start)
-            add(start, "before", members[:1], "zero_shot")
-        add(start, method, members, "test")
+        before = _metrics_row("before", members[:1], "zero_shot", names)
+        if members[0].before is not None and before not in lines:  # methods start from the same model
+            lines.append(before)
+        lines.append(_metrics_row(members[0].cell[2], members, "test", names))
     return "\n".join(lines)
+
+
+def _metrics_row(label: str, members: Sequence[Run], stage: str, names: Sequence[str]) -> str:
+    task, model, _ = members[0].cell
+    found = [[run.result["metrics"].get(f"{stage}/{name}") for run in members] for name in names]
+    scores = ["" if None in values else _spread(values, ".4g", ".2g") for values in found]
+    start = [task, model, data_used(*members[0].budget), label]
+    return f"| {' | '.join([*start, *scores])} | {len(members)} |"
 
 
 def beside_published(runs: Sequence[Run]) -> str:
