@@ -17,7 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from letters import llama
+from randlora.config import build
 from randlora.config import settings as settings  # what tests compose is what train.py composes
+from randlora.models.base import Backbone
+from randlora.tasks import Task
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -74,3 +78,12 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the shared copies of the public data sets are not on this machine")
     return DATA
+
+
+def task(name: str, *overrides: str) -> Task:
+    return build(settings(f"task={name}", *(f"task.{o}" for o in overrides))["task"])
+
+
+@pytest.fixture(scope="session")
+def language_model() -> Backbone:
+    return llama()

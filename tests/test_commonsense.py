@@ -1,0 +1,226 @@
+"""Commonsense questions: prompts, the public sets rebuilt, losses, likelihoods and generation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import settings, task
+from letters import WORDS, Letters
+from randlora.config import build
+from randlora.data.questions import question
+from randlora.errors import SettingsError
+from randlora.models.base import Backbone
+from randlora.tasks.commonsense import common_prefix, first_answer, prompt
+
+# Written out by hand from the published evaluation prompt: sixteen blanks before every line but the first.
+GOLDEN_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n"
+    "\n"
+    "                ### Instruction:\n"
+    "                Please choose the correct answer to the question: What is wet?\n"
+    "\n"
+    "Answer1: stone Answer2: water\n"
+    "\n"
+    "Answer format: answer1/answer2\n"
+    "\n"
+    "                ### Response:\n"
+    "                "
+)
+PUBLIC_ROW = {
+    "question": "What is wet?", "choices": {"text": ["stone", "water"], "label": ["A", "B"]}, "answerKey": "B",
+}  # fmt: skip
+
+
+def test_prompt_and_the_rebuilding_of_public_rows() -> None:
+    assert prompt(question(PUBLIC_ROW).text) == GOLDEN_PROMPT
+    assert question(PUBLIC_ROW).answer == "answer2"
+    given = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
+    assert question(given) == (given["instruction"], ["true", "false"], "true")
+    with pytest.raises(ValueError, match="without 'Answer format: '"):
+        question({"instruction": "Is it?", "answer": "true"})
+    with pytest.raises(ValueError, match="columns premise is of no data set"):
+        question({"premise": "x"})
+
+
+# Each made by hand from the first or an early row of LLM-Adapters' test file.
+REBUILT = [
+    (
+        {"question": "does ethanol take more energy make that produces", "passage": "", "answer": False},
+        "Please answer the following question with true or false, question: does ethanol take more energy make that "
+        "produces?\n\nAnswer format: true/false",
+        "false",
+        ["true", "false"],
+    ),
+    (
+        {"goal": "How do you open it?", "sol1": "Turn it.", "sol2": "Burn it.", "label": 0},
+        "Please choose the correct solution to the question: How do you open it?\n\nSolution1: Turn it.\n\n"
+        "Solution2: Burn it.\n\nAnswer format: solution1/solution2",
+        "solution1",
+        ["solution1", "solution2"],
+    ),
+    (
+        {
+            "context": "Kendall got a new sports car.", "question": "What next?", "answerA": "drive it",
+            "answerB": "show it off", "answerC": "clean it", "label": "2",
+        },
+        "Please choose the correct answer to the question: Kendall got a new sports car. What next?\n\n"
+        "Answer1: drive it Answer2: show it off Answer3: clean it\n\nAnswer format: answer1/answer2/answer3",
+        "answer2",
+        ["answer1", "answer2", "answer3", "answer4", "answer5"],
+    ),
+    (
+        {
+            "activity_label": "Playing drums", "ctx": "People are standing behind large drums. A man",
+            "endings": ["is playing a bag pipe.", "starts to play.", "begins.", "ends."], "label": "3",
+        },
+        "Please choose the correct ending to complete the given sentence: Playing drums: People are standing behind "
+        "large drums. A man\n\nEnding1: is playing a bag pipe. Ending2: starts to play. Ending3: begins. Ending4: "
+        "ends.\n\nAnswer format: ending1/ending2/ending3/ending4",
+        "ending4",
+        ["ending1", "ending2", "ending3", "ending4"],
+    ),
+    (
+        {"sentence": "Sarah was better than Maria so _ won.", "option1": "Sarah", "option2": "Maria", "answer": "1"},
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Sarah was better than "
+        "Maria so _ won.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2",
+        "option1",
+        ["option1", "option2"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "text", "right", "recognised"), REBUILT)
+def test_public_rows_become_the_published_instructions(row: dict, text: str, right: str, recognised: list) -> None:
+    made = question(row)
+    assert (made.text, made.answer, made.recognised) == (text, right, recognised)
+
+
+def test_a_mixtures_accuracy_is_the_mean_of_its_sets() -> None:
+    columns = {
+        "set": ["boolq", "boolq", "boolq", "arc_easy"],
+        "label": ["true", "false", "true", "answer1"],
+        "predicted": ["true", "true", "", "answer1"],
+    }
+    scores = task("commonsense_mix").score(columns)
+    assert scores == {
+        "accuracy": pytest.approx((1 / 3 + 1) / 2), "answered": 0.75, "boolq/accuracy": pytest.approx(1 / 3),
+        "arc_easy/accuracy": 1.0,
+    }  # fmt: skip
+
+
+def test_a_bounded_test_set_of_a_mixture_has_as_many_of_each(shared_data: Path) -> None:
+    mix = build(settings("task=commonsense_mix", f"data_root={shared_data}", "task.test_size=7")["task"])
+    tables = mix.open()
+    rows = mix.test_rows(tables["test"])
+    assert [tables["test"][row]["set"] for row in rows] == [
+        name for name in ("boolq", "openbookqa", "arc_easy", "arc_challenge") for _ in range(7)
+    ]
+    assert len(tables["train"]) == 17_754
+    assert question(tables["train"][0]).choices == ["true", "false"]
+
+
+def test_a_json_file_of_instructions_is_read(tmp_path: Path) -> None:
+    """commonsense_15k.json and 170k are lists of rows, of which only the first columns matter."""
+    rows = [{"instruction": f"Q{i}?\n\nAnswer format: true/false", "input": "", "answer": "true"} for i in range(30)]
+    (tmp_path / "commonsense").mkdir()
+    (tmp_path / "commonsense" / "commonsense_15k.json").write_text(json.dumps(rows))
+    asked = ("task=commonsense_15k", f"data_root={tmp_path}", "task.tests=null")
+    made = build(settings(*asked, "task.sizes.train=30")["task"])
+    assert question(made.open()["train"][4]).text.startswith("Q4?")
+    with pytest.raises(SettingsError, match="30 rows, expected 15119"):
+        build(settings(*asked)["task"]).open()
+
+
+def test_rebuilt_rows_look_like_the_published_ones(shared_data: Path) -> None:
+    """Oracle: LLM-Adapters' own ARC-Easy file, taken apart and put together again."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(shared_data / "commonsense" / "ARC-Easy" / "test.parquet").to_pylist()
+    checked = 0
+    for row in rows[:200]:
+        asked, _, rest = (
+            row["instruction"].removeprefix("Please choose the correct answer to the question: ").partition("\n\n")
+        )
+        choices, _, _ = rest.partition("\n\nAnswer format:")
+        texts = [part.partition(": ")[2].strip() for part in choices.split("Answer")[1:]]
+        if choices.count("Answer") != choices.count(": "):
+            continue
+        rebuilt = {"question": asked, "choices": {"text": texts, "label": [*"ABCDE"[: len(texts)]]}}
+        assert question(rebuilt | {"answerKey": "A"}).text == row["instruction"]
+        checked += 1
+    assert checked > 100
+
+
+def test_the_first_answer_counts() -> None:
+    words = ["answer1", "answer2", "answer3"]
+    assert first_answer("the correct answer is answer3, not answer1", words) == "answer3"
+    assert first_answer("I do not know", words) == ""
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
+
+
+ROWS = [
+    {"instruction": "Which?\nAnswer format: answer1/answer2", "answer": "answer1"},
+    {"instruction": "And which of all these?\nAnswer format: answer1/answer2/answer3", "answer": "answer3"},
+    {"instruction": "Is it?\nAnswer format: true/false", "answer": "true"},
+]
+
+
+def test_labels_are_the_response_and_the_prompt_where_asked(language_model: Backbone) -> None:
+    row = ROWS[0]
+    everything = task("arc_easy", "max_length=1000").encoder(language_model, training=True)(row)
+    assert everything["labels"] == everything["input_ids"]
+    response = task("arc_easy", "max_length=1000", "train_on_inputs=false").encoder(language_model, training=True)(row)
+    kept = [label for label in response["labels"] if label != -100]
+    assert "".join(WORDS[i] for i in kept) == "the correct answer is answer1</s>"
+    assert len(response["labels"]) == len(response["input_ids"])
+    assert len(task("arc_easy", "max_length=50").encoder(language_model, training=True)(row)["input_ids"]) == 50
+
+
+def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Backbone) -> None:
+    """Oracle: transformers' own loss, row by row, weighted by tokens."""
+    commonsense = task("arc_easy", "max_length=1000", "train_on_inputs=false")
+    encoder, model = commonsense.encoder(language_model, training=True), commonsense.bind(language_model)
+    items = [encoder(row) for row in ROWS]
+    batch = encoder.collate(items)
+    total, count = 0.0, 0
+    for item in items:
+        ids, labels = torch.tensor([item["input_ids"]]), torch.tensor([item["labels"]])
+        tokens = int((labels[:, 1:] != -100).sum())
+        total += language_model.module(ids, labels=labels).loss.item() * tokens
+        count += tokens
+    assert commonsense.weight(batch) == count
+    assert commonsense.loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("answers", [["answer1", "answer2", "answer3"], ["true", "false"]])
+def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[str]) -> None:
+    """Oracle: each full text alone through the model, log-probabilities summed by hand."""
+    commonsense = task("arc_easy", "scoring=likelihood")
+    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model)
+    rows = [row for row in ROWS if row["answer"] in answers]
+    predicted = commonsense.predict(model, encoder.collate([encoder(row) for row in rows]))["predicted"]
+    for row, ours in zip(rows, predicted, strict=True):
+        sums = {}
+        for name in (name for name in answers if name in row["instruction"]):
+            before = Letters()(prompt(row["instruction"]))["input_ids"]
+            ids = Letters()(prompt(row["instruction"]) + f"the correct answer is {name}")["input_ids"]
+            with torch.no_grad():
+                logp = language_model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums[name] = sum(logp[i - 1, ids[i]].item() for i in range(len(before), len(ids)))
+        assert ours == max(sums, key=sums.__getitem__)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batched_generation_equals_one_by_one(language_model: Backbone, beams: int) -> None:
+    """Oracle: transformers' generate on one question, which reads the prompt once for each beam."""
+    commonsense = task("arc_easy", f"beams={beams}", "max_new_tokens=12")
+    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model)
+    together = model.generate(encoder.collate([encoder(row) for row in ROWS])["inputs"], 0, beams, max_new_tokens=12)
+    for row, made in zip(ROWS, together, strict=True):
+        ids = torch.tensor([encoder(row)["prefix"]])
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        alone = language_model.module.generate(**asked, num_beams=beams, max_new_tokens=12, do_sample=False)
+        expected = Letters().batch_decode(alone[:, ids.shape[1] :])
+        assert Letters().batch_decode(made[None]) == expected

@@ -1,0 +1,118 @@
+"""Images with names: CLIP as a classifier, and its contrastive loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from randlora.errors import SettingsError
+from randlora.models.base import Backbone
+from randlora.tasks import ImageCaptions, ImageClassification
+from randlora.tasks.image_classification import ClipClassifier
+
+
+class TwoTowers(nn.Module):
+    """A CLIP of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(4, 8), nn.Linear(3, 8)
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
+
+    def encode_image(self, images):  # type: ignore[no-untyped-def]
+        return self.image(images)
+
+    def encode_text(self, tokens):  # type: ignore[no-untyped-def]
+        return self.text(tokens.float())
+
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def towers() -> Backbone:
+    torch.manual_seed(0)
+    codes = {f"{t} {n}": torch.randn(3) for n in NAMES for t in ("x", "y")}
+    return Backbone(
+        TwoTowers(), "clip", 8, tokenizer=lambda: lambda texts: torch.stack([codes[text] for text in texts])
+    )
+
+
+def naive_logits(model: TwoTowers, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    texts = torch.stack([F.normalize(F.normalize(model.encode_text(row), dim=-1).mean(0), dim=-1) for row in tokens])
+    return model.logit_scale.exp() * F.normalize(model.encode_image(images), dim=-1) @ texts.T
+
+
+@pytest.mark.parametrize("templates", [["x {}"], ["x {}", "y {}"]])
+def test_clip_classifies_by_the_ensemble_of_prompts(templates: list[str]) -> None:
+    backbone = towers()
+    classifier = ClipClassifier(backbone, NAMES, templates, within_batch=False)
+    images = torch.randn(5, 4)
+    expected = naive_logits(backbone.module, images, classifier.tokens)  # type: ignore[arg-type]
+    torch.testing.assert_close(classifier(images), expected)
+    torch.testing.assert_close(classifier.eval()(images), expected)
+
+
+def test_the_loss_within_the_batch_is_over_its_classes() -> None:
+    backbone = towers()
+    images, labels = torch.randn(5, 4), torch.tensor([3, 1, 3, 3, 1])
+    whole = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="all")  # type: ignore[arg-type]
+    within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
+    batch = {"image": images, "label": labels}
+    head = whole.bind(backbone)
+    logits = naive_logits(backbone.module, images, head.tokens)  # type: ignore[arg-type]
+    assert whole.loss(head, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    # As published: image i against the texts of all images, its target the first of its class; up to a constant.
+    few = F.cross_entropy(logits[:, labels], torch.tensor([0, 1, 0, 0, 1])) - labels.bincount()[labels].log().mean()
+    assert within.loss(within.bind(backbone), batch).item() == pytest.approx(few.item(), rel=1e-5)
+
+
+def test_the_published_scale_is_not_exponentiated() -> None:
+    backbone, images = towers(), torch.randn(5, 4)
+    options: dict = {"class_names": NAMES, "templates": ["x {}"]}
+    defined, published = (
+        ImageClassification("t", None, {}, logit_scale=how, **options).bind(backbone)(images)  # type: ignore[arg-type]
+        for how in ("exp", "raw")
+    )
+    scale = backbone.module.logit_scale
+    torch.testing.assert_close(defined / scale.exp(), published / scale)
+
+
+def test_an_ensemble_must_be_there() -> None:
+    with pytest.raises(SettingsError, match="lists no templates"):
+        ImageClassification("t", None, {}, class_names=NAMES, prompts="ensemble")  # type: ignore[arg-type]
+
+
+def test_a_frozen_text_tower_gives_the_same_loss_and_no_gradient() -> None:
+    backbone = towers()
+    within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
+    batch = {"image": torch.randn(5, 4), "label": torch.tensor([3, 1, 3, 3, 1])}
+    trained = within.loss(within.bind(backbone), batch)
+    backbone.module.text.requires_grad_(False)  # type: ignore[union-attr, operator]
+    head = within.bind(backbone)
+    for _ in range(2):
+        assert within.loss(head, batch).item() == pytest.approx(trained.item(), rel=1e-6)
+
+
+def test_contrastive_loss_is_clips_when_all_captions_differ() -> None:
+    """Oracle: CLIP's symmetric cross-entropy on the diagonal; true pairs off the diagonal are positives too."""
+    pairs = ImageCaptions("t", None, {}, class_names=NAMES)  # type: ignore[arg-type]
+    logits = torch.randn(4, 4)
+    model = lambda images, tokens: logits  # noqa: E731
+    batch = {
+        "image": None,
+        "tokens": None,
+        "kind": torch.tensor([0, 0, 1, 2]),
+        "general": torch.zeros(4, dtype=torch.bool),
+    }
+    labels = torch.arange(4)
+    clip = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    assert pairs.loss(model, batch | {"label": labels}).item() == pytest.approx(clip.item(), rel=1e-5)
+    # The caption of pair 1 names the kind alone, which image 0 shares: its column has two positives, and row 0 too.
+    general = torch.tensor([False, True, False, False])
+    mixed = pairs.loss(model, batch | {"label": labels, "general": general})
+    rows, columns = logits.log_softmax(1), logits.log_softmax(0)
+    to_text = rows.diagonal().clone()
+    to_text[0] = (rows[0, 0] + rows[0, 1]) / 2
+    to_image = columns.diagonal().clone()
+    to_image[1] = (columns[0, 1] + columns[1, 1]) / 2
+    assert mixed.item() == pytest.approx(-(to_text + to_image).mean().item() / 2, rel=1e-5)
