@@ -3,7 +3,7 @@
 python scripts/table.py runs               one row per run
 python scripts/table.py runs --seeds       one row per method: mean ± sample deviation and median over seeds, Markdown
 python scripts/table.py runs --paired method.basis=kronecker,uniform
-    one row per task and model: the scores under each value of a setting, and their difference, seed by seed, with its
+    one row per task and model with both: scores under each value of a setting, and their difference by seed with its
     95 % interval (Student's t); --paired method=randlora,lora compares methods
 python scripts/table.py runs --best trainer.learning_rate,method.alpha
     of a search: the settings with the best validation score for each task, model, method and budget, and the runner-up
@@ -215,7 +215,10 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
         f"| task | model | shots | {key}={first} | {key}={second} | difference, points | 95 % interval | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, model, _, shots, fraction), scores in cells.items():
+    shared = {cell: scores for cell, scores in cells.items() if {value for value, _ in scores} == {first, second}}
+    if not shared:
+        raise SettingsError(f"--paired {key}={first},{second}: no task and model has finished runs of both")
+    for (task, model, _, shots, fraction), scores in shared.items():
         seeds = sorted({seed for value, seed in scores if value == first} & {s for v, s in scores if v == second})
         if len(seeds) < 2:
             raise SettingsError(

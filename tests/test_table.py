@@ -37,6 +37,7 @@ def test_paired_differences_are_scipys(tmp_path: Path) -> None:
         record(tmp_path, seed, "kronecker", one)
         record(tmp_path, seed, "uniform", other)
     record(tmp_path, 9, "uniform", 0.1)
+    record(tmp_path, 0, "uniform", 0.1, model="clip")  # nothing to compare there
     expected = ttest_rel(100 * np.array(ONE), 100 * np.array(OTHER)).confidence_interval()
     row = table(str(tmp_path), "--paired", "method.basis=kronecker,uniform").stdout.splitlines()[-1]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
