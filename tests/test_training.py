@@ -53,7 +53,7 @@ class Bars(Task):
         }
 
 
-def splits(count: int = 40) -> Splits:
+def splits(count: int = 40, validation: int = 5) -> Splits:
     generator = np.random.default_rng(0)
     labels = np.arange(count) % 4
     images = generator.integers(0, 60, (count, 4, 4)).astype(np.uint8)
@@ -62,7 +62,7 @@ def splits(count: int = 40) -> Splits:
     rows = np.arange(count)
     return Splits(
         Split(table, rows[:-10], Pixels8(), augment_seed=0),
-        Split(table, rows[-10:-5], Pixels8()),
+        Split(table, rows[-10:][:validation], Pixels8()),
         Split(table, rows[-5:], Pixels8()),
     )
 
@@ -94,12 +94,15 @@ def model(method=None, dropout: float = 0.0) -> nn.Module:  # type: ignore[no-un
     return net
 
 
-def fit(net: nn.Module, folder: Path, observer: Quiet | None = None, **changes) -> Fit:  # type: ignore[no-untyped-def]
+def fit(  # type: ignore[no-untyped-def]
+    net: nn.Module, folder: Path, observer: Quiet | None = None, data: Splits | None = None, **changes
+) -> Fit:
     options = {"max_steps": 20, "batch_size": 8, "learning_rate": 0.05, "device": "cpu"} | changes
     trainer = Trainer(**options)
     return trainer.fit(
-        TASK, net, splits(), seed=1, folder=folder, observer=observer or Quiet(), accelerator=trainer.accelerator()
-    )
+        TASK, net, data or splits(), seed=1, folder=folder, observer=observer or Quiet(),
+        accelerator=trainer.accelerator(),
+    )  # fmt: skip
 
 
 def numbers(net: nn.Module) -> torch.Tensor:
@@ -246,14 +249,14 @@ def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("basis", ["uniform", "kronecker"])
 def test_two_processes_train_what_one_does(basis: str, tmp_path: Path) -> None:
-    """gloo on the CPU; every process takes its share of each batch, in micro-batches."""
+    """gloo on the CPU; every process takes its share of each batch, in micro-batches. One of them validates nothing."""
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, json, torch; sys.path[:0] = ['tests', '.']\n"
         "from pathlib import Path\n"
         "import test_training as t\n"
         f"net = t.model(t.RandLoRA(rank=3, basis='{basis}'))\n"
-        "result = t.fit(net, Path(sys.argv[1]), micro_batch_size=2)\n"
+        "result = t.fit(net, Path(sys.argv[1]), data=t.splits(validation=1), micro_batch_size=2)\n"
         "from accelerate import PartialState\n"
         "state = PartialState()\n"
         "if state.is_main_process:\n"
@@ -267,7 +270,7 @@ def test_two_processes_train_what_one_does(basis: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     world, values, metrics = json.loads((tmp_path / "out.json").read_text())
     alone = model(RandLoRA(rank=3, basis=basis))
-    result = fit(alone, tmp_path / "alone")
+    result = fit(alone, tmp_path / "alone", data=splits(validation=1))
     assert world == 2
     torch.testing.assert_close(torch.tensor(values), numbers(alone), rtol=1e-4, atol=1e-5)
     assert metrics == pytest.approx(result.metrics)

@@ -260,8 +260,8 @@ class Loop:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            shares = gather_object([columns])
-            columns = {key: [value for share in shares for value in share.get(key, [])] for key in columns}
+            shares = gather_object([columns])  # the first has rows, whatever the split's size
+            columns = {key: [value for share in shares for value in share.get(key, [])] for key in shares[0]}
         return {f"{name}/{key}": value for key, value in self.task.score(columns).items()}
 
     @torch.no_grad()
