@@ -149,6 +149,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         return Outcome(FINISHED, _objective(done))
     if not config["resume"]:
         record.clear()
+    record.open(config_yaml)
     result: dict[str, Any] = {
         "status": "failed",
         "headline": {"name": f"test/{experiment.task.headline}", "value": None},
@@ -164,7 +165,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     }
     code = FAILED
     try:
-        record.start(list(config["tags"]), config_yaml)
+        record.start_loggers(list(config["tags"]))
         record.say(f"run folder {record.folder}")
         result |= _train(experiment, record, accelerator)
         code = FINISHED
@@ -183,12 +184,13 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         result |= {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
-        record.say(traceback.format_exc())
+        record.say(traceback.format_exc(), everywhere=True)
     finally:
         record.finish(KEYS | result)
         accelerator.free_memory()
         gc.collect()
-    record.console.say(f"{result['status']}: {summary(result) if code == FINISHED else result['error']}")
+    end = summary(result) if code == FINISHED else result["error"]
+    record.say(f"{result['status']}: {end}", everywhere=code != FINISHED)
     return Outcome(code, _objective(result))
 
 

@@ -34,6 +34,7 @@ WRONG = {
     "trainer.device=cuda": "trainer.device=cuda: torch sees no CUDA device",
     "-m method=lora,nosuch": "method=nosuch: choose one of",
     "nonsense": "nonsense",
+    "run_root=README.md": r"run_root=README.md: README.md/digits/.* cannot be written \(Not a directory\)",
     "dry_run=true task=cifar10 model=vit_s14 task.prompts=ensemble": "prompts=ensemble: model=vit_s14 has a linear",
     "dry_run=true task=cifar10 trainer.head_learning_rate=0.1": "task cifar10 on clip_tiny trains no head",
     "model=vit_s14 task=cifar10 model.search=[] model.weights=null model.image_size=0": "model.image_size=0",

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+from randlora.errors import SettingsError
 from randlora.records.console import Console
 
 FINISHED, FAILED, DIVERGED, OUT_OF_MEMORY, INTERRUPTED = (
@@ -38,7 +39,8 @@ class Logger(Protocol):
 class Record:
     """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
 
-    `writes` is False on every process but the first, and then nothing is written, mirrored or printed.
+    `writes` is False on every process but the first, and then nothing is written or mirrored, and printed only what
+    is to be heard of every process.
     """
 
     def __init__(
@@ -61,15 +63,23 @@ class Record:
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, tags: list[str], config_yaml: str) -> None:
+    def open(self, config_yaml: str) -> None:
+        """Makes the folder, or readies one that an attempt has left; SettingsError if it cannot be written."""
         if not self.writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
-        if not any(self.checkpoints.glob("step_*")):
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        write(self.folder / "config.yaml", config_yaml)
-        self._status("running")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "result.json").unlink(missing_ok=True)
+            if not any(self.checkpoints.glob("step_*")):
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            write(self.folder / "config.yaml", config_yaml)
+            self._status("running")
+        except OSError as error:
+            raise SettingsError(
+                f"run_root={self.config['run_root']}: {self.folder} cannot be written ({error.strerror}); give another"
+            ) from error
+
+    def start_loggers(self, tags: list[str]) -> None:
         for logger in self.loggers:
             logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder, tags)
 
@@ -82,10 +92,11 @@ class Record:
         for logger in self.loggers:
             logger.log(metrics, step)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, everywhere: bool = False) -> None:
+        if self.writes or everywhere:
+            self.console.say(text)
         if not self.writes:
             return
-        self.console.say(text)
         with (self.folder / "train.log").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
