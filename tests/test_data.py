@@ -235,3 +235,12 @@ def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
         list(loader(Split(table, np.arange(10), Colour(), tolerance=0.1), evaluation_keys(range(10), 4), 0))
     with pytest.raises(Unreadable, match=r"task\.unreadable=0\.0"):
         list(loader(Split(table, np.arange(10), Colour()), evaluation_keys(range(10), 4), 0))
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.json", "train/class/text.txt"])
+def test_a_damaged_file_is_named_in_one_sentence(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "x" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('[{"label": ')
+    with pytest.raises(SettingsError, match=r"x/train\S* cannot be read \(\w+: .*\); if it is damaged, get it again$"):
+        Hub("x", root=str(tmp_path), splits={"train": "train"}).open("train")

@@ -94,11 +94,7 @@ class Hub:
         if self.root is not None:
             path = self._local(name)
             assert path is not None  # check() has been here
-            if path.is_dir():
-                return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=False)
-            if path.suffix == ".json":
-                return datasets.Dataset.from_json(str(path))
-            return datasets.Dataset.from_parquet(str(path))
+            return _read(path)
         try:
             dataset = datasets.load_dataset(
                 self.repository, self.configuration, split=self.hub_splits.get(split, name), revision=self.revision
@@ -109,6 +105,22 @@ class Hub:
                 f"with data_root=FOLDER it is read from FOLDER/{self.folder}"
             ) from error
         return dataset.rename_columns({hub: ours for hub, ours in self.columns.items() if hub in dataset.column_names})
+
+
+def _read(path: Path) -> Any:
+    """The datasets.Dataset of a file or of a folder of images; SettingsError for one that is damaged."""
+    import datasets
+
+    try:
+        if path.is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=False)
+        if path.suffix == ".json":
+            return datasets.Dataset.from_json(str(path))
+        return datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # of Arrow's, of JSON's, of datasets'
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
+        raise SettingsError(f"{path} cannot be read ({reason}); if it is damaged, get it again") from error
 
 
 class HubTable:

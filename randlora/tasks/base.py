@@ -83,10 +83,12 @@ class Task:
         """The source's splits. Raises SettingsError when they are missing or have another size than published."""
         tables = {split: self.source.open(split) for split in self.sizes}
         for split, sizes in self.sizes.items():
-            if len(tables[split]) not in _published(sizes):
+            found = len(tables[split])
+            if found not in _published(sizes):
                 expected = " or ".join(map(str, _published(sizes)))
                 raise SettingsError(
-                    f"{self.name}: the {split} split has {len(tables[split])} rows, expected {expected}"
+                    f"{self.name}: the {split} split has {found} rows, expected {expected}; for data of your own give "
+                    f"task.sizes.{split}={found}"
                 )
         return tables
 
