@@ -62,9 +62,6 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
-    runs = [run for run in runs if run.result["status"] == "finished"]
-    if not runs:
-        raise SettingsError(f"{path}: none of the runs has finished, so there is nothing to draw")
     found, example = panels(runs), {panel_of(run): run for run in runs}
     columns, rows = min(ACROSS, len(found)), -(-len(found) // ACROSS)
     figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")

@@ -64,6 +64,14 @@ def read(root: Path) -> list[Run]:
     return runs
 
 
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Those that ended by themselves, the only ones to compare; SettingsError when there is none."""
+    kept = [run for run in runs if run.result["status"] == "finished"]
+    if not kept:
+        raise SettingsError("none of the runs has finished: the same command goes on with an unfinished one")
+    return kept
+
+
 def each(runs: Sequence[Run]) -> Table:
     """One row per run."""
     table = Table()
@@ -110,12 +118,10 @@ def over_seeds(runs: Sequence[Run]) -> str:
 def by_settings(runs: Sequence[Run]) -> list[list[Run]]:
     """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
     groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if run.result["status"] == "finished":
-            settings = {key: value for key, value in run.result["config"].items() if key not in ("seed", "run_root")}
-            groups.setdefault(
-                (*run.cell, run.result.get("task_version", 1), json.dumps(settings, sort_keys=True)), []
-            ).append(run)
+    for run in finished(runs):
+        settings = {key: value for key, value in run.result["config"].items() if key not in ("seed", "run_root")}
+        group = (*run.cell, run.result.get("task_version", 1), json.dumps(settings, sort_keys=True))
+        groups.setdefault(group, []).append(run)
     return list(groups.values())
 
 
@@ -127,11 +133,10 @@ def scores_of(runs: Sequence[Run]) -> str:
 def best(runs: Sequence[Run], keys: Sequence[str]) -> str:
     """The settings that a search ends with; the test score takes no part. The mean over seeds counts."""
     cells: dict[tuple, dict[tuple, list[float]]] = {}
-    for run in runs:
-        if run.result["status"] == "finished":
-            setting = tuple(_value(run, key, missing="") for key in keys)
-            scores = cells.setdefault((*run.cell, *run.budget), {}).setdefault(setting, [])
-            scores.append(100 * run.result["metrics"][f"validation/{run.metric}"])
+    for run in finished(runs):
+        setting = tuple(_value(run, key, missing="") for key in keys)
+        scores = cells.setdefault((*run.cell, *run.budget), {}).setdefault(setting, [])
+        scores.append(100 * run.result["metrics"][f"validation/{run.metric}"])
     lines = [
         f"| task | model | method | shots | tried | {' | '.join(keys)} | validation, % | runner-up, % |",
         "|---|---|---|---|---|" + "---|" * (len(keys) + 2),
@@ -202,9 +207,9 @@ def beside_published(runs: Sequence[Run]) -> str:
 def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
     """Differences between two values of one setting, within pairs of runs that share everything else that is listed."""
     cells: dict[tuple, dict[tuple[str, int], float]] = {}
-    for run in runs:
+    for run in finished(runs):
         value = _value(run, key)
-        if run.result["status"] == "finished" and value in values:
+        if value in values:
             task, model, method = run.cell
             scores = cells.setdefault((task, model, "" if key == "method" else method, *run.budget), {})
             if (value, run.result["seed"]) in scores:
@@ -263,11 +268,12 @@ def _value(run: Run, key: str, missing: str | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs", type=Path)
-    parser.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
-    parser.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
-    parser.add_argument("--best", metavar="SETTING,SETTING", help="the best settings of a search, by validation")
-    parser.add_argument("--metrics", action="store_true", help="every metric of the test set, as Markdown")
-    parser.add_argument("--published", action="store_true", help="beside the paper's numbers, as Markdown")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--seeds", action="store_true", help="mean and deviation over seeds, as Markdown")
+    kinds.add_argument("--paired", metavar="SETTING=A,B", help="differences between two values of a setting")
+    kinds.add_argument("--best", metavar="SETTING,SETTING", help="the best settings of a search, by validation")
+    kinds.add_argument("--metrics", action="store_true", help="every metric of the test set, as Markdown")
+    kinds.add_argument("--published", action="store_true", help="beside the paper's numbers, as Markdown")
     arguments = parser.parse_args()
     runs = read(arguments.root)
     if arguments.paired:

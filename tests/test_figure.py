@@ -44,12 +44,14 @@ def test_a_figure_is_the_same_every_time(tmp_path: Path) -> None:
         assert text in made[0]
 
 
-def test_runs_that_did_not_finish_are_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["figure.py --out one.svg", "table.py --seeds", "table.py --best method.rank"])
+def test_runs_that_did_not_finish_are_a_sentence(command: str, tmp_path: Path) -> None:
     folder = tmp_path / "cifar10" / "vit" / "lora" / "x"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"status": "failed", "config": {}}')
-    command = [sys.executable, "scripts/figure.py", str(tmp_path), "--out", str(tmp_path / "one.svg")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    script, *options = command.split()
+    run = [sys.executable, REPOSITORY / "scripts" / script, tmp_path, *options]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "none of the runs has finished" in done.stderr
     assert "Traceback" not in done.stderr
