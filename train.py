@@ -16,6 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from randlora.config import register_resolvers
+from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
 
 register_resolvers()
 codes: list[int] = []  # of the runs of this command, one or a sweep
@@ -23,8 +24,6 @@ codes: list[int] = []  # of the runs of this command, one or a sweep
 
 def execute(config: DictConfig) -> float | None:
     """One run; returns its validation score, which a sweeper may optimise."""
-    from randlora.errors import SettingsError
-
     try:
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         from randlora.run import Experiment, dry_run, run, table
@@ -33,16 +32,16 @@ def execute(config: DictConfig) -> float | None:
         if settings["dry_run"]:
             plan = dry_run(experiment)
             print(json.dumps(plan) if settings["dry_run"] == "json" else table(plan))
-            codes.append(0)
+            codes.append(FINISHED)
             return None
         outcome = run(experiment, OmegaConf.to_yaml(config, resolve=True))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
-        codes.append(2)
+        codes.append(WRONG_SETTINGS)
         return None
     codes.append(outcome.code)
-    if outcome.code == 85:
-        sys.exit(85)  # asked to stop: the rest of a sweep stops too
+    if outcome.code == INTERRUPTED:
+        sys.exit(INTERRUPTED)  # asked to stop: the rest of a sweep stops too
     return outcome.objective
 
 
@@ -63,10 +62,10 @@ def main() -> int:
         from randlora.overrides import explain
 
         print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+        return WRONG_SETTINGS
     finally:
         _leave_the_others()
-    return max(codes, default=0)
+    return max(codes, default=FINISHED)
 
 
 def _leave_the_others() -> None:

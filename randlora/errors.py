@@ -1,23 +1,25 @@
-"""The one error a user can cause."""
+"""The one error a user can cause, and how a program ends."""
 
 import sys
 from collections.abc import Callable
+
+FINISHED, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 85  # exit codes
 
 
 class SettingsError(ValueError):
     """A setting that cannot be used: one sentence with the value, what is allowed, and the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with WRONG_SETTINGS.
     """
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """What a program ends with: `main`'s code, or 2 after the sentence of a SettingsError."""
+    """What a program ends with: `main`'s code, or WRONG_SETTINGS after the sentence of a SettingsError."""
     try:
-        return main() or 0
+        return main() or FINISHED
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return WRONG_SETTINGS
 
 
 def check_choice(name: str, value: object, allowed: object) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from randlora.config import build
 from randlora.data.loader import Unreadable
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError, check_choice, check_count
 from randlora.methods import Method
 from randlora.models.base import Model
 from randlora.records.signature import signature
@@ -21,8 +21,6 @@ from randlora.training.trainer import Diverged, Interrupted, Trainer
 
 if TYPE_CHECKING:
     from torch import nn
-
-FINISHED, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 85  # exit codes
 
 
 @dataclass(frozen=True)

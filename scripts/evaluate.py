@@ -26,7 +26,7 @@ from torch import nn
 from randlora.adapters import adapt, load_adapter
 from randlora.config import settings
 from randlora.data.loader import Split, Unreadable
-from randlora.errors import SettingsError, exit_code
+from randlora.errors import FAILED, FINISHED, SettingsError, exit_code
 from randlora.records.console import Console
 from randlora.run import Experiment, head_of
 from randlora.tasks.base import Splits
@@ -113,10 +113,10 @@ def main() -> int:
         metrics = evaluate(arguments.run, overrides, arguments.zero_shot)
     except Unreadable as error:
         print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     if PartialState().is_main_process:
         print(json.dumps(metrics, indent=1))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

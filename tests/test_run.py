@@ -12,9 +12,9 @@ import torch
 import randlora
 from conftest import REPOSITORY, settings
 from randlora.data.sources import ArrayImages
-from randlora.errors import SettingsError
+from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.models import OpenClip
-from randlora.run import FAILED, FINISHED, KEYS, Experiment, run
+from randlora.run import KEYS, Experiment, run
 from randlora.tasks import ImageClassification
 from randlora.training import Trainer
 

@@ -17,14 +17,6 @@ from typing import Any, Protocol
 from randlora.errors import SettingsError
 from randlora.records.console import Console
 
-FINISHED, FAILED, DIVERGED, OUT_OF_MEMORY, INTERRUPTED = (
-    "finished",
-    "failed",
-    "diverged",
-    "out_of_memory",
-    "interrupted",
-)
-
 
 class Logger(Protocol):
     """A mirror of the record, such as a dashboard."""
