@@ -56,6 +56,8 @@ COUNTS = [
     (LM, "phi3_mini", "randlora rank=40", 23_003_904),
     (LM, "gpt2_medium", "lora rank=16", 5_505_024),
     (LM, "gpt2_medium", "randlora rank=20", 24 * 4 * 52 * 1044),
+    (LM, "gpt2_large", "lora rank=16", 36 * 16 * (2 * 2560 + 2 * 6400)),
+    (LM, "gpt2_large", "randlora rank=20", 36 * 4 * 64 * 1300),
 ]
 
 
@@ -78,6 +80,7 @@ TOTALS = {
     "qwen2_0_5b": 494_032_768,
     "phi3_mini": 3_821_079_552,
     "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
     "smollm2_135m": 134_515_008,
 }
 
