@@ -77,8 +77,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         if (before := example[panel].before) is not None:
             axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
         task, model, size = panel
-        title = f"{task}, {model}\n{size}" + (f" shot{'s' * (size != '1')}" if size.isdigit() else "")
-        axis.set(xscale="log", xlabel="trained parameters", title=title, ylabel=f"{example[panel].metric}, %")
+        used = f"{size} shot{'s' * (size != '1')}" if size.isdigit() else f"{size} of the data"
+        counts = [point.parameters for point in points]
+        axis.set(
+            title=f"{task}, {model}\n{used}", xlabel="trained parameters", ylabel=f"{example[panel].metric}, %",
+            xscale="log", xlim=(min(counts) / 4, 4 * max(counts)),  # a power of ten at least, so that one is labelled
+        )  # fmt: skip
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
