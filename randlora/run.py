@@ -143,7 +143,8 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     )
     done = record.result()
     if done is not None and done["status"] == "finished" and config["resume"]:
-        record.console.say(f"already finished: {record.folder}  {summary(done)}")
+        if accelerator.is_main_process:
+            record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, _objective(done))
     if not config["resume"]:
         record.clear()

@@ -36,7 +36,11 @@ KEPT = ("model", "method", "targets", "seed")
 
 
 class Terminal(Console):
-    """Messages, and no curves."""
+    """Messages of the first process, and no curves."""
+
+    def say(self, text: str) -> None:
+        if PartialState().is_main_process:
+            super().say(text)
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
