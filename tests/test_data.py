@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import settings
 from randlora.config import build
 from randlora.data.images import AUGMENTATIONS, _to_rgb, image_transform
-from randlora.data.loader import Encoder, Split, Unreadable, evaluation_keys, loader, training_keys
+from randlora.data.loader import Encoder, Item, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
 from randlora.data.subsets import at_most, carve, few_shot, fractional
 from randlora.errors import SettingsError
@@ -235,6 +235,17 @@ def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
         list(loader(Split(table, np.arange(10), Colour(), tolerance=0.1), evaluation_keys(range(10), 4), 0))
     with pytest.raises(Unreadable, match=r"task\.unreadable=0\.0"):
         list(loader(Split(table, np.arange(10), Colour()), evaluation_keys(range(10), 4), 0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refused_example_is_the_encoders_sentence(workers: int) -> None:
+    class Refusing(Encoder):
+        def __call__(self, example: Item) -> Item:
+            raise SettingsError("hidden labels")
+
+    table = ArrayImages(np.zeros((6, 2, 2), dtype=np.uint8), np.arange(6))
+    with pytest.raises(SettingsError, match=r"^hidden labels$"):
+        list(loader(Split(table, np.arange(6), Refusing()), evaluation_keys(range(6), 2), workers))
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.json", "train/class/text.txt"])

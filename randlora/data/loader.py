@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from randlora.data.sources import Table
+from randlora.errors import SettingsError
 from randlora.streams import integer, permutation
 
 Item = Mapping[str, Any]
@@ -40,10 +41,10 @@ class Unreadable(RuntimeError):
 
 
 class Skipped(NamedTuple):
-    """In an example's place: its row in the table, and why it cannot be read."""
+    """In an example's place: its row in the table, and why it cannot be read, or is refused."""
 
     row: int
-    reason: str
+    reason: str | SettingsError
 
 
 class Split(Dataset):
@@ -73,6 +74,8 @@ class Split(Dataset):
             return self._read(index, key[1])
         except (OSError, SyntaxError, struct.error) as error:  # what PIL raises for damaged files
             return Skipped(index, f"{type(error).__name__}: {error}")
+        except SettingsError as error:  # out of a worker it would come with the worker's trace
+            return Skipped(index, error)
 
     def collate(
         self, items: Sequence[Item | Skipped], most: int | None = None
@@ -97,7 +100,12 @@ class Split(Dataset):
         return sorted(range(len(self)), key=lambda position: -lengths[position])
 
     def skip(self, one: Skipped, say: Callable[[str], None]) -> None:
-        """Notes an unreadable example, aloud the first time; Unreadable when there are too many."""
+        """Notes an unreadable example, aloud the first time; Unreadable when there are too many.
+
+        SettingsError for one that the settings refuse.
+        """
+        if isinstance(one.reason, SettingsError):
+            raise one.reason
         if one.row in self.skipped:
             return
         self.skipped[one.row] = one.reason
