@@ -235,7 +235,7 @@ def paired(runs: Sequence[Run], key: str, values: Sequence[str]) -> str:
         half = student.ppf(0.975, len(seeds) - 1) * spread / len(seeds) ** 0.5
         lines.append(
             f"| {task} | {model} | {data_used(shots, fraction)} | {_spread(columns[0])} | {_spread(columns[1])} | "
-            f"{mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
+            f"{round(mean, 2) + 0.0:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {len(seeds)} |"
         )
     return "\n".join(lines)
 
