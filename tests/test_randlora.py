@@ -112,9 +112,9 @@ def test_vera_is_its_formula_in_value_and_gradient(shape: tuple[int, int], basis
 
 
 def test_cached_sees_what_an_optimiser_does() -> None:
-    seat, update = update_of((24, 24), RandLoRA(rank=5), torch.float32)
+    seat, update = update_of((24, 24), RandLoRA(rank=5))
     optimiser = torch.optim.AdamW(update.parameters(), lr=0.1)
-    x = torch.randn(3, 24)
+    x = torch.randn(3, 24, dtype=torch.float64)
     with cached(seat):
         first = seat(x)
         kept = update._kept
