@@ -1,4 +1,4 @@
-"""Opened attention computes what nn.MultiheadAttention computes; the oracle is the original module."""
+"""Opened attention computes what nn.MultiheadAttention computes; the oracle is the original module in float64."""
 
 import copy
 
@@ -11,9 +11,13 @@ from randlora.adapters import close_attention, open_attention
 WIDTH, HEADS, BATCH, LENGTH = 24, 4, 3, 7
 
 
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
 def pair(**options):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    original = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, **options)).eval()
+    original = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, **options)).eval().double()
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.normal_(std=0.3)
@@ -25,8 +29,8 @@ def pair(**options):  # type: ignore[no-untyped-def]
 
 def masks() -> dict:
     causal = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), 1)
-    added = torch.zeros(LENGTH, LENGTH).masked_fill(causal, float("-inf"))
-    per_head = torch.randn(BATCH * HEADS, LENGTH, LENGTH)
+    added = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(causal, float("-inf"))
+    per_head = values(BATCH * HEADS, LENGTH, LENGTH)
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[1, -2:] = True
     return {
@@ -45,40 +49,40 @@ def masks() -> dict:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_equals_the_original(mask: str, need_weights: bool, batch_first: bool) -> None:
     original, opened = pair(batch_first=batch_first)
-    x = torch.randn(BATCH, LENGTH, WIDTH) if batch_first else torch.randn(LENGTH, BATCH, WIDTH)
+    x = values(BATCH, LENGTH, WIDTH) if batch_first else values(LENGTH, BATCH, WIDTH)
     torch.manual_seed(1)
     options = masks()[mask] | {"need_weights": need_weights}
     (expected, weights), (output, ours) = original(x, x, x, **options), opened(x, x, x, **options)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     assert (weights is None) == (ours is None)
     if weights is not None:
-        torch.testing.assert_close(ours, weights, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, weights, rtol=0, atol=1e-12)
 
 
 def test_different_inputs_unbatched_and_without_bias() -> None:
     original, opened = pair(batch_first=True)
-    q, k, v = torch.randn(2, 5, WIDTH), torch.randn(2, 6, WIDTH), torch.randn(2, 6, WIDTH)
+    q, k, v = values(2, 5, WIDTH), values(2, 6, WIDTH), values(2, 6, WIDTH)
     for options in ({}, {"average_attn_weights": False}):
         for ours, expected in zip(opened(q, k, v, **options), original(q, k, v, **options), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-    x = torch.randn(5, WIDTH)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    x = values(5, WIDTH)
     for ours, expected in zip(opened(x, x, x), original(x, x, x), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     original, opened = pair(bias=False)
-    torch.testing.assert_close(opened(q, q, q)[0], original(q, q, q)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(opened(q, q, q)[0], original(q, q, q)[0], rtol=0, atol=1e-12)
 
 
 def test_gradients_reach_the_projections() -> None:
     original, opened = pair(batch_first=True)
-    x = torch.randn(BATCH, LENGTH, WIDTH)
+    x = values(BATCH, LENGTH, WIDTH)
     original(x, x, x, need_weights=False)[0].square().sum().backward()
     opened(x, x, x, need_weights=False)[0].square().sum().backward()
-    torch.testing.assert_close(opened.in_proj.weight.grad, original.in_proj_weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(opened.in_proj.weight.grad, original.in_proj_weight.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_is_on_in_training_alone() -> None:
     _, opened = pair(batch_first=True, dropout=0.5)
-    x = torch.randn(BATCH, LENGTH, WIDTH)
+    x = values(BATCH, LENGTH, WIDTH)
     assert torch.equal(opened(x, x, x, need_weights=False)[0], opened(x, x, x, need_weights=False)[0])
     opened.train()
     assert not torch.equal(opened(x, x, x, need_weights=False)[0], opened(x, x, x, need_weights=False)[0])
