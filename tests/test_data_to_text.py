@@ -85,6 +85,21 @@ def test_only_the_reference_is_learned(language_model: Backbone) -> None:
     assert made.loss(model, batch).item() == pytest.approx(smoothed.item(), rel=1e-5)
 
 
+def test_a_text_begins_once(language_model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with LLaMA's tokenizer, which puts a token before every text."""
+
+    class Begun(Letters):
+        def __call__(self, text: str, second: str = "", **options) -> dict:  # type: ignore[no-untyped-def]
+            return super().__call__(f"#{text}", second, **options)
+
+    monkeypatch.setattr(language_model, "tokenizer", Begun)
+    row = {"meaning_representation": "name[Aromi]", "reference": "Aromi is a pub.", "references": []}
+    trained, asked = (task("e2e_nlg").encoder(language_model, training)(row) for training in (True, False))
+    assert "".join(WORDS[i] for i in trained["input_ids"]) == "#name : Aromi || Aromi is a pub.</s>"
+    assert "".join(WORDS[i] for i in trained["labels"] if i != -100) == " Aromi is a pub.</s>"
+    assert "".join(WORDS[i] for i in asked["input_ids"]) == "#name : Aromi ||"
+
+
 def test_texts_repeat_the_prompts_words_but_not_their_own(language_model: Backbone) -> None:
     """Oracle: transformers' generate without the rule on one meaning, and the rule's definition."""
     made = task("e2e_nlg", "beams=2", "max_new_tokens=16", "no_repeat_ngram=2", "length_penalty=1")

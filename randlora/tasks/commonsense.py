@@ -152,18 +152,13 @@ class ResponseEncoder(LabelledTokens):
     """Prompt, response and end token, with labels."""
 
     def __init__(self, tokenizer: Any, max_length: int, train_on_inputs: bool):
-        self.tokenizer, self.max_length, self.train_on_inputs = tokenizer, max_length, train_on_inputs
+        super().__init__(tokenizer, max_length)
+        self.train_on_inputs = train_on_inputs
 
     def __call__(self, example: Item) -> dict[str, Any]:
         asked, right = prompt(question(example).text), question(example).answer
-        ids = self.tokenizer(asked + f"the correct answer is {right}")["input_ids"]
-        ids = [*ids, self.tokenizer.eos_token_id][: self.max_length]
         hidden = 0 if self.train_on_inputs else prompt_tokens(self.tokenizer, asked)
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORED] * min(hidden, len(ids)) + ids[hidden:],
-        }
+        return self.labelled(asked + f"the correct answer is {right}", hidden)
 
 
 class QuestionEncoder(Encoder):

@@ -16,7 +16,7 @@ from randlora.data.texts import pad_inputs
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, longest, mean_loss
+from randlora.tasks.language_model import LabelledTokens, LanguageModel, longest, mean_loss
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -127,15 +127,9 @@ def _prompt(example: Item) -> str:
 class ReferenceEncoder(LabelledTokens):
     """Meaning, reference and end token, with labels for the last two."""
 
-    def __init__(self, tokenizer: Any, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
-
     def __call__(self, example: Item) -> dict[str, Any]:
-        asked = self.tokenizer(_prompt(example))["input_ids"]
-        said = [*self.tokenizer(f" {example['reference']}")["input_ids"], self.tokenizer.eos_token_id]
-        ids = [*asked, *said][: self.max_length]
-        labels = [*[IGNORED] * len(asked), *said][: self.max_length]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        asked = _prompt(example)
+        return self.labelled(f"{asked} {example['reference']}", hidden=len(self.tokenizer(asked)["input_ids"]))
 
 
 class MeaningEncoder(Encoder):

@@ -18,9 +18,19 @@ IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not
 
 
 class LabelledTokens(Encoder):
-    """Items of `input_ids`, `attention_mask` and `labels`, padded on the right."""
+    """Items of `input_ids`, `attention_mask` and `labels`, padded on the right; longer texts are cut."""
 
-    tokenizer: Any
+    def __init__(self, tokenizer: Any, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def labelled(self, text: str, hidden: int) -> dict[str, list[int]]:
+        """A text and the end token, all of it learned but the first `hidden` tokens.
+
+        Prompt and response are one text, since some tokenizers begin every text with a token of its own.
+        """
+        ids = [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id][: self.max_length]
+        hidden = min(hidden, len(ids))
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * hidden + ids[hidden:]}
 
     @staticmethod
     def length(item: Item) -> int:
