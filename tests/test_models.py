@@ -1,6 +1,7 @@
 """Models: opened CLIP equals open_clip, transforms equal open_clip's, and the real small models work."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,17 @@ def test_an_adapted_clip_merges_into_open_clips_state_dict() -> None:
 
 @pytest.mark.parametrize("architecture", ["ViT-B-32-quickgelu", "ViT-L-14-quickgelu", "ViT-H-14"])
 @torch.no_grad()
-def test_the_papers_clips_equal_open_clips_own_forward_before_and_after_export(architecture: str) -> None:
-    """Oracle: the same module before it was opened; real sizes, random weights."""
+def test_the_papers_clips_equal_open_clips_own_forward_before_and_after_export(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Oracle: the same module before it was opened; two blocks of each tower at their real sizes, random weights."""
+    config = open_clip.get_model_config(architecture)
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 2
+    short = f"{architecture}-of-two-blocks"
+    (tmp_path / f"{short}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
     torch.manual_seed(0)
-    module = OpenClip("x", architecture=architecture, pretrained=None).load().module.eval()
+    module = OpenClip("x", architecture=short, pretrained=None).load().module.eval()
     images, texts = torch.randn(1, 3, 224, 224), open_clip.get_tokenizer(architecture)(["a photo of two dogs"])
     outputs = lambda: (module.encode_image(images), module.encode_text(texts))  # noqa: E731
     expected, keys = outputs(), list(module.state_dict())
