@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from table import Run, by_settings, data_used, read
+from table import Run, by_settings, data_used, finished, read
 
 from randlora.errors import SettingsError, exit_code
 
@@ -62,6 +62,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
+    runs = finished(runs)
     found, example = panels(runs), {panel_of(run): run for run in runs}
     columns, rows = min(ACROSS, len(found)), -(-len(found) // ACROSS)
     figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 RECORDS = REPOSITORY / "experiments" / "image_protocol" / "records"
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from figure import panels  # noqa: E402 - scripts are no package
+from figure import draw, panels  # noqa: E402 - scripts are no package
 from table import read  # noqa: E402
 
 
@@ -42,6 +42,18 @@ def test_a_figure_is_the_same_every_time(tmp_path: Path) -> None:
     assert made[0] == made[1]
     for text in ("cifar10, clip_tiny", "16 shots", "randlora", "accuracy, %"):
         assert text in made[0]
+
+
+def test_an_unfinished_run_changes_no_figure(tmp_path: Path) -> None:
+    """It has no score before training either, and must not take that line from its panel."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'randlora[figures]'")
+    runs = [run for run in read(RECORDS) if run.cell[:2] == ("cifar10", "clip_tiny")]
+    stopped = runs[0]._replace(result=runs[0].result | {"status": "interrupted", "metrics": {}})
+    made = []
+    for name, shown in (("one.svg", runs), ("two.svg", [*runs, stopped])):
+        draw(shown, tmp_path / name)
+        made.append((tmp_path / name).read_text())
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("command", ["figure.py --out one.svg", "table.py --seeds", "table.py --best method.rank"])
