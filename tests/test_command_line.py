@@ -50,6 +50,7 @@ def test_wrong_settings(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which train.py sets, and later tests should not find set
     monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
     with pytest.raises(SystemExit) as end:
         runpy.run_path("train.py", run_name="__main__")
@@ -59,11 +60,12 @@ def test_wrong_settings(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert re.search(WRONG[line], said), said
 
 
-@pytest.mark.parametrize("line", ["method=nosuch", "method.rank=0", "-m method=lora,nosuch"])
+@pytest.mark.parametrize("line", ["method=nosuch", "method.rank=0", "run_root=README.md", "-m method=lora,nosuch"])
 def test_a_wrong_setting_exits_with_2(line: str) -> None:
-    """Before the settings compose, while an experiment is built from them, and in a sweep."""
+    """Where settings do not compose, build no experiment, begin no run; and in a sweep."""
     done = train(*line.split())
     assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(WRONG[line], done.stderr), done.stderr
 

@@ -42,7 +42,7 @@ def test_wrong_targets_are_refused_and_leave_the_model_alone(toy: Toy, targets: 
 
 def test_a_slice_is_a_site_of_its_own(toy: Toy) -> None:
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    base = toy.double().c_attn(x)
+    base, weight = toy.double().c_attn(x), toy.c_attn.weight.clone()
     randlora.adapt(toy, RandLoRA(rank=4), ["c_attn[q]", "c_attn[v]"])
     seat = toy.c_attn
     with torch.no_grad():
@@ -52,7 +52,10 @@ def test_a_slice_is_a_site_of_its_own(toy: Toy) -> None:
     q, k, v = change.chunk(3, -1)
     assert q.abs().max() > 0.01
     assert v.abs().max() > 0.01
-    assert k.abs().max() < 1e-12  # a product of another order
+    assert k.abs().max() < 1e-12  # the sums' order may be another
+    randlora.merge(toy)
+    changed = (toy.c_attn.weight != weight).any(0)  # (in, out)
+    assert changed.tolist() == [True] * 24 + [False] * 24 + [True] * 24
 
 
 def test_grouped_queries_and_fused_mlps_are_cut_by_the_configuration() -> None:
