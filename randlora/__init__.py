@@ -1,4 +1,4 @@
-"""Full-rank and low-rank fine-tuning, side by side: RandLoRA and its peers behind one seat and one trainer."""
+"""Full-rank and low-rank fine-tuning, side by side: RandLoRA and its peers behind one layer and one trainer."""
 
 from typing import TYPE_CHECKING
 

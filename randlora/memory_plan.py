@@ -56,7 +56,7 @@ def _shapes(experiment: Experiment, description: Model) -> tuple[nn.Module, list
 
     trainer = experiment.trainer
     size = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
-    task, backbone = experiment.task.planned(size), description.skeleton()
+    task, backbone = experiment.task.planned(size), description.meta_model()
     adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
     model = task.bind(backbone).train()
     with FakeTensorMode(allow_non_fake_inputs=True):

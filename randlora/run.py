@@ -88,7 +88,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
     """
     from randlora.adapters import adapt
 
-    backbone = experiment.model.skeleton()
+    backbone = experiment.model.meta_model()
     report = adapt(backbone.module, experiment.method, experiment.patterns, experiment.config["seed"])
     head = _size(_head(experiment, experiment.task.bind(backbone), backbone.module))
     return {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from randlora.adapters import close_attention, open_attention
+from randlora.adapters import fuse_attention, unfuse_attention
 
 WIDTH, HEADS, BATCH, LENGTH = 24, 4, 3, 7
 
@@ -22,7 +22,7 @@ def pair(**options):  # type: ignore[no-untyped-def]
         for parameter in original.parameters():
             parameter.normal_(std=0.3)
     opened = copy.deepcopy(original)
-    open_attention(opened)
+    unfuse_attention(opened)
     assert not isinstance(opened[0], nn.MultiheadAttention)
     return original[0], opened[0]
 
@@ -91,8 +91,8 @@ def test_dropout_is_on_in_training_alone() -> None:
 def test_closed_again_it_is_the_original() -> None:
     model = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, dropout=0.1))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    open_attention(model)
-    close_attention(model)
+    unfuse_attention(model)
+    fuse_attention(model)
     assert type(model[0]) is nn.MultiheadAttention
     assert model[0].dropout == 0.1
     assert model[0].batch_first
@@ -109,5 +109,5 @@ def test_what_cannot_be_opened_stays() -> None:
             nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True),
         ]
     )
-    open_attention(model)
+    unfuse_attention(model)
     assert all(isinstance(module, nn.MultiheadAttention) for module in model)

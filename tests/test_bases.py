@@ -13,7 +13,7 @@ from randlora.bases.dense import _log, _normal_quantile
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
 from randlora.errors import SettingsError
-from randlora.streams import permutation, words
+from randlora.rng import permutation, random_uint32
 
 # SHA-256 of draw(33, 65, "golden", 7), taken when layout 1 was written: a change here is a change of every adapter.
 GOLDEN = {
@@ -101,7 +101,7 @@ def test_streams_leave_the_global_generators_alone() -> None:
     np.random.seed(0)
     draw(4, 4, "b", 0)
     permutation(10, "p")
-    words(10, "w")
+    random_uint32(10, "w")
     assert (torch.rand(1), np.random.rand()) == before
 
 

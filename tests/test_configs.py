@@ -30,7 +30,7 @@ def test_every_model_builds_and_every_target_set_matches(model: str) -> None:
     built = build(settings(f"model={model}")["model"])
     for name in built.targets:
         assert built.patterns(name), name
-    assert built.outline() is not None, "run scripts/outlines.py"
+    assert built.module_names() is not None, "run scripts/module_names.py"
     Experiment.from_config(settings(f"model={model}", f"task={TASK_OF[built.kind]}", "dry_run=true"))
 
 

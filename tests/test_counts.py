@@ -125,9 +125,9 @@ def test_steps_follow_the_budget() -> None:
     assert steps("shots=16", "trainer.max_steps=7") == 7
 
 
-def test_outlines_are_the_models() -> None:
+def test_module_names_are_the_models() -> None:
     """The names that wrong targets are checked against are those of the modules on the meta device."""
-    from randlora.adapters import open_attention
+    from randlora.adapters import unfuse_attention
     from randlora.adapters.targets import linear_maps
     from randlora.config import build
 
@@ -141,7 +141,7 @@ def test_outlines_are_the_models() -> None:
         "llama3_8b",
     ):
         model = build(settings(f"model={choice}")["model"])
-        module = model.skeleton().module
-        open_attention(module)
-        outline = json.loads((ARCHITECTURES / "outlines" / f"{model.architecture}.json").read_text())
-        assert sorted(expand(outline)) == sorted(linear_maps(module)), choice
+        module = model.meta_model().module
+        unfuse_attention(module)
+        module_names = json.loads((ARCHITECTURES / "module_names" / f"{model.architecture}.json").read_text())
+        assert sorted(expand(module_names)) == sorted(linear_maps(module)), choice

@@ -13,7 +13,7 @@ from randlora.config import build
 from randlora.data.images import AUGMENTATIONS, _to_rgb, image_transform
 from randlora.data.loader import Encoder, Item, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
-from randlora.data.subsets import at_most, carve, few_shot, fractional
+from randlora.data.subsets import few_shot, fractional, split_validation, subsample
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import Budget
@@ -75,10 +75,10 @@ def test_few_shot_is_balanced_seeded_and_nested() -> None:
 
 def test_fractions_are_nested_and_validation_is_the_same_for_every_seed() -> None:
     assert set(fractional(100, 0.1, 0)) < set(fractional(100, 0.5, 0))
-    train, validation = carve(100, 10, "x")
+    train, validation = split_validation(100, 10, "x")
     assert sorted([*train, *validation]) == list(range(100))
-    assert at_most(5, None, "x").tolist() == list(range(5))
-    assert len(at_most(100, 7, "x")) == 7
+    assert subsample(5, None, "x").tolist() == list(range(5))
+    assert len(subsample(100, 7, "x")) == 7
 
 
 def picture(value: int, mode: str = "RGB") -> Image.Image:

@@ -86,8 +86,8 @@ def test_in_half_precision(method: Method, tokens: int, half_base: bool) -> None
     model = net(method)
     expected = run(model, model, tokens)
     if half_base:
-        for seat in randlora.adapters.core.seats(model).values():
-            seat.base.bfloat16()
+        for layer in randlora.adapters.core.adapted_layers(model).values():
+            layer.base.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = run(model, model, tokens)
     assert found[0].dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_delta_dtype_touches_the_update_alone(basis: str, tokens: int) -> None:
     assert_close(run(coarse, coarse, tokens), run(exact, exact, tokens), 0.01)
     with torch.no_grad():
         for model in (exact, coarse):
-            for update in (u for s in randlora.adapters.core.seats(model).values() for u in s.updates):
+            for update in (u for s in randlora.adapters.core.adapted_layers(model).values() for u in s.updates):
                 update.lambda_.zero_()
     x = torch.randn(tokens, 32)
     torch.testing.assert_close(coarse(x), exact(x), rtol=0, atol=1e-6)

@@ -8,8 +8,8 @@ from torch import nn
 
 import randlora
 from conftest import TOY_TARGETS, Toy
-from randlora.adapters.core import relative_norms, seats
-from randlora.adapters.seat import Frozen, Site
+from randlora.adapters.core import adapted_layers, relative_norms
+from randlora.adapters.layer import Frozen, Site
 from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
 
 METHODS = [
@@ -129,7 +129,7 @@ def test_very_sparse_bases_leave_columns_without_an_update() -> None:
 
 
 def all_updates(model: nn.Module) -> list:
-    return [update for seat in seats(model).values() for update in seat.updates]
+    return [update for layer in adapted_layers(model).values() for update in layer.updates]
 
 
 @every_method
@@ -138,10 +138,10 @@ def test_forward_and_gradients_equal_the_naive_formula(method: Method, tokens: i
     """Oracle: x (W0 + ΔW)ᵀ + b through autograd in float64, with ΔW from `delta`."""
     model, _ = adapted(method)
     randomise(model)
-    for seat in seats(model).values():
-        for rows, update in zip(seat.rows, seat.updates, strict=True):
-            base = seat.frozen(rows)
-            x = torch.randn(tokens, seat.in_features, dtype=torch.float64, requires_grad=True)
+    for layer in adapted_layers(model).values():
+        for rows, update in zip(layer.rows, layer.updates, strict=True):
+            base = layer.frozen(rows)
+            x = torch.randn(tokens, layer.in_features, dtype=torch.float64, requires_grad=True)
             trained = list(update.parameters())
             fast = update(x, base)
             slow = Frozen(base.weight + update.delta(base.weight), base.bias)(x)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import randlora
 from conftest import MODELS, settings
-from randlora.adapters import close_attention, open_attention
+from randlora.adapters import fuse_attention, unfuse_attention
 from randlora.config import build
 from randlora.data.images import image_transform
 from randlora.errors import SettingsError
@@ -35,10 +35,10 @@ def test_opened_and_closed_clip_equal_open_clips_own_forward() -> None:
     with torch.no_grad():
         expected = module.encode_image(images), module.encode_text(texts)
         state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        open_attention(module)
+        unfuse_attention(module)
         for ours, theirs in zip((module.encode_image(images), module.encode_text(texts)), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-        close_attention(module)
+        fuse_attention(module)
         for ours, theirs in zip((module.encode_image(images), module.encode_text(texts)), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert module.state_dict().keys() == state.keys()

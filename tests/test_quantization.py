@@ -9,8 +9,8 @@ from torch import nn
 import randlora
 from conftest import settings
 from randlora.adapters.core import relative_norms
+from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.quantization import dense, is_quantised, quantise
-from randlora.adapters.seat import AdaptedLinear
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.memory_plan import memory_plan
@@ -96,9 +96,9 @@ def test_evaluation_keeps_the_bits_and_merging_gives_plain_weights() -> None:
     with randlora.merged(net):
         assert net.block[0]._merged is None
         torch.testing.assert_close(net(x), expected)
-    seat = net.block[0]
-    assert isinstance(seat, AdaptedLinear)
-    assert is_quantised(seat.weight)
+    layer = net.block[0]
+    assert isinstance(layer, AdaptedLinear)
+    assert is_quantised(layer.weight)
     randlora.merge(net)
     assert type(net.block[0].weight) is nn.Parameter
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.adapters.core import cached
 from randlora.methods import DoRA, LoRA, RandLoRA, VeRA
-from randlora.methods.forms import TOKENS, WEIGHT, Plan, choose
+from randlora.methods.kernels import TOKENS, WEIGHT, ExecutionPlan, choose_plan
 
 SHAPES = {"square": (24, 24), "tall": (60, 24), "wide": (24, 60), "prime": (23, 23)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -49,8 +49,8 @@ def papers_sum(update) -> Tensor:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("num_bases", ["ceil", "floor", 2])
 def test_every_way_is_the_papers_sum_in_value_and_gradient(shape: tuple[int, int], basis: str, num_bases) -> None:  # type: ignore[no-untyped-def]
     """Oracle: equation 4 in float64 under autograd, to 1e-12; all eight plans, also with what `cached` keeps."""
-    seat, update = update_of(shape, RandLoRA(rank=5, alpha=15, basis=basis, num_bases=num_bases))
-    bias = seat.base.bias.requires_grad_(True)
+    layer, update = update_of(shape, RandLoRA(rank=5, alpha=15, basis=basis, num_bases=num_bases))
+    bias = layer.base.bias.requires_grad_(True)
     x = torch.randn(2, 7, shape[1], dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(2, 7, shape[0], dtype=torch.float64)
     inputs = [x, update.lambda_, update.gamma, bias]
@@ -58,13 +58,13 @@ def test_every_way_is_the_papers_sum_in_value_and_gradient(shape: tuple[int, int
     def results(y: Tensor) -> list[Tensor]:
         return [y.detach(), *torch.autograd.grad(y, inputs, gradient)]
 
-    expected = results(x @ (seat.weight + papers_sum(update)).T + bias)
-    torch.testing.assert_close(update.delta(seat.weight), papers_sum(update), rtol=1e-12, atol=1e-12)
+    expected = results(x @ (layer.weight + papers_sum(update)).T + bias)
+    torch.testing.assert_close(update.delta(layer.weight), papers_sum(update), rtol=1e-12, atol=1e-12)
     for ways in WAYS:
-        update.plan = lambda *_, ways=ways: Plan(*ways, torch.float64, torch.float64)
-        with cached(seat):
-            found = [results(seat(x)), results(seat(x))]
-        for one in (results(seat(x)), *found):
+        update.plan = lambda *_, ways=ways: ExecutionPlan(*ways, torch.float64, torch.float64)
+        with cached(layer):
+            found = [results(layer(x)), results(layer(x))]
+        for one in (results(layer(x)), *found):
             for got, want in zip(one, expected, strict=True):
                 assert (got - want).abs().max() <= 1e-12 * want.abs().max()
 
@@ -96,40 +96,40 @@ def test_transposed_storage(basis: str, shape: tuple[int, int], tokens: int) -> 
 @pytest.mark.parametrize("tokens", [2, 4000])
 def test_vera_is_its_formula_in_value_and_gradient(shape: tuple[int, int], basis: str, tokens: int) -> None:
     """Oracle: diag(b) B diag(d) A in float64 under autograd; few and many tokens take different ways."""
-    seat, update = update_of(shape, VeRA(rank=31, basis=basis))
+    layer, update = update_of(shape, VeRA(rank=31, basis=basis))
     A, B = (one.matrix(torch.float64) for one in update.maps(*shape))
-    bias = seat.base.bias.requires_grad_(True)
+    bias = layer.base.bias.requires_grad_(True)
     x = torch.randn(tokens, shape[1], dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(tokens, shape[0], dtype=torch.float64)
     delta = update.scale * torch.diag(update.b) @ B @ torch.diag(update.d) @ A
-    torch.testing.assert_close(update.delta(seat.weight), delta, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(update.delta(layer.weight), delta, rtol=1e-12, atol=1e-12)
     inputs = [x, update.d, update.b, bias]
-    expected = torch.autograd.grad(x @ (seat.weight + delta).T + bias, inputs, gradient)
-    y = seat(x)
-    torch.testing.assert_close(y, x @ (seat.weight + delta).T + bias, rtol=1e-10, atol=1e-10)
+    expected = torch.autograd.grad(x @ (layer.weight + delta).T + bias, inputs, gradient)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ (layer.weight + delta).T + bias, rtol=1e-10, atol=1e-10)
     for got, want in zip(torch.autograd.grad(y, inputs, gradient), expected, strict=True):
         assert (got - want).abs().max() <= 1e-12 * want.abs().max()
 
 
 def test_cached_sees_what_an_optimiser_does() -> None:
-    seat, update = update_of((24, 24), RandLoRA(rank=5))
+    layer, update = update_of((24, 24), RandLoRA(rank=5))
     optimiser = torch.optim.AdamW(update.parameters(), lr=0.1)
     x = torch.randn(3, 24, dtype=torch.float64)
-    with cached(seat):
-        first = seat(x)
+    with cached(layer):
+        first = layer(x)
         kept = update._kept
-        torch.testing.assert_close(seat(x), first, rtol=0, atol=0)
+        torch.testing.assert_close(layer(x), first, rtol=0, atol=0)
         assert update._kept is kept
         first.square().sum().backward()
         optimiser.step()
-        torch.testing.assert_close(seat(x), x @ (seat.weight + update.delta(seat.weight)).T + seat.bias)
+        torch.testing.assert_close(layer(x), x @ (layer.weight + update.delta(layer.weight)).T + layer.bias)
     assert update._kept is None
 
 
 def test_a_second_backward_is_refused() -> None:
-    seat, _ = update_of((24, 24), RandLoRA(rank=5))
+    layer, _ = update_of((24, 24), RandLoRA(rank=5))
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(seat(x).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -140,9 +140,9 @@ def test_a_second_backward_is_refused() -> None:
 def test_backward_keeps_no_matrix_as_large_as_the_weight(shape: tuple[int, int], tokens: int, basis: str) -> None:
     scale = 8
     shape = (shape[0] * scale, shape[1] * scale)
-    seat, update = update_of(shape, RandLoRA(rank=6, basis=basis), torch.float32)
+    layer, update = update_of(shape, RandLoRA(rank=6, basis=basis), torch.float32)
     x = torch.randn(tokens, shape[1], requires_grad=True)
-    fixed = {t.untyped_storage().data_ptr() for t in (x, seat.weight, *update.buffers())}
+    fixed = {t.untyped_storage().data_ptr() for t in (x, layer.weight, *update.buffers())}
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_backward_keeps_no_matrix_as_large_as_the_weight(shape: tuple[int, int],
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        seat(x)
+        layer(x)
     trained = 4 * sum(p.numel() for p in update.parameters())
     low = 4 * tokens * update.shape[1] if shape[0] < shape[1] else 0  # x B, smaller than x
     assert sum(saved.values()) <= trained + low
@@ -160,7 +160,7 @@ def test_backward_keeps_no_matrix_as_large_as_the_weight(shape: tuple[int, int],
 def test_the_planner_knows_when_the_weight_is_cheaper() -> None:
     def ways(tokens: int, basis: str = "uniform", shape: tuple[int, int] = (768, 768)) -> tuple[str, ...]:
         _, update = update_of(shape, RandLoRA(rank=6, basis=basis), torch.float32)
-        return choose(tokens, shape, update.bases()[1], torch.float32, torch.float32, "cpu", kept=False)[:3]
+        return choose_plan(tokens, shape, update.bases()[1], torch.float32, torch.float32, "cpu", kept=False)[:3]
 
     assert ways(10) == (TOKENS, TOKENS, TOKENS)
     assert ways(100_000) == (WEIGHT, WEIGHT, WEIGHT)
@@ -170,14 +170,14 @@ def test_the_planner_knows_when_the_weight_is_cheaper() -> None:
 
 def test_a_base_in_half_precision_is_never_summed_with_the_update() -> None:
     """W0 + ΔW in bfloat16 would lose a small ΔW: oracle, the sum in float64."""
-    seat, update = update_of((64, 64), RandLoRA(rank=4), torch.float32)
-    seat.base.bfloat16()
+    layer, update = update_of((64, 64), RandLoRA(rank=4), torch.float32)
+    layer.base.bfloat16()
     with torch.no_grad():
         update.lambda_.mul_(1e-4)
     x = torch.randn(5000, 64, dtype=torch.bfloat16)
-    difference = (seat(x).double() - seat.base(x).double()).mean(0)
-    expected = (x.double() @ update.delta(seat.weight).double().T).mean(0)
-    merged = (x @ (seat.weight + update.delta(seat.weight)).bfloat16().T).double() - seat.base(x).double()
+    difference = (layer(x).double() - layer.base(x).double()).mean(0)
+    expected = (x.double() @ update.delta(layer.weight).double().T).mean(0)
+    merged = (x @ (layer.weight + update.delta(layer.weight)).bfloat16().T).double() - layer.base(x).double()
     assert (difference - expected).norm() < (merged.mean(0) - expected).norm()
 
 
@@ -189,22 +189,22 @@ def test_equals_peft_with_its_own_bases(shape: tuple[int, int]) -> None:
     linear = nn.Linear(shape[1], shape[0])
     config = peft.RandLoraConfig(r=5, randlora_alpha=10, target_modules=["0"], projection_prng_key=3)
     theirs = peft.get_peft_model(nn.Sequential(linear), config)
-    layer = theirs.base_model.model[0]
-    seat, update = update_of(shape, RandLoRA(rank=5, alpha=10), torch.float32)
+    peft_layer = theirs.base_model.model[0]
+    layer, update = update_of(shape, RandLoRA(rank=5, alpha=10), torch.float32)
     large, n = max(shape), update.lambda_.shape[0]
     # Theirs: A (r, 1, d), B (D, n, r), λ (r, n), with factors paired as rows k·n + j.
-    peft_A, peft_B = layer.randlora_A["default"].float(), layer.randlora_B["default"].float()
+    peft_A, peft_B = peft_layer.randlora_A["default"].float(), peft_layer.randlora_B["default"].float()
     update.basis_A.matrix = peft_A[:, 0, : min(shape)].contiguous()
     update.basis_B.matrix = peft_B[:large, :n].flatten(1).view(large, 5, n).transpose(1, 2).reshape(large, n * 5)
     with torch.no_grad():
-        layer.randlora_lambda["default"].copy_(update.lambda_.T)
-        layer.randlora_gamma["default"].copy_(update.gamma)
-        seat.base.weight.copy_(layer.base_layer.weight)
-        seat.base.bias.copy_(layer.base_layer.bias)
+        peft_layer.randlora_lambda["default"].copy_(update.lambda_.T)
+        peft_layer.randlora_gamma["default"].copy_(update.gamma)
+        layer.base.weight.copy_(peft_layer.base_layer.weight)
+        layer.base.bias.copy_(peft_layer.base_layer.bias)
     for tokens in (3, 500):
         x = torch.randn(tokens, shape[1])
         expected = theirs(x).detach()
-        torch.testing.assert_close(seat(x), expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(layer(x), expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -44,11 +44,11 @@ def test_a_slice_is_a_site_of_its_own(toy: Toy) -> None:
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     base, weight = toy.double().c_attn(x), toy.c_attn.weight.clone()
     randlora.adapt(toy, RandLoRA(rank=4), ["c_attn[q]", "c_attn[v]"])
-    seat = toy.c_attn
+    layer = toy.c_attn
     with torch.no_grad():
-        for update in seat.updates:
+        for update in layer.updates:
             update.lambda_.normal_()
-    change = seat(x) - base
+    change = layer(x) - base
     q, k, v = change.chunk(3, -1)
     assert q.abs().max() > 0.01
     assert v.abs().max() > 0.01

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def is_openable(module: nn.Module) -> bool:
+def can_unfuse(module: nn.Module) -> bool:
     """Whether the attention has one fused projection and no extra key or value rows."""
     return (
         type(module) is nn.MultiheadAttention
@@ -24,7 +24,7 @@ def is_openable(module: nn.Module) -> bool:
     )
 
 
-class OpenedAttention(nn.Module):
+class UnfusedAttention(nn.Module):
     """The function of an nn.MultiheadAttention over width e, from in_proj (3e × e) and out_proj (e × e)."""
 
     def __init__(self, closed: nn.MultiheadAttention):
@@ -113,17 +113,17 @@ class OpenedAttention(nn.Module):
         return total
 
 
-def open_attention(model: nn.Module) -> None:
+def unfuse_attention(model: nn.Module) -> None:
     """Replaces every nn.MultiheadAttention inside `model` by its opened form, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_openable(child):
-                setattr(parent, name, OpenedAttention(child))  # type: ignore[arg-type]
+            if can_unfuse(child):
+                setattr(parent, name, UnfusedAttention(child))  # type: ignore[arg-type]
 
 
-def close_attention(model: nn.Module) -> None:
+def fuse_attention(model: nn.Module) -> None:
     """Replaces every opened attention whose projections are plain linears by nn.MultiheadAttention, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, OpenedAttention):
+            if isinstance(child, UnfusedAttention):
                 setattr(parent, name, child.close())

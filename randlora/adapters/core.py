@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from randlora.adapters.attention import close_attention, open_attention
+from randlora.adapters.attention import fuse_attention, unfuse_attention
+from randlora.adapters.layer import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.quantization import dense, is_quantised, recognise
-from randlora.adapters.seat import AdaptedLinear, Site, Update, linear_weight
 from randlora.adapters.targets import Place, places
 from randlora.bases import Basis, basis_of
 from randlora.errors import SettingsError
@@ -75,14 +75,14 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     if adaptation_of(model) is not None:
         raise SettingsError("the model is adapted already: merge it, or load it anew")
     total = sum(parameter.numel() for parameter in model.parameters())
-    open_attention(model)
+    unfuse_attention(model)
     try:
         found = places(model, targets)
         modules = {place.module: model.get_submodule(place.module) for place in found}
         updates, sites = _build(method, found, modules, seed)
         unfrozen = _unfrozen(method, model, {id(module.weight) for module in modules.values()})
     except Exception:
-        close_attention(model)
+        fuse_attention(model)
         raise
 
     model.requires_grad_(False)
@@ -144,7 +144,7 @@ def require_adaptation(model: nn.Module) -> Adaptation:
     return adaptation
 
 
-def seats(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
@@ -156,14 +156,14 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     The base is not written to, and nothing is subtracted afterwards: the merged copies are dropped.
     Gradients do not reach the updates inside.
     """
-    adapted = [seat for seat in seats(model).values() if seat._merged is None]
-    for seat in adapted:
-        seat.stash_merged()
+    adapted = [layer for layer in adapted_layers(model).values() if layer._merged is None]
+    for layer in adapted:
+        layer.stash_merged()
     try:
         yield model
     finally:
-        for seat in adapted:
-            seat.drop_merged()
+        for layer in adapted:
+            layer.drop_merged()
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def cached(model: nn.Module) -> Iterator[nn.Module]:
     tensors' version counters, so writing to ``.data`` inside is not. Updates of other methods compute as outside,
     unless they use `Update.kept`.
     """
-    updates: list[Update] = [update for seat in seats(model).values() for update in seat.updates]  # type: ignore[misc]
+    updates: list[Update] = [update for layer in adapted_layers(model).values() for update in layer.updates]  # type: ignore[misc]
     for update in updates:
         update.keep(True)
     try:
@@ -188,16 +188,16 @@ def cached(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Makes plain modules again, with the updates in their weights, for good; returns the model."""
     require_adaptation(model)
-    for name, seat in seats(model).items():
-        _replace(model, name, seat.plain())
+    for name, layer in adapted_layers(model).items():
+        _replace(model, name, layer.plain())
     return _restore(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Takes the updates off again: the model as it was before `adapt`, all of it frozen; returns the model."""
     require_adaptation(model)
-    for name, seat in seats(model).items():
-        _replace(model, name, seat.base)
+    for name, layer in adapted_layers(model).items():
+        _replace(model, name, layer.base)
     return _restore(model)
 
 
@@ -207,7 +207,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _restore(model: nn.Module) -> nn.Module:
-    close_attention(model)
+    fuse_attention(model)
     for module in model.modules():
         module.__dict__.pop("_adaptation", None)
     return model
@@ -231,5 +231,5 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
             torch.stack([u.delta(dense(s.weight)[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
             / dense(s.weight).float().norm().clamp_min(1e-30)
         )
-        for name, s in seats(model).items()
+        for name, s in adapted_layers(model).items()
     }

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, seats, unload
+from randlora.adapters.core import Adaptation, Report, adapt, adapted_layers, require_adaptation, unload
 from randlora.bases import DenseBasis
 from randlora.bases.peft import PeftBasis, columns_as_peft, columns_by_basis
 from randlora.errors import SettingsError
@@ -59,7 +59,7 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     settings |= {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": all(seat.transposed for seat in seats(model).values()),
+        "fan_in_fan_out": all(layer.transposed for layer in adapted_layers(model).values()),
         "inference_mode": True,
         "target_modules": "|".join(map(re.escape, names)),  # a pattern is matched whole, a list at the end of names
         "task_type": None,
@@ -125,12 +125,12 @@ def _check_settings(settings: Any, folder: Path) -> None:
 
 
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
-    whole = set(seats(model))
+    whole = set(adapted_layers(model))
     for site in adaptation.sites:
         if site.name not in whole:
             raise SettingsError(f"{site.name} is a slice of a fused matrix, which PEFT cannot adapt: merge instead")
         parent = model.get_submodule(site.name.rpartition(".")[0])
-        if type(parent).__name__ == "OpenedAttention":
+        if type(parent).__name__ == "UnfusedAttention":
             raise SettingsError(f"{site.name} lies inside nn.MultiheadAttention, unlike in PEFT: merge instead")
     if adaptation.unfrozen:
         raise SettingsError("the method trains parameters beside its updates, which PEFT's file does not hold")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from randlora.adapters.seat import AdaptedLinear, linear_weight
+from randlora.adapters.layer import AdaptedLinear, linear_weight
 from randlora.errors import SettingsError
 
 _SLICED = re.compile(r"(.+)\[(\w+)\]")

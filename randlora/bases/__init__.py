@@ -1,12 +1,12 @@
 """The fixed random matrices that updates are made of."""
 
 from randlora.bases.dense import DenseBasis, DenseMap, draw
-from randlora.bases.kinds import KINDS, Basis, Map, basis_of, check_kind, depends_on_size
+from randlora.bases.factory import BASES, Basis, Map, basis_of, check_basis, depends_on_size
 from randlora.bases.kronecker import KroneckerBasis, KroneckerMap
 from randlora.bases.sparse import SparseMap
 
 __all__ = [
-    "KINDS",
+    "BASES",
     "Basis",
     "DenseBasis",
     "DenseMap",
@@ -15,7 +15,7 @@ __all__ = [
     "Map",
     "SparseMap",
     "basis_of",
-    "check_kind",
+    "check_basis",
     "depends_on_size",
     "draw",
 ]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from randlora.streams import unit_interval, words
+from randlora.rng import random_uint32, unit_interval
 
 if TYPE_CHECKING:
     from randlora.bases.sparse import SparseMap
@@ -45,7 +45,7 @@ def draw(rows: int, columns: int, *key: str | int, distribution: str = "uniform"
 
 
 def _integers(rows: int, columns: int, key: tuple[str | int, ...]) -> np.ndarray:
-    return np.stack([words(columns, LAYOUT, *key, row=row) for row in range(rows)])
+    return np.stack([random_uint32(columns, LAYOUT, *key, row=row) for row in range(rows)])
 
 
 def _signs(integers: np.ndarray, sparsity: float) -> np.ndarray:

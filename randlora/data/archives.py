@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from randlora.errors import SettingsError
-from randlora.streams import permutation
+from randlora.rng import permutation
 
 Image = Path | Callable[[], Any]  # a file, or what makes a PIL image
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from randlora.data.sources import Table
 from randlora.errors import SettingsError
-from randlora.streams import integer, permutation
+from randlora.rng import integer, permutation
 
 Item = Mapping[str, Any]
 
@@ -125,7 +125,7 @@ class Split(Dataset):
             return self.encode(example)
 
 
-class Computed(Encoder):
+class CachedFeatures(Encoder):
     """Batches that have been computed, as the examples of a split: nothing is read or decoded again."""
 
     def __init__(self, batches: Sequence[Mapping[str, torch.Tensor]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from randlora.errors import SettingsError, check_count
-from randlora.streams import permutation
+from randlora.rng import permutation
 
 
 def check_budget(shots: int | None, fraction: float | None) -> None:
@@ -18,13 +18,13 @@ def check_budget(shots: int | None, fraction: float | None) -> None:
         raise SettingsError(f"fraction={fraction!r}: must be above 0 and at most 1")
 
 
-def carve(count: int, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(count: int, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation) of a set without a validation split; the same for every seed and method."""
     order = permutation(count, "validation", name)
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def carved_size(count: int, most: int) -> int:
+def validation_size_of(count: int, most: int) -> int:
     """A tenth of the training set, `most` at most (the rule of aTLAS, which the paper follows)."""
     return min(count // 10, most)
 
@@ -45,7 +45,7 @@ def fractional(count: int, fraction: float, seed: int) -> np.ndarray:
     return np.sort(permutation(count, "fraction", seed)[: max(1, round(count * fraction))])
 
 
-def at_most(count: int, size: int | None, name: str) -> np.ndarray:
+def subsample(count: int, size: int | None, name: str) -> np.ndarray:
     """All indices, or a fixed random `size` of them."""
     if size is None or size >= count:
         return np.arange(count)

@@ -16,7 +16,7 @@ from randlora.errors import SettingsError, check_count, check_positive, check_ra
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
-    from randlora.adapters.seat import Frozen, Site, Update
+    from randlora.adapters.layer import Frozen, Site, Update
 
 
 class Method:

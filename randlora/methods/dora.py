@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.adapters.layer import Frozen, Site, Update
 from randlora.adapters.quantization import dense
-from randlora.adapters.seat import Frozen, Site, Update
 from randlora.errors import check_choice
 from randlora.methods.base import Method, check_low_rank
 from randlora.methods.lora import LoRAUpdate

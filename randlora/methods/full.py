@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.seat import Frozen, Site, Update
+from randlora.adapters.layer import Frozen, Site, Update
 from randlora.errors import SettingsError, check_choice
 from randlora.methods.base import Method
 

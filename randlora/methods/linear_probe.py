@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from randlora.adapters.seat import Frozen, Site, Update
+from randlora.adapters.layer import Frozen, Site, Update
 from randlora.methods.base import Method
 
 if TYPE_CHECKING:

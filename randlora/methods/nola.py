@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import Basis, check_kind
+from randlora.adapters.layer import Frozen, Site, Update
+from randlora.bases import Basis, check_basis
 from randlora.errors import check_count
 from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale, sharing
 
@@ -43,7 +43,7 @@ class NoLA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_count("NoLA.num_bases", self.num_bases)
-        check_kind(self.basis, self.sparsity)
+        check_basis(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         updates: dict[str, Update] = {}

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.adapters.layer import Frozen, Site, Update
 from randlora.adapters.quantization import is_quantised
-from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import Basis, Map, check_kind
+from randlora.bases import Basis, Map, check_basis
 from randlora.bases.peft import PeftBasis, columns_by_basis, draw_randlora
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale, sharing
-from randlora.methods.forms import TOKENS, Plan, UpdatedLinear, choose, factor, prepare
+from randlora.methods.kernels import TOKENS, ExecutionPlan, UpdatedLinear, choose_plan, factor, prepare
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -66,7 +66,7 @@ class RandLoRA(Method):
             check_count("RandLoRA.num_bases (ceil, floor, a share or a number)", self.num_bases)  # type: ignore[arg-type]
         check_choice("RandLoRA.divide_by_root", self.divide_by_root, (True, False))
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
-        check_kind(self.basis, self.sparsity, and_peft=True)
+        check_basis(self.basis, self.sparsity, and_peft=True)
         check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
         if self.start is not None:
             check_positive("RandLoRA.start", self.start)
@@ -115,7 +115,7 @@ class RandLoRA(Method):
 
 
 class RandLoRAUpdate(Update):
-    """The update of one site: ΔW = scale · B M, transposed where out < in; see randlora.methods.forms."""
+    """The update of one site: ΔW = scale · B M, transposed where out < in; see randlora.methods.kernels."""
 
     def __init__(self, method: RandLoRA, site: Site, A: Basis, B: Basis, device: torch.device):
         super().__init__()
@@ -154,10 +154,10 @@ class RandLoRAUpdate(Update):
         ready = self.kept(plan, lambda: prepare(*trained, base.weight, A, B, self.scale, plan))
         return UpdatedLinear.apply(x, *trained, base.weight, base.bias, ready, A, B, self.scale, self.tall, plan)
 
-    def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> Plan:
+    def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> ExecutionPlan:
         """How to compute for this input: the cheapest way, if W0 + ΔW may be formed at all."""
         compute, delta = compute_dtype(x), self.delta_dtype or self.lambda_.dtype
         # A base kept in low precision would round a small ΔW away.
         if dropping or weight.dtype.itemsize < 4 or is_quantised(weight):
-            return Plan(TOKENS, TOKENS, TOKENS, compute, delta)
-        return choose(x.numel() // x.shape[-1], weight.shape, B, compute, delta, x.device.type, self.caching)
+            return ExecutionPlan(TOKENS, TOKENS, TOKENS, compute, delta)
+        return choose_plan(x.numel() // x.shape[-1], weight.shape, B, compute, delta, x.device.type, self.caching)

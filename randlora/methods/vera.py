@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from randlora.adapters.layer import Frozen, Site, Update
 from randlora.adapters.quantization import dense, is_quantised
-from randlora.adapters.seat import Frozen, Site, Update
-from randlora.bases import Basis, DenseMap, Map, check_kind
+from randlora.bases import Basis, DenseMap, Map, check_basis
 from randlora.bases.peft import PeftBasis, draw_vera
 from randlora.errors import check_positive
 from randlora.methods.base import Method, check_low_rank, compute_dtype, sharing
-from randlora.methods.forms import COSTS, autocast_off, dearness, linear
+from randlora.methods.kernels import COSTS, autocast_off, linear, relative_cost
 
 if TYPE_CHECKING:
     from randlora.adapters.core import Context
@@ -43,7 +43,7 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_positive("VeRA.d_initial", self.d_initial)
-        check_kind(self.basis, self.sparsity, and_peft=True)
+        check_basis(self.basis, self.sparsity, and_peft=True)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         pairs: dict[str, tuple[Basis, Basis]] = {}
@@ -95,10 +95,10 @@ class VeRAUpdate(Update):
 
 
 def merging_pays(tokens: int, A: Map, B: Map, compute: torch.dtype, device: str) -> bool:
-    """Whether forming W' (twice) is cheaper than products with the tokens; see randlora.methods.forms.choose_form."""
+    """Whether forming W' (twice) is cheaper than products with the tokens; see randlora.methods.kernels.choose_form."""
     rate = COSTS.get(device, COSTS["cpu"])
     low = rate["low_precision"] if compute.itemsize < 4 else 1.0
-    cost_A, cost_B = (dearness(one, rate) * one.multiplications() for one in (A, B))
+    cost_A, cost_B = (relative_cost(one, rate) * one.multiplications() for one in (A, B))
     out_features, in_features = B.rows, A.columns
     by_token = tokens * low * (2 if isinstance(A, DenseMap) else 3) * (cost_A + cost_B)
     weight = in_features * out_features

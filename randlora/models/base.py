@@ -62,7 +62,7 @@ class Model:
         """The real weights. Raises SettingsError when they cannot be had."""
         raise NotImplementedError
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         """The same modules on the meta device: shapes without numbers, disk or network."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class Model:
         """Raises SettingsError for what can be known wrong at once, such as a missing folder."""
 
     def patterns(self, targets: str | Sequence[str]) -> list[str]:
-        """The patterns of a named target set, or the list of patterns given; checked against the model's outline."""
+        """The patterns of a named target set, or the list of patterns given; checked against its module names."""
         if isinstance(targets, Sequence) and not isinstance(targets, str):
             patterns = [str(pattern) for pattern in targets]
         elif targets in self.targets:
@@ -80,24 +80,24 @@ class Model:
                 f"targets={targets}: model {self.name} has the sets {', '.join(self.targets)}; "
                 "or give a list of patterns"
             )
-        outline = self.outline()
-        if outline is not None:
-            match(outline, patterns)
+        module_names = self.module_names()
+        if module_names is not None:
+            match(module_names, patterns)
         return patterns
 
-    def outline(self) -> list[str] | None:
+    def module_names(self) -> list[str] | None:
         """The names of the model's linear maps, if they are known without building it.
 
         Building even an empty model means importing transformers or open_clip, which takes many seconds; with the
-        outline, a pattern that matches nothing is refused at once. Written by scripts/outlines.py.
+        names at hand, a pattern that matches nothing is refused at once. Written by scripts/module_names.py.
         """
-        path = ARCHITECTURES / "outlines" / f"{self.architecture}.json"
+        path = ARCHITECTURES / "module_names" / f"{self.architecture}.json"
         return expand(json.loads(path.read_text())) if path.is_file() else None
 
 
-def expand(outline: Sequence[Sequence[Any]]) -> list[str]:
+def expand(module_names: Sequence[Sequence[Any]]) -> list[str]:
     """Names from [template, count] pairs: ["layers.*.fc", 3] is layers.0.fc, layers.1.fc, layers.2.fc."""
-    return [template.replace("*", str(i), 1) for template, count in outline for i in range(count or 1)]
+    return [template.replace("*", str(i), 1) for template, count in module_names for i in range(count or 1)]
 
 
 def package_file(location: str, install: str) -> Path:

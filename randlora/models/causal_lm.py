@@ -18,7 +18,7 @@ class CausalLM(Pretrained):
 
     kind: ClassVar[str] = "causal_lm"
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return self._backbone(self.empty(MODEL_FOR_CAUSAL_LM_MAPPING))

@@ -37,7 +37,7 @@ class OpenClip(Model):
         if self.pretrained == "embedded" and not self._embedded().is_file():
             raise SettingsError(f"no weights for {self.architecture} are embedded; give pretrained a tag or a path")
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         with torch.device("meta"):
             return self._backbone(self._create(None, "meta"))
 
@@ -116,8 +116,8 @@ class OpenClipVision(OpenClip):
 
     kind: ClassVar[str] = "vision"
 
-    def outline(self) -> list[str] | None:
-        names = super().outline()
+    def module_names(self) -> list[str] | None:
+        names = super().module_names()
         return names and [name.removeprefix("visual.") for name in names if name.startswith("visual.")]
 
     def _backbone(self, module: nn.Module) -> Backbone:

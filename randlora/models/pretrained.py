@@ -29,7 +29,7 @@ class Pretrained(Model):
     `weights` is a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder,
     or a GGUF file, which is converted once). A relative folder is looked for here and in the folders of `search`.
     None means random weights of the architecture. `architecture` names a JSON shipped in
-    randlora/models/architectures, from which the skeleton is built without the hub; None: the folder's own
+    randlora/models/architectures, from which the meta_model is built without the hub; None: the folder's own
     config.json.
     """
 

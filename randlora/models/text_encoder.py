@@ -31,7 +31,7 @@ class TextEncoder(Pretrained):
         check_choice("model.pooling", self.pooling, ("first", "mean"))
         check_range("model.head_dropout", self.head_dropout, 0, 1)
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
         return self._backbone(self.empty(MODEL_MAPPING))

@@ -33,7 +33,7 @@ class TimmTransformer(Model):
         if self.pretrained not in (None, "hub") and not Path(self.pretrained).is_file():
             raise SettingsError(f"model.pretrained={self.pretrained}: give hub, null or a checkpoint's path")
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         with torch.device("meta"):
             return self._backbone(self._create())
 

@@ -28,7 +28,7 @@ class VisionTransformer(Pretrained):
         super().__post_init__()
         check_count("model.image_size", self.image_size)
 
-    def skeleton(self) -> Backbone:
+    def meta_model(self) -> Backbone:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
         return self._backbone(self.empty(MODEL_MAPPING))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Where data and records lie, who watches, and how far apart the log lines are do not change a result.
-INDIFFERENT = {
+EXCLUDED_FROM_HASH = {
     "run_root", "data_root", "dry_run", "resume", "tags", "logger",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.save_every", "trainer.evaluation_batch_size",
 }  # fmt: skip
@@ -30,7 +30,8 @@ def _without(value: Any, path: str) -> Any:
             key: _without(item, f"{path}.{key}".lstrip("."))
             for key, item in value.items()
             # A source's root is the data root again, wherever a task holds it.
-            if f"{path}.{key}".lstrip(".") not in INDIFFERENT and not (key == "root" and path.startswith("task."))
+            if f"{path}.{key}".lstrip(".") not in EXCLUDED_FROM_HASH
+            and not (key == "root" and path.startswith("task."))
         }
     if isinstance(value, list | tuple):
         return [_without(item, path) for item in value]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
-from randlora.data.subsets import at_most, carve, carved_size, check_budget, few_shot, fractional
+from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model
 
@@ -70,7 +70,7 @@ class Task:
         """The rows of the training split, from the published sizes."""
         count = _published(self.sizes["train"])[0]
         if "validation" not in self.sizes:
-            count -= carved_size(count, self.validation_size)
+            count -= validation_size_of(count, self.validation_size)
         if budget.shots is not None:
             return budget.shots * self.class_count()
         return count if budget.fraction is None else max(1, round(count * budget.fraction))
@@ -98,7 +98,7 @@ class Task:
         count = len(tables["train"])
         train, validation = np.arange(count), None
         if "validation" not in tables:
-            train, validation = carve(count, carved_size(count, self.validation_size), self.name)
+            train, validation = split_validation(count, validation_size_of(count, self.validation_size), self.name)
         if budget.shots is not None:
             self.class_count()
             train = train[few_shot(tables["train"].column("label")[train], budget.shots, budget.seed)]
@@ -106,7 +106,7 @@ class Task:
             train = train[fractional(len(train), budget.fraction, budget.seed)]
         if validation is None:
             held = tables["validation"]
-            validation = at_most(len(held), self.validation_size, self.name)
+            validation = subsample(len(held), self.validation_size, self.name)
         else:
             held = tables["train"]
         test = self.test_rows(tables["test"])
@@ -118,7 +118,7 @@ class Task:
 
     def test_rows(self, table: Table) -> np.ndarray:
         """Which rows of the test split are used."""
-        return at_most(len(table), self.test_size, self.name)
+        return subsample(len(table), self.test_size, self.name)
 
     # What a task must give, and what it may.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from randlora.data.loader import Encoder, Item
 from randlora.data.questions import question
 from randlora.data.sources import Joined, Source, Table
-from randlora.data.subsets import at_most
+from randlora.data.subsets import subsample
 from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
@@ -75,7 +75,7 @@ class Commonsense(Task):
             return super().test_rows(table)
         rows, start = [], 0
         for name, size in table.sizes().items():
-            rows.append(start + at_most(size, self.test_size, name))
+            rows.append(start + subsample(size, self.test_size, name))
             start += size
         return np.concatenate(rows)
 

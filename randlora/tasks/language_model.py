@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from randlora.data.loader import Encoder, Item
 from randlora.data.texts import pad, pad_inputs
 from randlora.models.base import Backbone
-from randlora.tasks.head_loss import head_loss
+from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
 
 IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not learned
 
@@ -90,7 +90,9 @@ class LanguageModel(nn.Module):
         positions, targets = learned
         if self.plain_head:
             hidden = self._run(self.lm.base_model, inputs).last_hidden_state
-            return head_loss(hidden.flatten(0, 1)[positions], self.lm.get_output_embeddings(), targets, smoothing)
+            return chunked_cross_entropy(
+                hidden.flatten(0, 1)[positions], self.lm.get_output_embeddings(), targets, smoothing
+            )
         logits = self._run(self.lm, inputs).logits.flatten(0, 1)[positions].float()
         return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum") / max(len(targets), 1)
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from randlora.adapters.core import adaptation_of, cached, merged, relative_norms
-from randlora.data.loader import Computed, Split, evaluation_keys, loader, training_keys
+from randlora.data.loader import CachedFeatures, Split, evaluation_keys, loader, training_keys
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
-from randlora.streams import integer
+from randlora.rng import integer
 from randlora.tasks.base import Splits, Task
 from randlora.training import checkpoint
 from randlora.training.precision import attention_rule
@@ -159,7 +159,7 @@ class Loop:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(model)
-        self.splits = Splits(*(self._computed(split) for split in (splits.train, splits.validation, splits.test)))
+        self.splits = Splits(*(self._cache_features(split) for split in (splits.train, splits.validation, splits.test)))
         self.steps = trainer.steps(len(splits.train))
         self.watch = LossWatch()
         self.interrupted = False
@@ -265,14 +265,14 @@ class Loop:
         return {f"{name}/{key}": value for key, value in self.task.score(columns).items()}
 
     @torch.no_grad()
-    def _computed(self, split: Split) -> Split:
+    def _cache_features(self, split: Split) -> Split:
         """The split as the frozen part of the model leaves it, where that is the same every time."""
         frozen = self.task.frozen_part(self.plain)
         if frozen is None or split.encode.random or not len(split):
             return split
         self.plain.eval()
         with self._attention(), self._autocast():
-            return Computed([frozen(self.to_device(batch)) for batch in self._once(split)]).split()
+            return CachedFeatures([frozen(self.to_device(batch)) for batch in self._once(split)]).split()
 
     def _once(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """Every example of this process's share, once, in batches."""

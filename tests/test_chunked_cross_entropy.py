@@ -11,8 +11,8 @@ from torch import nn
 from randlora.adapters import adapt
 from randlora.methods import LoRA
 from randlora.models.base import Backbone
-from randlora.tasks import head_loss as module
-from randlora.tasks.head_loss import head_loss
+from randlora.tasks import chunked_cross_entropy as module
+from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
 from randlora.tasks.language_model import LanguageModel, learned
 
 WORDS, WIDTH, TOKENS = 23, 8, 17
@@ -33,7 +33,7 @@ def test_loss_and_gradients_are_those_of_all_logits(smoothing: float, bias: bool
     hidden = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(WORDS, (TOKENS,))
     wanted = [hidden, *(head.parameters() if trained else ())]
-    ours = head_loss(hidden, head, targets, smoothing)
+    ours = chunked_cross_entropy(hidden, head, targets, smoothing)
     theirs = F.cross_entropy(head(hidden), targets, label_smoothing=smoothing)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * theirs, wanted), strict=True):
@@ -46,7 +46,7 @@ def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
     head = nn.Linear(WIDTH, WORDS, bias=False).requires_grad_(False)
     hidden, targets = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randint(WORDS, (TOKENS,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = head_loss(hidden, head, targets)
+        ours = chunked_cross_entropy(hidden, head, targets)
         theirs = F.cross_entropy(head(hidden).float(), targets)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
@@ -56,7 +56,7 @@ def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
 
 def test_no_tokens_have_no_loss() -> None:
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
-    loss = head_loss(hidden, nn.Linear(WIDTH, WORDS), torch.zeros(0, dtype=torch.int64))
+    loss = chunked_cross_entropy(hidden, nn.Linear(WIDTH, WORDS), torch.zeros(0, dtype=torch.int64))
     assert loss.item() == 0
     loss.backward()
 

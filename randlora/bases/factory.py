@@ -14,7 +14,7 @@ from randlora.errors import SettingsError, check_choice
 
 # The names of ternary bases and their s: binary has no zeros, PEFT calls 3 sparse, very_sparse follows the site's size.
 TERNARY = {"ternary": 3.0, "sparse": 3.0, "binary": 2.0, "very_sparse": None}
-KINDS = ("uniform", "normal", *TERNARY, "kronecker")
+BASES = ("uniform", "normal", *TERNARY, "kronecker")
 
 Basis = DenseBasis | KroneckerBasis
 
@@ -47,9 +47,9 @@ class Map(Protocol):
         """Of a product with one vector."""
 
 
-def check_kind(kind: str, sparsity: float | None, and_peft: bool = False) -> None:
+def check_basis(kind: str, sparsity: float | None, and_peft: bool = False) -> None:
     """Raises SettingsError for an unknown kind or a sparsity that does not go with it."""
-    check_choice("basis", kind, (*KINDS, "peft") if and_peft else KINDS)
+    check_choice("basis", kind, (*BASES, "peft") if and_peft else BASES)
     if sparsity is None:
         return
     if kind not in ("ternary", "sparse"):

@@ -1,4 +1,4 @@
-"""The seat: a frozen linear map with updates on it."""
+"""The layer: a frozen linear map with updates on it."""
 
 from __future__ import annotations
 

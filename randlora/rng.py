@@ -20,7 +20,7 @@ def _philox_key(key: tuple[Key, ...]) -> np.ndarray:
     return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 
 
-def words(count: int, *key: Key, row: int = 0) -> np.ndarray:
+def random_uint32(count: int, *key: Key, row: int = 0) -> np.ndarray:
     """The first `count` 32-bit words of row `row` of the stream `key`, uint32 (count,).
 
     Rows are far apart in the generator's counter, and a shorter request is a prefix of a longer one:

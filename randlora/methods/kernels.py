@@ -37,7 +37,7 @@ from randlora.bases import DenseMap, Map, SparseMap
 WEIGHT, TOKENS = "weight", "tokens"
 
 
-class Plan(NamedTuple):
+class ExecutionPlan(NamedTuple):
     """How one call computes: the way of each product, the dtype of tokens, and that of what makes up ΔW."""
 
     output: str
@@ -62,9 +62,9 @@ class Plan(NamedTuple):
 COSTS: dict[str, dict[str, float]] = json.loads((files("randlora.methods") / "costs.json").read_text())
 
 
-def choose(
+def choose_plan(
     tokens: int, shape: Sequence[int], B: Map, compute: torch.dtype, delta: torch.dtype, device: str, kept: bool
-) -> Plan:
+) -> ExecutionPlan:
     """The plan that costs least for this many tokens, forward and backward, beyond the frozen (out, in) layer's own.
 
     Costs are in multiply-adds of a float32 matrix product. A product of T tokens with M is T·N·d, with B T·c where c
@@ -75,7 +75,7 @@ def choose(
     rate, tall, small = COSTS.get(device, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
     by_token = rate["low_precision"] if min(compute.itemsize, delta.itemsize) < 4 else 1.0
-    c = dearness(B, rate) * B.multiplications()
+    c = relative_cost(B, rate) * B.multiplications()
     with_M, with_B = tokens * B.columns * small * by_token, tokens * c * by_token
     through_B = small * c * by_weight
     build = through_B + 2 * shape[0] * shape[1] * rate["elementwise"]
@@ -90,11 +90,14 @@ def choose(
         builds = (output, input_gradient).count(WEIGHT)
         return products + (min(builds, 1) if kept else builds) * build
 
-    plans = [Plan(one, two, three, compute, delta) for one, two, three in itertools.product((TOKENS, WEIGHT), repeat=3)]
+    plans = [
+        ExecutionPlan(one, two, three, compute, delta)
+        for one, two, three in itertools.product((TOKENS, WEIGHT), repeat=3)
+    ]
     return min(plans, key=lambda plan: cost(plan.output, plan.input_gradient, plan.gradient))
 
 
-def dearness(B: Map, rate: Mapping[str, float]) -> float:
+def relative_cost(B: Map, rate: Mapping[str, float]) -> float:
     """What a multiply-add of a product with B costs, in those of a large dense product."""
     if isinstance(B, DenseMap):
         return 1.0
@@ -118,7 +121,7 @@ def diagonal_gradients(dM: Tensor, lambda_: Tensor, gamma: Tensor, A: Tensor, sc
 
 
 def prepare(
-    lambda_: Tensor, gamma: Tensor, weight: Tensor | None, A: Tensor, B: Map, scale: float, plan: Plan
+    lambda_: Tensor, gamma: Tensor, weight: Tensor | None, A: Tensor, B: Map, scale: float, plan: ExecutionPlan
 ) -> Tensor:
     """W' (out, in) in the tokens' dtype where the plan needs it, else M (N, d)."""
     M = factor(lambda_, gamma, A, scale, B.columns)
@@ -197,7 +200,7 @@ class _Factors(NamedTuple):
     A: Tensor
     B: Map
     scale: float
-    plan: Plan
+    plan: ExecutionPlan
     ready: Tensor | None
 
     def weight(self) -> Tensor:

@@ -17,7 +17,7 @@ _CHUNK = {"cpu": 2**23}  # logits at a time: so few that a CPU keeps them in its
 _LARGE_CHUNK = 2**26  # elsewhere, enough to fill a GPU; with what is made of them, 0.7 GB
 
 
-def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over the tokens of cross_entropy(head(hidden), targets, label_smoothing=smoothing).
 
     `hidden` is (tokens, width), `targets` (tokens,); 0 when there are no tokens. Under autocast the products are taken
@@ -27,10 +27,10 @@ def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, smoothing: float
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     with torch.autocast(kind, enabled=False):
         weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-        return _HeadLoss.apply(hidden.to(dtype), weight, bias, targets, smoothing)
+        return _ChunkedCrossEntropy.apply(hidden.to(dtype), weight, bias, targets, smoothing)
 
 
-class _HeadLoss(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss is one number, so its gradients are known, but for a factor, when it is made."""
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Writes the outline of every shipped model: the names of its linear maps, so that a wrong pattern is refused at once.
+"""Writes the names of the linear maps of every shipped model, so that a wrong pattern is refused at once.
 
-Run it after adding a model: python scripts/outlines.py
+Run it after adding a model: python scripts/module_names.py
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 
-from randlora.adapters import open_attention
+from randlora.adapters import unfuse_attention
 from randlora.adapters.targets import linear_maps
 from randlora.config import CONFIGS, build, settings
 from randlora.models.base import ARCHITECTURES
 
 
-def outline(names: list[str]) -> list[list]:
+def module_names(names: list[str]) -> list[list]:
     """[template, count] pairs that randlora.models.base.expand turns back into `names`."""
     counts: dict[str, int] = {}
     for name in names:
@@ -31,10 +31,10 @@ def main() -> None:
         if model.architecture in written:
             continue  # a tower of a model that has been here
         written.add(model.architecture)
-        module = model.skeleton().module
-        open_attention(module)
-        path = ARCHITECTURES / "outlines" / f"{model.architecture}.json"
-        path.write_text(json.dumps(outline(list(linear_maps(module)))) + "\n")
+        module = model.meta_model().module
+        unfuse_attention(module)
+        path = ARCHITECTURES / "module_names" / f"{model.architecture}.json"
+        path.write_text(json.dumps(module_names(list(linear_maps(module)))) + "\n")
         print(path.name)
 
 
