@@ -96,7 +96,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
         "trainable_parameters": report.trainable_parameters,
         "head_parameters": head,
         "total_parameters": report.total_parameters + head,
-        "adapter_bytes": 4 * report.trainable_parameters,
+        "adapter_bytes": 4 * report.saved_parameters,
     }
 
 

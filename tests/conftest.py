@@ -64,6 +64,44 @@ class Toy(nn.Module):
         return x + self.attention(x, x, x, need_weights=False)[0]
 
 
+class Attention(nn.Module):
+    """The four projections of an attention, apart or with three of them fused and all transposed."""
+
+    def __init__(self, width: int, fused: bool):
+        super().__init__()
+        self.num_heads = 4
+        if fused:
+            self.c_attn, self.c_proj = Conv1D(3 * width, width), Conv1D(width, width)
+        else:
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = hasattr(self, "c_attn")
+        q, k, v = self.c_attn(x).chunk(3, -1) if fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        mixed = torch.tanh(q) * torch.sigmoid(k) + v
+        return self.c_proj(mixed) if fused else self.o_proj(mixed)
+
+
+class Blocks(nn.Module):
+    """Two blocks of attention, for methods that join layers and heads."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"attn": Attention(width, fused)}) for fused in (False, True))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, width) to the same."""
+        for layer in self.layers:
+            x = self.norm(x + layer["attn"](x))
+        return x
+
+
+BLOCK_TARGETS = [
+    *(f"layers.0.attn.{role}_proj" for role in "qkvo"),
+    *(f"layers.1.attn.c_attn[{role}]" for role in "qv"),
+    "layers.1.attn.c_proj",
+]
 TOY_TARGETS = ["square", "tall", "wide", "c_attn[q]", "c_attn[v]", "attention.in_proj", "attention.out_proj"]
 
 

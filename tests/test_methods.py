@@ -7,10 +7,24 @@ import torch
 from torch import nn
 
 import randlora
-from conftest import TOY_TARGETS, Toy
+from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy
 from randlora.adapters.core import adapted_layers, relative_norms
 from randlora.adapters.layer import Frozen, Site
-from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    FullFineTuning,
+    LoRA,
+    LoRAMini,
+    LoRTA,
+    MELoRA,
+    Method,
+    MoRA,
+    NoLA,
+    RandLoRA,
+    RandLoRAa,
+    VeRA,
+)
 
 METHODS = [
     LoRA(rank=4),
@@ -32,6 +46,18 @@ METHODS = [
     RandLoRAa(rank=4, budget_rank=5),
     RandLoRAa(rank=4, num_bases=3, basis="ternary", sparsity=6.0),
     FullFineTuning(train="targets"),
+    EDoRA(rank=5),
+    MoRA(rank=4),
+    MoRA(rank=4, surplus="drop"),
+    MoRA(rank=4, compression="decoupled"),
+    MoRA(rank=4, compression="sharing"),
+    MoRA(rank=4, compression="grouped"),
+    MELoRA(rank=2, parts=4),
+    MELoRA(rank=2, parts=3, permuted=True),
+    LoRAMini(rank=3, inner_in=8, inner_out=6),
+    LoRTA(rank=5),
+    LoRTA(rank=5, head_side="output"),
+    LoRTA(rank=5, head_side="input"),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -51,6 +77,17 @@ def closed_form(method: Method, site: Site) -> int:
     if isinstance(method, RandLoRAa):
         budget = small // method.budget_rank * (method.budget_rank + small)
         return (method.num_bases or budget // (method.rank + small)) * (method.rank + small)
+    if isinstance(method, EDoRA):
+        return method.rank**2 + site.out_features
+    if isinstance(method, MoRA):
+        size = round(math.sqrt(method.rank * total))
+        return (size - size % 2 if method.compression == "rotation" else size) ** 2
+    if isinstance(method, MELoRA):
+        return method.rank * total
+    if isinstance(method, LoRAMini):
+        return method.rank * (method.inner_in + method.inner_out)
+    if isinstance(method, LoRTA):  # all of the tensor at the first site: width, head width, heads, layers, roles
+        return method.rank * (24 + 6 + 4 + 2 + 4) if site.name == BLOCK_TARGETS[0] else 0
     if isinstance(method, RandLoRA):
         rounded = {"ceil": math.ceil(small / method.rank), "floor": small // method.rank}
         n = rounded.get(method.num_bases, method.num_bases)  # type: ignore[arg-type, call-overload]
@@ -62,19 +99,32 @@ def closed_form(method: Method, site: Site) -> int:
 def claimed_rank(method: Method, site: Site) -> int:
     """The rank of ΔW for trained numbers in general position."""
     small = min(site.out_features, site.in_features)
-    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa):
+    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA):
         return min(method.rank, small)
     if isinstance(method, VeRA):
         return min(method.rank, small)
+    if isinstance(method, MELoRA):
+        return min(method.rank * method.parts, small)
+    if isinstance(method, MoRA) and method.compression in ("sharing", "grouped"):
+        return math.isqrt(closed_form(method, site))
     if isinstance(method, RandLoRA):
         return min(method.rank * (closed_form(method, site) // (method.rank + small)), small)
     return small
 
 
-def adapted(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Toy, randlora.adapters.Report]:
+def plain(method: Method) -> Toy | Blocks:
+    """A model that the method can adapt."""
     torch.manual_seed(0)
-    model = Toy()
-    report = randlora.adapt(model, method, TOY_TARGETS, seed=3)
+    return Blocks() if isinstance(method, LoRTA) else Toy()
+
+
+def targets_of(method: Method) -> list[str]:
+    return BLOCK_TARGETS if isinstance(method, LoRTA) else TOY_TARGETS
+
+
+def adapted(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Toy | Blocks, randlora.adapters.Report]:
+    model = plain(method)
+    report = randlora.adapt(model, method, targets_of(method), seed=3)
     return model.to(dtype), report
 
 
@@ -88,20 +138,19 @@ def randomise(model: nn.Module) -> None:
 
 
 @every_method
-def test_starts_at_the_base(method: Method, toy: Toy) -> None:
+def test_starts_at_the_base(method: Method) -> None:
+    model = plain(method)
     x = torch.randn(2, 5, 24)
-    before = toy(x)
-    randlora.adapt(toy, method, TOY_TARGETS)
-    torch.testing.assert_close(toy(x), before, rtol=0, atol=1e-6)
-    assert set(relative_norms(toy).values()) == {0.0}
+    before = model(x)
+    randlora.adapt(model, method, targets_of(method))
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
+    assert set(relative_norms(model).values()) == {0.0}
 
 
 @every_method
 def test_counts_are_the_closed_form(method: Method) -> None:
     model, report = adapted(method)
-    assert [site.name for site in report.sites] == [
-        "square", "tall", "wide", "c_attn[q]", "c_attn[v]", "attention.in_proj", "attention.out_proj",
-    ]  # fmt: skip
+    assert [site.name for site in report.sites] == targets_of(method)
     for site in report.sites:
         assert site.trainable_parameters == closed_form(method, site), site
     assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -165,17 +214,33 @@ def test_every_trained_tensor_of_every_site_receives_gradient(method: Method) ->
 
 
 @every_method
-def test_the_base_stays_bit_identical(method: Method, toy: Toy) -> None:
-    before = {name: p.detach().clone() for name, p in toy.named_parameters()}
-    randlora.adapt(toy, method, TOY_TARGETS)
-    optimizer = torch.optim.AdamW([p for p in toy.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        toy(torch.randn(2, 5, 24)).square().sum().backward()
+def test_every_trained_tensor_receives_gradient_by_the_second_step(method: Method) -> None:
+    """From the true start, where a factor that is zero may keep gradients from the others."""
+    model, _ = adapted(method)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 5, 24, dtype=torch.float64)).pow(3).sum().backward()
         optimizer.step()
-        with randlora.merged(toy), torch.no_grad():
-            toy(torch.randn(1, 5, 24))
-    randlora.adapters.unload(toy)
-    after = dict(toy.named_parameters())
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@every_method
+def test_the_base_stays_bit_identical(method: Method) -> None:
+    model = plain(method)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    randlora.adapt(model, method, targets_of(method))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(torch.randn(2, 5, 24)).square().sum().backward()
+        optimizer.step()
+        with randlora.merged(model), torch.no_grad():
+            model(torch.randn(1, 5, 24))
+    randlora.adapters.unload(model)
+    after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     for name, parameter in before.items():
         assert torch.equal(after[name], parameter), name
@@ -192,21 +257,19 @@ def test_save_load_and_merge_keep_the_outputs(method: Method, tmp_path) -> None:
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     randlora.save_adapter(model, tmp_path)
 
-    torch.manual_seed(0)
-    other = Toy()
-    plain = [(name, type(module)) for name, module in other.named_modules()]
+    other = plain(method)
+    modules = [(name, type(module)) for name, module in other.named_modules()]
     randlora.load_adapter(other, tmp_path)
     torch.testing.assert_close(other(x), expected, rtol=1e-6, atol=1e-6)
     randlora.merge(other)
     torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert [(name, type(module)) for name, module in other.named_modules()] == plain
+    assert [(name, type(module)) for name, module in other.named_modules()] == modules
 
 
 @every_method
 def test_a_low_precision_base_trains_float32_numbers(method: Method) -> None:
-    torch.manual_seed(0)
-    model = Toy().bfloat16()
-    randlora.adapt(model, method, TOY_TARGETS)
+    model = plain(method).bfloat16()
+    randlora.adapt(model, method, targets_of(method))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     output = model(torch.randn(2, 5, 24, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16
@@ -224,17 +287,21 @@ def test_autocast_stays_near_float32(method: Method) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5)]
-)
-def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method, toy: Toy) -> None:
-    x = torch.randn(300, 5, 24)
-    before = toy(x)
-    randlora.adapt(toy, method, TOY_TARGETS)
-    torch.testing.assert_close(toy(x), before)  # the update is zero, the base is not dropped
-    randomise(toy)
-    assert not torch.equal(toy(x), toy(x))
-    toy.eval()
-    assert torch.equal(toy(x), toy(x))
+    "method",
+    [
+        LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5), EDoRA(4, dropout=0.5),
+        MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
+    ],
+)  # fmt: skip
+def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method) -> None:
+    model, x = plain(method), torch.randn(300, 5, 24)
+    before = model(x)
+    randlora.adapt(model, method, targets_of(method))
+    torch.testing.assert_close(model(x), before)  # the update is zero, the base is not dropped
+    randomise(model)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
 
 
 def test_bases_are_shared_between_sites_and_not_saved(toy: Toy) -> None:
@@ -289,6 +356,9 @@ def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
         (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}), (NoLA, {"basis": "x"}),
         (RandLoRA, {"rank": 0}), (RandLoRA, {"num_bases": "round"}), (RandLoRA, {"num_bases": 0}),
         (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),
+        (EDoRA, {"rank": 0}), (EDoRA, {"start": -1.0}), (MoRA, {"compression": "cut"}), (MoRA, {"surplus": "cut"}),
+        (MELoRA, {"parts": 0}), (MELoRA, {"permuted": 3}), (LoRAMini, {"inner_in": 7}), (LoRAMini, {"inner_out": 0}),
+        (LoRTA, {"head_side": "o"}), (LoRTA, {"alpha": -1}),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(method: type, settings: dict) -> None:

@@ -14,7 +14,20 @@ from randlora.adapters.quantization import dense, is_quantised, quantise
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.memory_plan import memory_plan
-from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    FullFineTuning,
+    LoRA,
+    LoRAMini,
+    MELoRA,
+    Method,
+    MoRA,
+    NoLA,
+    RandLoRA,
+    RandLoRAa,
+    VeRA,
+)
 from randlora.run import Experiment
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'randlora[quant]'")
@@ -22,6 +35,7 @@ torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip i
 METHODS = [
     LoRA(rank=4), DoRA(rank=4), VeRA(rank=16), VeRA(rank=16, basis="kronecker"), NoLA(num_bases=32), RandLoRA(rank=5),
     RandLoRA(rank=5, basis="kronecker"), RandLoRA(rank=5, dropout=0.5), RandLoRAa(rank=4),
+    EDoRA(rank=4), EDoRA(rank=4, dropout=0.5), MoRA(rank=4), MELoRA(rank=2, parts=4), LoRAMini(rank=4),
 ]  # fmt: skip
 
 

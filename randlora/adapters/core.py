@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from randlora.adapters.attention import fuse_attention, unfuse_attention
 from randlora.adapters.layer import AdaptedLinear, Site, Update, linear_weight
+from randlora.adapters.positions import attention_heads
 from randlora.adapters.quantization import dense, is_quantised, recognise
 from randlora.adapters.targets import Place, places
 from randlora.bases import Basis, basis_of
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What was adapted. Counts are numbers, not bytes; `total_parameters` has the trained ones in it."""
+    """What was adapted. Counts are numbers, not bytes; `total_parameters` has the trained ones in it.
+
+    `saved_parameters` are those of an adapter's file: the trained ones, and fixed ones that no seed gives again.
+    Parameters that sites share are counted at the first of these.
+    """
 
     sites: list[Site]
     trainable_parameters: int
     total_parameters: int
+    saved_parameters: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Context:
     seed: int
     device: torch.device
     weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
+    heads: Mapping[str, int] = field(default_factory=dict)  # of the attention around a site, where they are known
 
     def basis(self, name: str, rows: int, columns: int, kind: str, sparsity: float | None, size: int) -> Basis:
         """A fixed random matrix for sites to share, drawn from the run's seed; see `randlora.bases.basis_of`."""
@@ -55,14 +62,20 @@ class Adaptation:
     updates: dict[str, Update]
     unfrozen: dict[str, nn.Parameter] = field(default_factory=dict)  # trained as they are, beside the sites
 
+    def saved(self) -> dict[str, Tensor]:
+        """Every tensor that a file of the adapter holds, by name: the trained ones and the updates' persistent buffers.
+
+        ``site:name`` for an update's, under the first site where updates share it; the model's own name otherwise.
+        """
+        named: dict[int, tuple[str, Tensor]] = {}
+        for site, update in self.updates.items():
+            for name, tensor in update.state_dict(keep_vars=True).items():
+                named.setdefault(id(tensor), (f"{site}:{name}", tensor))
+        return dict(named.values()) | self.unfrozen
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by name: ``site:name`` for an update's, the model's own name otherwise."""
-        named = {
-            f"{site}:{name}": parameter
-            for site, update in self.updates.items()
-            for name, parameter in update.named_parameters()
-        }
-        return named | self.unfrozen
+        """Those of `saved` that are trained."""
+        return {name: tensor for name, tensor in self.saved().items() if isinstance(tensor, nn.Parameter)}
 
 
 def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 0) -> Report:
@@ -79,7 +92,7 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     try:
         found = places(model, targets)
         modules = {place.module: model.get_submodule(place.module) for place in found}
-        updates, sites = _build(method, found, modules, seed)
+        updates, sites = _build(method, found, modules, attention_heads(model, found), seed)
         unfrozen = _unfrozen(method, model, {id(module.weight) for module in modules.values()})
     except Exception:
         fuse_attention(model)
@@ -96,11 +109,12 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     model.__dict__["_adaptation"] = adaptation
     beside = sum(site.trainable_parameters for site in sites if not updates[site.name].replaces_base)
     trainable = sum(site.trainable_parameters for site in sites) + sum(p.numel() for p in unfrozen.values())
-    return Report(sites, trainable, total + beside)
+    saved = sum(tensor.numel() for tensor in adaptation.saved().values())
+    return Report(sites, trainable, total + beside, saved)
 
 
 def _build(
-    method: Method, found: list[Place], modules: Mapping[str, nn.Module], seed: int
+    method: Method, found: list[Place], modules: Mapping[str, nn.Module], heads: Mapping[str, int], seed: int
 ) -> tuple[dict[str, Update], list[Site]]:
     weights = {}
     for place in found:
@@ -109,13 +123,15 @@ def _build(
         weights[place.site] = weight if place.rows is None else weight[place.rows]
     sites = [Site(name, *weight.shape) for name, weight in weights.items()]
     device = next(iter(weights.values())).device
-    updates = dict(method.updates(sites, Context(seed, device, weights)))
+    updates = dict(method.updates(sites, Context(seed, device, weights, heads)))
     if set(updates) != set(weights):
         raise RuntimeError(f"{type(method).__name__}.updates must return one update for each site")
     _refuse_quantised(method, updates, weights)
-    counted = []
+    counted: list[Site] = []
+    shared: set[nn.Parameter] = set()
     for site in sites:
-        parameters = list(updates[site.name].parameters())
+        parameters = [p for p in updates[site.name].parameters() if p not in shared]
+        shared.update(parameters)
         counted.append(dataclasses.replace(site, trainable_parameters=sum(p.numel() for p in parameters)))
         if any(p.dtype != torch.float32 for p in parameters):
             raise RuntimeError(f"{type(method).__name__}: trained tensors are float32 whatever the base's dtype")

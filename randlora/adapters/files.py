@@ -1,8 +1,10 @@
 """An adapter on disk: two small files, and never a pickle.
 
 ``adapter.safetensors`` holds one flat float32 tensor per trained name (all sites one after the other, in their
-order), so a file is the trained numbers and little else. ``adapter.json`` says how to build the sites again:
-method, targets, seed, and a SHA-256 of the sites and of each fixed basis. Bases are regenerated, not stored.
+order), so a file is the trained numbers and little else; fixed tensors that no seed gives again (an update's
+persistent buffers, such as the factors of a decomposition) are kept beside them. ``adapter.json`` says how to build
+the sites again: method, targets, seed, and a SHA-256 of the sites and of each fixed basis. Bases are regenerated, not
+stored.
 """
 
 from __future__ import annotations
@@ -80,10 +82,10 @@ def _fill(adaptation: Adaptation, settings: dict, tensors: dict[str, Tensor], fo
     _unpack(adaptation, tensors, folder)
 
 
-def _groups(adaptation: Adaptation) -> dict[str, list[nn.Parameter]]:
-    """Trained tensors by their name within an update, over all sites; unfrozen ones each by its own."""
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in adaptation.trained().items():
+def _groups(adaptation: Adaptation) -> dict[str, list[Tensor]]:
+    """Saved tensors by their name within an update, over all sites; unfrozen ones each by its own."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in adaptation.saved().items():
         groups.setdefault(name if name in adaptation.unfrozen else name.rpartition(":")[2], []).append(parameter)
     return groups
 

@@ -45,7 +45,8 @@ class Frozen(NamedTuple):
 class Update(nn.Module):
     """What a method adds to one site: its parameters are trained and counted, its buffers are fixed.
 
-    A subclass gives `delta`; it overrides `forward` where an exact form is cheaper than forming W'.
+    A subclass gives `delta`; it overrides `forward` where an exact form is cheaper than forming W'. Fixed tensors that
+    no seed gives again are persistent buffers: they go into the adapter's file. All others are not persistent.
     """
 
     replaces_base = False  # True when the trained numbers stand in for W0 instead of beside it

@@ -2,12 +2,32 @@
 
 from randlora.methods.base import Method
 from randlora.methods.dora import DoRA
+from randlora.methods.edora import EDoRA
 from randlora.methods.full import FullFineTuning
 from randlora.methods.linear_probe import LinearProbe
 from randlora.methods.lora import LoRA
+from randlora.methods.lora_mini import LoRAMini
+from randlora.methods.lorta import LoRTA
+from randlora.methods.melora import MELoRA
+from randlora.methods.mora import MoRA
 from randlora.methods.nola import NoLA
 from randlora.methods.randlora import RandLoRA
 from randlora.methods.randlora_a import RandLoRAa
 from randlora.methods.vera import VeRA
 
-__all__ = ["DoRA", "FullFineTuning", "LinearProbe", "LoRA", "Method", "NoLA", "RandLoRA", "RandLoRAa", "VeRA"]
+__all__ = [
+    "DoRA",
+    "EDoRA",
+    "FullFineTuning",
+    "LinearProbe",
+    "LoRA",
+    "LoRAMini",
+    "LoRTA",
+    "MELoRA",
+    "Method",
+    "MoRA",
+    "NoLA",
+    "RandLoRA",
+    "RandLoRAa",
+    "VeRA",
+]

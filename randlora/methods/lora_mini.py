@@ -1,0 +1,83 @@
+"""LoRA-Mini: LoRA's factors split, the outer halves fixed (Singh et al., 2024, arXiv 2411.15804)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.adapters.layer import Frozen, Site, Update
+from randlora.bases import Basis, draw
+from randlora.errors import SettingsError, check_count
+from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale
+
+if TYPE_CHECKING:
+    from randlora.adapters.core import Context
+
+
+@dataclass(frozen=True)
+class LoRAMini(Method):
+    """ΔW = (alpha / rank) · D B A C with A (rank × a) and B (b × rank) trained: rank·(a + b) parameters a site.
+
+    C (a × in) and D (out × b) are fixed; a is `inner_in`, b `inner_out`. The count is the same whatever the site's
+    widths. `dropout` acts on the input of the update. `alpha` defaults to 2·rank.
+
+    The paper leaves open how the matrices start, the scale and the sizes. Ours: every site draws its own C and D,
+    uniform, by name from the run's seed, of variance 1/in and 1/b; A starts uniform in ±1/√a, B at zero. Then A C
+    starts with the variance of LoRA's A, and a step of the optimiser moves D B as far as it would LoRA's B.
+    """
+
+    rank: int = 8
+    inner_in: int = 64
+    inner_out: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_low_rank(self)
+        for name, size in (("inner_in", self.inner_in), ("inner_out", self.inner_out)):
+            check_count(f"LoRAMini.{name}", size)
+            if size < self.rank:
+                raise SettingsError(f"LoRAMini.{name}={size}: must be at least the rank, {self.rank}")
+
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
+        updates: dict[str, Update] = {}
+        for site in sites:
+            C = context.basis(f"loramini.C {site.name}", self.inner_in, site.in_features, "uniform", None, site.small)
+            D = context.basis(f"loramini.D {site.name}", site.out_features, self.inner_out, "uniform", None, site.small)
+            updates[site.name] = LoRAMiniUpdate(self, site, C, D, context)
+        return updates
+
+
+class LoRAMiniUpdate(Update):
+    """The update of one site."""
+
+    def __init__(self, method: LoRAMini, site: Site, C: Basis, D: Basis, context: Context):
+        super().__init__()
+        self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
+        self.basis_C, self.basis_D = C, D
+        if context.device.type == "meta":
+            start = torch.empty(method.rank, method.inner_in, device="meta")
+        else:
+            start = draw(method.rank, method.inner_in, "loramini.A", site.name, context.seed)  # uniform within ±√3
+        self.A = nn.Parameter(start.to(context.device) / math.sqrt(3 * method.inner_in))
+        self.B = nn.Parameter(torch.zeros(method.inner_out, method.rank, device=context.device))
+
+    def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """A C (rank × in) and D B (out × rank): formed for all tokens at once, they cost what LoRA's cost."""
+        inner_in, inner_out = self.A.shape[1], self.B.shape[0]
+        inner = self.basis_C(inner_in, in_features).down(self.A / math.sqrt(in_features))
+        return inner, self.basis_D(out_features, inner_out).times(self.B / math.sqrt(inner_out))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        AC, DB = self.factors(*weight.shape)
+        return self.scale * (DB @ AC)
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return low_rank_linear(x, base, dropped, *self.factors(*base.weight.shape), self.scale)
