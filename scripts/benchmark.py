@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.adapters.core import cached, unload
+from randlora.adapters.interface import Method
 from randlora.bases import Basis
 from randlora.methods import FullFineTuning, LoRA, NoLA, RandLoRA, VeRA
-from randlora.methods.base import Method
 from randlora.records.memory import PeakMemory
 
 try:

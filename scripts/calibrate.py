@@ -54,7 +54,7 @@ def measure(device: torch.device) -> dict[str, float]:
         found["low_precision"].append(half / unit)
         found["small_products"].append((by_token + by_column) / 2 / unit)
         if device.type == "cpu":  # the only place where they are used
-            S = DenseBasis("calibration", large, small, seed=0, distribution="ternary", sparsity=25)(large, small)
+            S = DenseBasis.drawn("calibration", large, small, seed=0, distribution="ternary", sparsity=25)(large, small)
             found["sparse_products"].append(seconds(S.times, M) / (small * S.multiplications()) / unit)
         found["elementwise"].append(seconds(torch.add, W, W.clone()) / W.numel() / unit)
     return {name: float(f"{statistics.median(values):.3g}") for name, values in found.items() if values}
