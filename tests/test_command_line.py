@@ -87,7 +87,7 @@ def test_dry_run_as_json_is_alone_on_stdout() -> None:
 def test_quick_checks_do_not_import_the_heavy_libraries() -> None:
     """A typo should not wait for transformers, open_clip, datasets or wandb: building everything leaves them out."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from conftest import settings; from randlora.run import Experiment;"
+        "import sys; sys.path.insert(0, 'tests'); from conftest import settings; from randlora.experiment import Experiment;"
         "[Experiment.from_config(settings('dry_run=true', *o.split())) for o in ("
         "'model=clip_tiny', 'model=llama3_8b task=arc_easy', 'model=minilm task=mrpc', 'logger=wandb')];"
         "print(sorted({'transformers', 'open_clip', 'datasets', 'wandb', 'sklearn', 'accelerate'} & set(sys.modules)))"

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from conftest import REPOSITORY, settings
 from randlora.config import build
 from randlora.errors import SettingsError
+from randlora.experiment import Experiment
 from randlora.records.signature import signature
-from randlora.run import Experiment
 
 
 def options(group: str) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import REPOSITORY, settings
 from randlora.errors import SettingsError
-from randlora.run import Experiment, run
+from randlora.experiment import Experiment
+from randlora.run import run
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from evaluate import evaluate
