@@ -2,8 +2,8 @@
 
 python scripts/memory.py [--json FILE] model=smollm2_135m task=arc_easy data_root=FOLDER [KEY=VALUE …]
 
-Three steps over the longest micro-batch: forward, backward, the optimiser's. On a GPU the allocator's peak; on a CPU the peak of
-the process, less what it held before the model was loaded.
+Three steps over the longest micro-batch: forward, backward, the optimiser's. On a GPU the allocator's peak; on a CPU
+the peak of the process, less what it held before the model was loaded.
 """
 
 from __future__ import annotations

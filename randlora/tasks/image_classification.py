@@ -130,9 +130,8 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
         else:
             present, targets, counts = batch["label"].unique(return_inverse=True, return_counts=True)
             logits = model(batch.get("image"), features=batch.get("features"), classes=present)
-            logits = (
-                logits + counts.log()
-            )  # as if every image had brought its text: a class counts as often as it occurs
+            # As if every image had brought its text: a class counts as often as it occurs.
+            logits = logits + counts.log()
         return F.cross_entropy(logits.float(), targets)
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
