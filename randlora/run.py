@@ -19,7 +19,6 @@ from randlora.records.console import Console
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
-from randlora.tasks.mixins import Remark
 from randlora.training import Diverged, Interrupted
 from randlora.training.cached_features import cache_features
 from randlora.training.trainer import brief, norms, prefixed
@@ -106,7 +105,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
 def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:
     """Loads, adapts, trains, scores and saves; returns the fields of the result that come of it."""
     task, trainer, seed = experiment.task, experiment.trainer, experiment.budget.seed
-    remark = task.remark() if isinstance(task, Remark) else None
+    remark = task.remark()
     if remark:
         record.say(remark)
     memory = PeakMemory(accelerator.device)

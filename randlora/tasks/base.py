@@ -142,6 +142,10 @@ class Task(ABC):
         """Which rows of the test split are used."""
         return subsample(len(table), self.test_size, self.name)
 
+    def remark(self) -> str | None:
+        """A sentence for the log when a run begins, such as on a metric that is left out; None: nothing to say."""
+        return None
+
     # What a task must give; what only some can do is in `randlora.tasks.mixins`.
 
     @property

@@ -35,15 +35,16 @@ def prompt(instruction: str) -> str:
 
 @dataclass(frozen=True)
 class Commonsense(LanguageModelTask):
-    """Multiple choice; accuracy over the test questions.
+    """Multiple choice; accuracy over the test questions, and the part of them that was answered at all.
 
-    `scoring` is ``generation`` (`beams`, `max_new_tokens`; the first of the question's words in the response counts,
-    none is wrong) or ``likelihood`` (the word that makes "the correct answer is WORD" most likely). With
-    `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than `max_length` tokens are
-    cut.
-
-    `tests` are the sets that a mixture is tested on; the accuracy is then the mean of theirs, as published, and
-    `test_size` bounds each. Without them the test set is the source's own.
+    Args:
+        tests: The sets that a mixture is tested on; the accuracy is then the mean of theirs, as published, and
+            `test_size` bounds each. None: the test set is the source's own.
+        scoring: ``generation`` (the first of the question's possible answers in the response counts, none is wrong) or
+            ``likelihood`` (the answer that makes "the correct answer is ANSWER" most likely).
+        beams, max_new_tokens: Of the beam search, for ``generation``.
+        train_on_inputs: Whether the loss is over the prompt's tokens too, as published.
+        max_length: Longer training texts are cut to this many tokens.
     """
 
     headline: ClassVar[str] = "accuracy"
@@ -125,7 +126,7 @@ class Commonsense(LanguageModelTask):
 
 
 def first_answer(text: str, answers: Sequence[str]) -> str:
-    """The first of the words in a response, or "" when there is none."""
+    """The first of the answers in a response, or "" when there is none."""
     first = re.search("|".join(map(re.escape, answers)), text)
     return first[0] if first else ""
 

@@ -17,7 +17,6 @@ from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch
 from randlora.tasks.language_model import LabelledTokens, LanguageModelTask
-from randlora.tasks.mixins import Remark
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -30,13 +29,16 @@ def linearised(meaning: str) -> str:
 
 
 @dataclass(frozen=True)
-class DataToText(Remark, LanguageModelTask):
+class DataToText(LanguageModelTask):
     """Columns `meaning_representation` and `reference`; scored over the distinct meanings against all their references.
 
-    Trained on "MEANING || REFERENCE", the loss over the reference and the end token alone, with `label_smoothing`.
-    Texts come from a beam search: `beams`, `max_new_tokens`, `length_penalty`, and no n-gram of `no_repeat_ngram`
-    tokens twice within a text (0: no such rule). Longer training texts than `max_length` tokens are cut. The headline
-    is BLEU, as a part of 1; NIST, ROUGE-L, CIDEr and METEOR are beside it.
+    Trained on "MEANING || REFERENCE", the loss over the reference and the end token alone. The headline is BLEU, as a
+    part of 1; NIST, ROUGE-L, CIDEr and METEOR are beside it.
+
+    Args:
+        label_smoothing: Of the loss, from 0 to 1.
+        beams, max_new_tokens, length_penalty: Of the beam search that makes the texts.
+        no_repeat_ngram: No n-gram of so many tokens comes twice within a text; 0: no such rule.
     """
 
     headline: ClassVar[str] = "bleu"

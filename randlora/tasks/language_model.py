@@ -54,7 +54,8 @@ def learned(labels: Tensor) -> dict[str, Tensor]:
 class LanguageModelTask(KnownShapes, UnequalExamples, Task):
     """Tasks of a causal language model as it is: the loss is the mean over the labelled tokens of a batch.
 
-    Longer training texts than `max_length` tokens are cut.
+    Args:
+        max_length: Longer training texts are cut to this many tokens.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)

@@ -41,11 +41,3 @@ class FrozenFeatures(ABC):
 
         `loss` and `predict` take both kinds of batch.
         """
-
-
-class Remark(ABC):
-    """It has something to say when a run begins."""
-
-    @abstractmethod
-    def remark(self) -> str | None:
-        """A sentence for the log, such as on a metric that is left out here; None when there is nothing to say."""

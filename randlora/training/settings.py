@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """What is told of a training while it goes."""
 
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """What is known after `step` steps, by name."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """A sentence for a person."""
 
-    def progress(self, step: int, steps: int, text: str) -> None: ...
+    def progress(self, step: int, steps: int, text: str) -> None:
+        """`step` of `steps` are done."""
 
 
 @dataclass(frozen=True)
