@@ -26,7 +26,9 @@ def execute(config: DictConfig) -> float | None:
     """One run; returns its validation score, which a sweeper may optimise."""
     try:
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        from randlora.run import Experiment, dry_run, run, table
+        from randlora.experiment import Experiment
+        from randlora.plan import dry_run, table
+        from randlora.run import run
 
         experiment = Experiment.from_config(settings)
         if settings["dry_run"]:

@@ -41,6 +41,13 @@ WRONG = {
     "run_root=README.md": r"run_root=README.md: README.md/digits/.* cannot be written \(Not a directory\)",
     "dry_run=true task=cifar10 model=vit_s14 task.prompts=ensemble": "prompts=ensemble: model=vit_s14 has a linear",
     "dry_run=true task=cifar10 trainer.head_learning_rate=0.1": "task cifar10 on clip_tiny trains no head",
+    "optimizer=adamv": "optimizer=adamv: choose one of adafactor, adamw, sgd; did you mean adamw",
+    "optimizer.algorithm=Adamm": "optimizer.algorithm='Adamm': not a class of torch.optim",
+    "+optimizer.momentum=0.9": "optimizer.momentum: torch.optim.AdamW has betas, eps",
+    "optimizer.betas=[0.9,2]": "optimizer=AdamW: Invalid beta parameter at index 1: 2",
+    "optimizer.algorithm=Rprop ~optimizer.betas": "trainer.weight_decay=0.1: torch.optim.Rprop has none; use 0",
+    "optimizer.algorithm=LBFGS ~optimizer.betas trainer.weight_decay=0": "LBFGS: cannot take a step on dense gradients",
+    "logger=wandb logger.wandb.mode=on": "logger.wandb.mode='on': choose one of online, offline, disabled",
     "model=vit_s14 task=cifar10 model.search=[] model.weights=null model.image_size=0": "model.image_size=0",
 }
 
@@ -87,7 +94,8 @@ def test_dry_run_as_json_is_alone_on_stdout() -> None:
 def test_quick_checks_do_not_import_the_heavy_libraries() -> None:
     """A typo should not wait for transformers, open_clip, datasets or wandb: building everything leaves them out."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from conftest import settings; from randlora.run import Experiment;"
+        "import sys; sys.path.insert(0, 'tests'); from conftest import settings;"
+        "from randlora.experiment import Experiment;"
         "[Experiment.from_config(settings('dry_run=true', *o.split())) for o in ("
         "'model=clip_tiny', 'model=llama3_8b task=arc_easy', 'model=minilm task=mrpc', 'logger=wandb')];"
         "print(sorted({'transformers', 'open_clip', 'datasets', 'wandb', 'sklearn', 'accelerate'} & set(sys.modules)))"

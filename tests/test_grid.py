@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import REPOSITORY, settings
-from randlora.run import Experiment, counts, lengths
+from randlora.experiment import Experiment
+from randlora.plan import counts, lengths
 
 PUBLISHED = REPOSITORY / "experiments" / "published"
 METHODS = ("full", "lora", "vera", "nola", "randlora")

@@ -8,8 +8,8 @@ from test_models import needs
 
 from conftest import DATA, MODELS, settings
 from randlora.adapters import adapt
-from randlora.memory_plan import memory_plan, saved
-from randlora.run import Experiment
+from randlora.experiment import Experiment
+from randlora.plan import memory_plan, saved
 
 SMALL = [
     ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4"],
@@ -45,7 +45,7 @@ def test_a_plan_says_what_a_step_keeps(overrides: list[str]) -> None:
     plan = memory_plan(planned)
     backbone = planned.model.load()
     adapt(backbone.module, planned.method, planned.patterns, 0)
-    model = planned.task.bind(backbone).train()
+    model = planned.task.bind(backbone).model.train()
     size = planned.trainer.micro_batch_size or planned.trainer.batch_size
     batch = planned.task.sample(backbone, size)
     if "inputs" in batch:  # as where texts differ in length: without padding, attention keeps a little less
@@ -81,7 +81,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(overrides: list[str]) 
         torch.manual_seed(0)
         backbone = one.model.load()
         adapt(backbone.module, one.method, one.patterns, 0)
-        model = one.task.bind(backbone)
+        model = one.task.bind(backbone).model
         for module in model.modules():  # MiniLM's own dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

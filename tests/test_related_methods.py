@@ -12,15 +12,17 @@ from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy, settings
 from randlora.adapters import unfuse_attention
 from randlora.adapters.core import adapted_layers
 from randlora.adapters.files import TENSORS
-from randlora.adapters.layer import AdaptedLinear, Update
+from randlora.adapters.interface import Update
+from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.positions import Position, attention_heads, position
 from randlora.adapters.targets import places
 from randlora.bases import draw
 from randlora.config import build
 from randlora.errors import SettingsError
+from randlora.experiment import Experiment
 from randlora.methods import EDoRA, LoRAMini, LoRTA, MELoRA, Method, MoRA
+from randlora.plan import counts
 from randlora.rng import permutation
-from randlora.run import Experiment, counts
 
 SHAPES = [(24, 24), (60, 24), (24, 60), (72, 24)]  # (out, in)
 

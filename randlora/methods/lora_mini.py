@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import Basis, draw
 from randlora.errors import SettingsError, check_count
-from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class LoRAMini(Method):
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         updates: dict[str, Update] = {}
         for site in sites:
-            C = context.basis(f"loramini.C {site.name}", self.inner_in, site.in_features, "uniform", None, site.small)
-            D = context.basis(f"loramini.D {site.name}", site.out_features, self.inner_out, "uniform", None, site.small)
+            C = context.draw("uniform", f"loramini.C {site.name}", self.inner_in, site.in_features)
+            D = context.draw("uniform", f"loramini.D {site.name}", site.out_features, self.inner_out)
             updates[site.name] = LoRAMiniUpdate(self, site, C, D, context)
         return updates
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.adapters.positions import Position, position
 from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice
-from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice, check_count
-from randlora.methods.base import Method, check_low_rank, relative_scale
+from randlora.methods.common import check_low_rank, relative_scale
 from randlora.rng import permutation
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
