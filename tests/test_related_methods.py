@@ -118,10 +118,8 @@ def test_edora_files_hold_the_factors(tmp_path, monkeypatch: pytest.MonkeyPatch)
     assert report.saved_parameters == sum(tensor.numel() for tensor in tensors.values())
     assert report.trainable_parameters == tensors["R"].numel() + tensors["magnitude"].numel()
 
-    signs = torch.tensor([-1.0, 1.0, -1.0, -1.0])
-    svd = edora.truncated_svd
-    flipped = lambda weight, rank: (svd(weight, rank)[0] * signs, svd(weight, rank)[1] * signs[:, None])  # noqa: E731
-    monkeypatch.setattr(edora, "truncated_svd", flipped)
+    svd, signs = edora.truncated_svd, torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    monkeypatch.setattr(edora, "truncated_svd", lambda *args: (svd(*args)[0] * signs, svd(*args)[1] * signs[:, None]))
     torch.manual_seed(0)
     other = Toy()
     randlora.load_adapter(other, tmp_path)

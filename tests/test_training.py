@@ -189,6 +189,23 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert result.steps == 20
 
 
+def test_a_decomposition_that_comes_out_otherwise_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EDoRA's singular vectors have other signs on another machine; the checkpoint brings those it began with."""
+    from randlora.methods import EDoRA, edora
+
+    unbroken, broken = model(EDoRA(rank=4)), model(EDoRA(rank=4))
+    fit(unbroken, tmp_path / "a")
+    with pytest.raises(Interrupted, match="step 7 of 20"):
+        fit(broken, tmp_path / "b", StopsAt(7))
+    svd, signs = edora.truncated_svd, torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    monkeypatch.setattr(edora, "truncated_svd", lambda *args: (svd(*args)[0] * signs, svd(*args)[1] * signs[:, None]))
+    resumed = model(EDoRA(rank=4))
+    fit(resumed, tmp_path / "b")
+    assert torch.equal(numbers(resumed), numbers(unbroken))
+
+
 OPTIMIZERS = {
     "AdamW": {"betas": [0.8, 0.99]},
     "SGD": {},  # without momentum it keeps nothing

@@ -1,29 +1,28 @@
-"""Checkpoints: trained tensors and the optimiser's, in safetensors, with a JSON of where the run is."""
+"""Checkpoints: tensors trained or not to be had again, and the optimiser's, in safetensors, with a JSON of the step."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
-def save(
-    folder: Path, state: dict[str, float], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Path:
+def save(folder: Path, state: dict[str, float], kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Path:
     """Writes ``folder/step_N`` for state["step"] = N and removes older ones. It appears whole or not at all."""
     step = int(state["step"])
     final, draft = folder / f"step_{step:07d}", folder / f".draft_{step:07d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    tensors = {f"trained/{name}": parameter.detach() for name, parameter in trained.items()}
-    for name, parameter in trained.items():
-        for key, value in optimizer.state[parameter].items():
+    tensors = {f"trained/{name}": tensor.detach() for name, tensor in kept.items()}
+    for name, tensor in kept.items():
+        for key, value in optimizer.state.get(tensor, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / TENSORS)
     (draft / STATE).write_text(json.dumps(state))
@@ -42,13 +41,13 @@ def latest(folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def restore(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Fills the trained tensors and the optimiser from a checkpoint; returns the state that was saved."""
+def restore(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Fills the tensors and the optimiser from a checkpoint; returns the state that was saved."""
     tensors = load_file(path / TENSORS)
-    for name, parameter in trained.items():
-        parameter.copy_(tensors.pop(f"trained/{name}"))
+    for name, tensor in kept.items():
+        tensor.copy_(tensors.pop(f"trained/{name}"))
     for entry, value in tensors.items():
         _, key, name = entry.split("/", 2)
-        device = "cpu" if key == "step" else trained[name].device
-        optimizer.state[trained[name]][key] = value.to(device)
+        device = "cpu" if key == "step" else kept[name].device
+        optimizer.state[kept[name]][key] = value.to(device)
     return json.loads((path / STATE).read_text())

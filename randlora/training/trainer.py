@@ -90,6 +90,8 @@ class Loop:
         self.adaptation = require_adaptation(bound.model)
         self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        # What a checkpoint holds: also the updates' fixed tensors that no seed gives again.
+        self.kept = self.trained | {name: t for name, t in self.adaptation.saved().items() if not t.requires_grad}
         method = self.adaptation.method
         if not self.trained:
             raise SettingsError(f"method {method.name} has nothing to train here: this model gets no head")
@@ -111,7 +113,7 @@ class Loop:
         start, seconds = 0, 0.0
         resumable = checkpoint.latest(self.folder)
         if resumable is not None:
-            state = checkpoint.restore(resumable, self.trained, self.optimizer)
+            state = checkpoint.restore(resumable, self.kept, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
             self.observer.say(f"going on from step {start} of {self.steps}")
         with self.stop:
@@ -201,7 +203,7 @@ class Loop:
     def _save(self, done: int, seconds: float) -> None:
         if self.accelerator.is_main_process:
             state = {"step": done, "train_seconds": seconds}
-            checkpoint.save(self.folder, state, self.trained, self.optimizer)
+            checkpoint.save(self.folder, state, self.kept, self.optimizer)
         self.accelerator.wait_for_everyone()
 
     def _sum(self, *values: float) -> list[float]:
