@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from conftest import BLOCK_TARGETS, Blocks
 from randlora.errors import SettingsError
-from randlora.methods import LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.methods import EDoRA, LoRA, LoRAMini, LoRTA, MELoRA, Method, NoLA, RandLoRA, VeRA
 
 peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
 
@@ -50,6 +51,9 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
     ("method", "bases", "narrow"),
     [
         (LoRA(rank=4, alpha=3, dropout=0.1), True, 16),
+        (MELoRA(rank=3, parts=2, alpha=5), True, 16),
+        (MELoRA(rank=2, parts=4, permuted=True), True, 16),
+        (LoRAMini(rank=3, inner_in=8, inner_out=6), True, 16),
         (VeRA(rank=7), True, 16),
         (VeRA(rank=7, basis="sparse"), True, 16),
         (VeRA(rank=7, basis="peft"), False, 16),
@@ -71,6 +75,20 @@ def test_peft_reads_what_we_write(method: Method, bases: bool, narrow: int, tmp_
     assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
     theirs = peft.PeftModel.from_pretrained(Net(narrow), tmp_path)
     assert_same(ours.eval(), theirs.eval())
+
+
+def test_peft_reads_a_tensors_slices_as_loras(tmp_path: Path) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Blocks())
+    ours, plain = models
+    randlora.adapt(ours, LoRTA(rank=5), BLOCK_TARGETS[:4])
+    randomise(ours)
+    randlora.to_peft(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 CONFIGS = {
@@ -141,6 +159,7 @@ def test_twenty_steps_side_by_side(narrow: int, tmp_path: Path) -> None:
     ("method", "bases", "why"),
     [
         (NoLA(num_bases=8), True, "PEFT has no nola"),
+        (EDoRA(rank=4), True, "PEFT has no edora"),
         (RandLoRA(rank=5), False, "cannot draw"),
         (VeRA(rank=7), False, "cannot draw"),
         (RandLoRA(rank=5), True, r"method\.basis=peft"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.adapters.interface import Frozen, Site
+from randlora.adapters.interface import Frozen, Site, Update
 from randlora.adapters.quantization import is_quantised
 from randlora.bases import DenseMap, Map, SparseMap, depends_on_size
 from randlora.errors import check_count, check_positive, check_range
@@ -91,3 +91,22 @@ def low_rank_linear(x: Tensor, base: Frozen, dropped: Tensor, A: Tensor, B: Tens
     low = F.linear(dropped, A.to(dropped.dtype)).flatten(0, -2)
     y.view(-1, y.shape[-1]).addmm_(low.to(y.dtype), B.to(y.dtype).T, alpha=scale)
     return y
+
+
+class LowRankUpdate(Update):
+    """An update that is LoRA's, ΔW = scale · B A, whatever its factors are made of; PEFT reads it as a LoRA."""
+
+    scale: float
+    dropout: float
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), with one r for all sites."""
+        raise NotImplementedError
+
+    def delta(self, weight: Tensor) -> Tensor:
+        A, B = self.low_rank()
+        return self.scale * (B @ A)
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return low_rank_linear(x, base, dropped, *self.low_rank(), self.scale)

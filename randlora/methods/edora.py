@@ -72,19 +72,17 @@ class EDoRAUpdate(Update):
         self.register_buffer("squares", weight.square().sum(1), persistent=False)
         self.magnitude = nn.Parameter(self.squares.sqrt())
 
-    def factor(self) -> Tensor:
-        """m / ‖V‖ (out,), without W0: ‖w + s u R A‖² = ‖w‖² + 2 s (w Aᵀ)·(u R) + s² (u R)(A Aᵀ)·(u R), row by row.
-
-        W0 Aᵀ is U A Aᵀ, as U are singular vectors.
-        """
+    def factor(self, weight: Tensor) -> Tensor:
+        """m / ‖V‖ (out,), without forming V: ‖w + v A‖² = ‖w‖² + v·(2 A w + A Aᵀ v), row by row, with v = s u R."""
         # In float32 whatever the autocast: what is added up here is small beside ‖w‖².
         with torch.autocast(self.U.device.type, enabled=False):
             moved = self.scale * (self.U @ self.R.detach())  # (out, rank)
-            squares = self.squares + ((2 * self.U + moved) @ (self.A @ self.A.T)).mul_(moved).sum(1)
+            crossed = F.linear(dense(weight, moved.dtype), self.A)
+            squares = self.squares + (moved * (2 * crossed + moved @ (self.A @ self.A.T))).sum(1)
             return self.magnitude / squares.sqrt()
 
     def delta(self, weight: Tensor) -> Tensor:
-        factor = self.factor()[:, None]
+        factor = self.factor(weight)[:, None]
         return (factor - 1) * weight.to(factor.dtype) + factor * (self.scale * (self.U @ self.R) @ self.A)
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
@@ -96,7 +94,7 @@ class EDoRAUpdate(Update):
             held = held - base.bias.to(y.dtype)
         low = F.linear(F.linear(dropped, self.A.to(dropped.dtype)), (self.scale * (self.U @ self.R)).to(dropped.dtype))
         # Written as a change of the base's output, so that half precision does not round what has not changed.
-        factor = self.factor()
+        factor = self.factor(base.weight)
         return y + (factor - 1).to(y.dtype) * held + factor.to(y.dtype) * low
 
 

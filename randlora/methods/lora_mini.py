@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.interface import Context, Frozen, Method, Site, Update
+from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.bases import Basis, draw
 from randlora.errors import SettingsError, check_count
-from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,13 @@ class LoRAMini(Method):
         return updates
 
 
-class LoRAMiniUpdate(Update):
+class LoRAMiniUpdate(LowRankUpdate):
     """The update of one site."""
 
     def __init__(self, method: LoRAMini, site: Site, C: Basis, D: Basis, context: Context):
         super().__init__()
         self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
+        self.out_features, self.in_features = site.out_features, site.in_features
         self.basis_C, self.basis_D = C, D
         if context.device.type == "meta":
             start = torch.empty(method.rank, method.inner_in, device="meta")
@@ -64,16 +64,8 @@ class LoRAMiniUpdate(Update):
         self.A = nn.Parameter(start.to(context.device) / math.sqrt(3 * method.inner_in))
         self.B = nn.Parameter(torch.zeros(method.inner_out, method.rank, device=context.device))
 
-    def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """A C (rank × in) and D B (out × rank): formed for all tokens at once, they cost what LoRA's cost."""
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         inner_in, inner_out = self.A.shape[1], self.B.shape[0]
-        inner = self.basis_C(inner_in, in_features).down(self.A / math.sqrt(in_features))
-        return inner, self.basis_D(out_features, inner_out).times(self.B / math.sqrt(inner_out))
-
-    def delta(self, weight: Tensor) -> Tensor:
-        AC, DB = self.factors(*weight.shape)
-        return self.scale * (DB @ AC)
-
-    def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        dropped = F.dropout(x, self.dropout, self.training)
-        return low_rank_linear(x, base, dropped, *self.factors(*base.weight.shape), self.scale)
+        AC = self.basis_C(inner_in, self.in_features).down(self.A / math.sqrt(self.in_features))
+        DB = self.basis_D(self.out_features, inner_out).times(self.B / math.sqrt(inner_out))
+        return AC, DB

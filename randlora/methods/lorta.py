@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.interface import Context, Frozen, Method, Site, Update
+from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.positions import Position, position
 from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice
-from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class CPTensor(nn.Module):
         return (self.H[:, None] * self.B.T).flatten(0, 1)
 
 
-class LoRTAUpdate(Update):
+class LoRTAUpdate(LowRankUpdate):
     """The update of one site: a slice of the tensor, as LoRA's two factors at LoRA's cost."""
 
     def __init__(self, method: LoRTA, tensor: CPTensor, layer: int, role: int, heads_are_outputs: bool):
@@ -131,16 +130,7 @@ class LoRTAUpdate(Update):
         self.tensor, self.layer, self.role, self.heads_are_outputs = tensor, layer, role, heads_are_outputs
         self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(rank, in) and (out, rank), whose product is ΔW but for the scale."""
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         width, heads = self.tensor.A, self.tensor.heads()
         inputs, outputs = (width, heads) if self.heads_are_outputs else (heads, width)
         return (inputs * (self.tensor.L[self.layer] * self.tensor.M[self.role])).T, outputs
-
-    def delta(self, weight: Tensor) -> Tensor:
-        inner, outer = self.factors()
-        return self.scale * (outer @ inner)
-
-    def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        dropped = F.dropout(x, self.dropout, self.training)
-        return low_rank_linear(x, base, dropped, *self.factors(), self.scale)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice, check_count
-from randlora.methods.common import check_low_rank, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
 from randlora.rng import permutation
 
 
@@ -50,7 +50,7 @@ class MELoRA(Method):
         return {site.name: MELoRAUpdate(self, site, context.seed, context.device) for site in sites}
 
 
-class MELoRAUpdate(Update):
+class MELoRAUpdate(LowRankUpdate):
     """The update of one site."""
 
     inputs: Tensor | None  # the order of the inputs, (in,)
@@ -71,19 +71,19 @@ class MELoRAUpdate(Update):
             order = torch.from_numpy(permutation(size, f"melora.{name}", site.name, seed)) if method.permuted else None
             self.register_buffer(name, order if order is None else order.to(device), persistent=False)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        delta = torch.block_diag(*(self.scale * (self.B @ self.A)))
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        A, B = torch.block_diag(*self.A), torch.block_diag(*self.B)
         if self.inputs is None or self.outputs is None:
-            return delta
-        return delta[self.outputs][:, self.inputs.argsort()]
+            return A, B
+        return A[:, self.inputs.argsort()], B[self.outputs]
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         y = base(x)
         dropped = F.dropout(x, self.dropout, self.training).flatten(0, -2)
         if self.inputs is not None:
-            dropped = dropped[:, self.inputs]
+            dropped = dropped.index_select(1, self.inputs)
         parts = dropped.unflatten(1, (self.A.shape[0], -1)).transpose(0, 1)  # (n, T, in/n)
         low = parts @ self.A.to(dropped.dtype).mT
         high = (self.scale * low).to(y.dtype) @ self.B.to(y.dtype).mT  # (n, T, out/n)
         moved = high.transpose(0, 1).flatten(1)
-        return y + (moved if self.outputs is None else moved[:, self.outputs]).view_as(y)
+        return y + (moved if self.outputs is None else moved.index_select(1, self.outputs)).view_as(y)

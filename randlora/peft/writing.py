@@ -18,6 +18,7 @@ from randlora.adapters.interface import Site, Update
 from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
+from randlora.methods.common import LowRankUpdate
 from randlora.methods.lora import LoRA, LoRAUpdate
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
 from randlora.methods.vera import VeRA, VeRAUpdate
@@ -56,6 +57,8 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     method = adaptation.method
     if isinstance(method, LoRA):
         settings, tensors = _lora(method, adaptation)
+    elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
+        settings, tensors = _low_rank(adaptation)
     elif isinstance(method, VeRA):
         settings, tensors = _vera(method, adaptation, bases)
     elif isinstance(method, RandLoRA):
@@ -103,6 +106,18 @@ def _lora(method: LoRA, adaptation: Adaptation) -> Contents:
         tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.A
         tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.B
     return Contents(settings, tensors)
+
+
+def _low_rank(adaptation: Adaptation) -> Contents:
+    """A LoRA of the factors that the method's parameters make."""
+    settings: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for site, update in _updates(adaptation, LowRankUpdate):
+        A, B = update.low_rank()
+        tensors |= {f"{PREFIX}{site.name}.lora_A.weight": A, f"{PREFIX}{site.name}.lora_B.weight": B}
+        rank = A.shape[0]
+        settings = {"r": rank, "lora_alpha": _number(update.scale * rank), "lora_dropout": update.dropout}
+    return Contents({"peft_type": "LORA"} | settings, tensors)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
