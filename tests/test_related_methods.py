@@ -21,7 +21,7 @@ from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
 from randlora.methods import EDoRA, LoRAMini, LoRTA, MELoRA, Method, MoRA
-from randlora.plan import counts
+from randlora.plan import counts, memory_plan
 from randlora.rng import permutation
 
 SHAPES = [(24, 24), (60, 24), (24, 60), (72, 24)]  # (out, in)
@@ -404,6 +404,14 @@ def test_counts_of_the_models(model: str, method: str, targets: str, expected: i
     overrides = (f"task={task}", f"model={model}", targets, *f"method={method}".split())
     plan = counts(Experiment.from_config(settings("dry_run=true", *overrides)))
     assert plan["trainable_parameters"] == expected
+
+
+def test_the_plan_of_a_shared_tensor_counts_its_memory_once() -> None:
+    plans = [
+        memory_plan(Experiment.from_config(settings("dry_run=true", "task=mrpc", "model=minilm", f"method={m}", QKVO)))
+        for m in ("linearprobe", "lorta")
+    ]
+    assert plans[1]["optimizer"] - plans[0]["optimizer"] == 12 * 8 * (384 + 32 + 12 + 6 + 4)
 
 
 def test_the_plan_counts_edoras_factors_into_the_file() -> None:
