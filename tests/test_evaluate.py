@@ -44,6 +44,15 @@ def test_a_run_scores_what_it_recorded(tmp_path: Path) -> None:
     assert again == pytest.approx(part(metrics, "test"), rel=1e-5)
 
 
+def test_a_record_of_before_optimizers_were_a_choice_is_scored(tmp_path: Path) -> None:
+    folder, metrics = finished(tmp_path, "task.test_size=60")
+    result = json.loads((folder / "result.json").read_text())
+    result["config"]["trainer"]["betas"] = result["config"].pop("optimizer")["betas"]
+    result["config"]["logger"] = None
+    (folder / "result.json").write_text(json.dumps(result))
+    assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
+
+
 def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     folder, metrics = finished(tmp_path, "model=clip_tiny_vision", "task.test_size=60")
     assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
