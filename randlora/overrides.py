@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 
 
 def explain(error: BaseException) -> str:
@@ -26,23 +25,6 @@ def explain(error: BaseException) -> str:
     if missing:
         return f"{missing[1]} must be given: add {missing[1]}=VALUE"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
-
-
-def usage(configs: Path) -> str:
-    """The help text: how to ask, the options of each group, and every setting with its default."""
-    groups = {
-        group: sorted(path.stem for path in (configs / group).glob("**/*.yaml") if not path.stem.startswith("_"))
-        for group in ("method", "model", "task", "trainer", "logger", "experiment")
-    }
-    options = "\n".join(f"  {name}=  {', '.join(found)}" for name, found in groups.items())
-    return (
-        "python train.py [GROUP=OPTION …] [KEY=VALUE …]    one run\n"
-        "python train.py -m GROUP=OPTION,OPTION …          a sweep; finished runs are skipped\n"
-        "python train.py … dry_run=true                    what would be trained; nothing is loaded\n"
-        "python train.py … --cfg job                       every setting of that run, and its value\n\n"
-        f"Groups\n{options}\n\nSettings of any run (configs/train.yaml)\n"
-        + "\n".join(f"  {line}" for line in (configs / "train.yaml").read_text().splitlines() if "  #" in line)
-    )
 
 
 def _did_you_mean(word: str, options: list[str]) -> str:
