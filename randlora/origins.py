@@ -47,17 +47,15 @@ def origins(config: DictConfig, hydra: HydraConf) -> dict[str, list[Writer]]:
     writers: dict[str, list[Writer]] = {key: [] for key in composed}
     repository, defaults = _repository(hydra), _defaults(hydra)
     for default in defaults.defaults:
-        file = repository.load_config(default.config_path or "")
+        path = str(default.config_path)
+        file = repository.load_config(path)
         if file is None:  # an `optional` one
             continue
-        name = f"{default.config_path}.yaml"
-        if file.provider != "main":
-            name = os.path.relpath(os.path.join(file.path.removeprefix("file://"), name))
         for key, value in _leaves(OmegaConf.to_container(file.config), default.package or ""):
             if key in writers:
-                writers[key].append(Writer(name, value))
+                writers[key].append(Writer(_name(path, repository), value))
     for override in defaults.config_overrides:
-        for key, value in _leaves(override.value(), override.key_or_group.replace("[", ".").replace("]", "")):
+        for key, value in _leaves(override.value(), override.key_or_group):
             parent = key.rpartition(".")[0]
             if key in writers:
                 writers[key].append(Writer(COMMAND_LINE, value))
@@ -68,17 +66,16 @@ def origins(config: DictConfig, hydra: HydraConf) -> dict[str, list[Writer]]:
 
 def choices(hydra: HydraConf) -> dict[str, list[Writer]]:
     """Each group's option in the primary config, and after it the option that was chosen instead, by group."""
-    name = hydra.job.config_name or ""
-    primary = _repository(hydra).load_config(name)
+    repository, overrides = _repository(hydra), _defaults(hydra).overrides
+    primary = str(hydra.job.config_name)
     writers = {
-        default.group or "": [Writer(f"{name}.yaml", default.value)]
-        for default in (primary.defaults_list or () if primary else ())
+        str(default.group): [Writer(_name(primary, repository), default.value)]
+        for default in repository.load_config(primary).defaults_list
         if isinstance(default, GroupDefault) and not default.override
     }
-    overrides = _defaults(hydra).overrides
     for group, option in overrides.override_choices.items():
-        chosen = overrides.override_metadata[group]
-        source = COMMAND_LINE if chosen.external_override else f"{chosen.containing_config_path}.yaml"
+        file = overrides.override_metadata[group].containing_config_path
+        source = COMMAND_LINE if file is None else _name(file, repository)
         writers.setdefault(group, []).append(Writer(source, option))
     return {group: by for group, by in writers.items() if not group.startswith("hydra/")}
 
@@ -104,6 +101,13 @@ def _repository(hydra: HydraConf) -> ConfigRepository:
     for source in hydra.runtime.config_sources:
         search_path.append(source.provider, f"{source.schema}://{source.path}")
     return ConfigRepository(search_path)
+
+
+def _name(config_path: str, repository: ConfigRepository) -> str:
+    """What Writer calls a config such as `task/digits`."""
+    file = repository.load_config(config_path)
+    folder = "" if file.provider == "main" else os.path.relpath(file.path.removeprefix("file://"))
+    return os.path.join(folder, f"{config_path}.yaml")
 
 
 def _defaults(hydra: HydraConf) -> DefaultsList:
