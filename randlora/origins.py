@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.defaults_list import DefaultsList
 from hydra.conf import HydraConf
@@ -95,15 +95,15 @@ def differences(config: DictConfig, hydra: HydraConf) -> str:
     )
 
 
-def _repository(hydra: HydraConf) -> ConfigRepository:
+def _repository(hydra: HydraConf) -> CachingConfigRepository:
     """The config folders of a run, in the order in which Hydra searches them."""
     search_path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
         search_path.append(source.provider, f"{source.schema}://{source.path}")
-    return ConfigRepository(search_path)
+    return CachingConfigRepository(ConfigRepository(search_path))
 
 
-def _name(config_path: str, repository: ConfigRepository) -> str:
+def _name(config_path: str, repository: CachingConfigRepository) -> str:
     """What Writer calls a config such as `task/digits`."""
     file = repository.load_config(config_path)
     folder = "" if file.provider == "main" else os.path.relpath(file.path.removeprefix("file://"))
