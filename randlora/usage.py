@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from randlora.config import CONFIGS
+from randlora.overrides import options
 
 COMMANDS = """\
 {program} [GROUP=OPTION …] [KEY=VALUE …]    one run
@@ -29,31 +30,30 @@ def usage(argv: Sequence[str]) -> str:
     own = parser.parse_known_args(argv[1:])[0].config_dir
     folders = [CONFIGS] if own is None else [CONFIGS, own]
     program = "python train.py" if Path(argv[0]).name == "train.py" else "randlora"
-    names = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     return "\n".join(
         [COMMANDS.format(program=program), "\nGroups"]
-        + [line for name in names for line in _group(name, [folder / name for folder in folders])]
+        + [line for group in groups for line in _paragraphs(group, options(group, folders))]
         + ["\nSettings of any run", *_settings(CONFIGS / "train.yaml")]
         + ["\nSettings of the trainer", *_settings(CONFIGS / "trainer" / "default.yaml", "trainer.")]
     )
 
 
-def _group(name: str, folders: Sequence[Path]) -> list[str]:
-    """A line or paragraph for the options of a group, and for those of each folder in it."""
-    options: dict[str, set[str]] = {}
-    for folder in folders:
-        for path in folder.rglob("[!_]*.yaml"):
-            prefix = path.parent.relative_to(folder).as_posix()
-            options.setdefault("" if prefix == "." else f"{prefix}/", set()).add(path.stem)
+def _paragraphs(group: str, names: Sequence[str]) -> list[str]:
+    """The options of a group, and those of each folder in it: a line, or several under one another."""
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, stem = name.rpartition("/")
+        by_folder.setdefault(folder + slash, []).append(stem)
     return [
         textwrap.fill(
-            ", ".join(sorted(options[prefix])),
+            ", ".join(stems),
             width=110,
-            initial_indent=f"  {f'{name}={prefix}':27} ",
+            initial_indent=f"  {f'{group}={folder}':27} ",
             subsequent_indent=" " * 30,
             break_on_hyphens=False,
         )
-        for prefix in sorted(options)
+        for folder, stems in sorted(by_folder.items())
     ]
 
 
