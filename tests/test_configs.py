@@ -18,9 +18,9 @@ from randlora.records.signature import modern, signature
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group, those in its folders too: clip_b32/lora."""
+    """The choices of a group, those in its folders too (clip_b32/lora), without those that ask for a setting."""
     folder = REPOSITORY / "configs" / group
-    paths = (path for path in folder.rglob("*.yaml") if not path.stem.startswith("_"))
+    paths = (p for p in folder.rglob("*.yaml") if not p.stem.startswith("_") and "???" not in p.read_text())
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
