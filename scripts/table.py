@@ -4,7 +4,7 @@ python scripts/table.py runs                       one row per run
 python scripts/table.py runs --seeds               one row per method: mean ± sample deviation and median over seeds
 python scripts/table.py runs --paired method=randlora,lora,vera
     scores under the first value of a setting less those under each of the others, seed by seed, with the 95 % interval
-    of the mean (Student's t, no correction for the number of comparisons)
+    of the mean (Student's t) and p corrected for the number of the table's comparisons (Holm)
 python scripts/table.py runs --best trainer.learning_rate,method.alpha
     of a search: the settings with the best validation score for each task, model, method and budget, and the runner-up
 python scripts/table.py runs --metrics             every metric of the test set in its own unit, and before training
@@ -60,7 +60,7 @@ def main() -> None:
     elif arguments.seeds:
         print(tables.over_seeds(results))
     elif arguments.columns:
-        print(tables.columns(results, arguments.columns.split(",")))
+        print(tables.listing(results, arguments.columns.split(",")))
     else:
         unfinished = 0  # they are rows of it
         Console(width=None if sys.stdout.isatty() else 200).print(tables.each(results))

@@ -100,17 +100,18 @@ def spread(scores: Sequence[float], mean: str = ".1f", deviation: str = ".1f") -
 
 
 class Difference(NamedTuple):
-    """Scores of two settings under the same seeds, per cent, and the mean difference with its 95 % interval."""
+    """Scores of two settings under the same seeds, per cent; their mean difference, its 95 % interval and its p."""
 
     first: Sequence[float]
     second: Sequence[float]
     mean: float
     low: float
     high: float
+    p: float  # two-sided, of a mean difference of zero
 
 
 def paired(results: Sequence[Result], key: str, first: str, second: str) -> dict[Cell, Difference]:
-    """Differences ``first - second`` of the headline, seed by seed; Student's interval, not corrected for their number.
+    """Differences ``first - second`` of the headline, seed by seed, by Student's t; nothing is corrected here.
 
     Args:
         results: Finished or not; only seeds that have both values count.
@@ -149,6 +150,16 @@ def _difference(where: Cell, key: str, scores: Mapping[tuple[str, int], float], 
         )
     columns = [[scores[setting, seed] for seed in seeds] for setting in (first, second)]
     points = [score - other for score, other in zip(*columns, strict=True)]
-    mean = statistics.mean(points)
-    half = student.ppf(0.975, len(seeds) - 1) * statistics.stdev(points) / len(seeds) ** 0.5
-    return Difference(columns[0], columns[1], mean, mean - half, mean + half)
+    mean, error, freedom = statistics.mean(points), statistics.stdev(points) / len(seeds) ** 0.5, len(seeds) - 1
+    half = student.ppf(0.975, freedom) * error
+    p = 2 * student.sf(abs(mean) / error, freedom) if error else float(mean == 0)
+    return Difference(columns[0], columns[1], mean, mean - half, mean + half, p)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of several comparisons, corrected for their number (Holm, Scand. J. Statist. 6, 1979, 65-70)."""
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+        corrected[index] = highest
+    return corrected

@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.table import Table
 
 from randlora.records import Result
-from randlora.studies.statistics import by_settings, cell, finished, paired, percent, spread, value
+from randlora.studies.statistics import by_settings, cell, finished, holm, paired, percent, spread, value
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines).replace("| --- |", "|---|")
+def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; cells become text as they are."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (names, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(names), *lines[1:]])
 
 
 def each(results: Sequence[Result]) -> Table:
@@ -41,14 +42,14 @@ def each(results: Sequence[Result]) -> Table:
     return table
 
 
-def columns(results: Sequence[Result], keys: Sequence[str]) -> str:
+def listing(results: Sequence[Result], keys: Sequence[str]) -> str:
     """One row per run with what it says of the `keys`."""
     return markdown(keys, ([value(result, key) for key in keys] for result in results))
 
 
 def over_seeds(results: Sequence[Result]) -> str:
     """A row per method: finished runs that differ in their seed alone."""
-    names = "task,model,shots,method,trained parameters,metric,zero-shot,after training,median,seeds,seconds,MiB"
+    names = ["task", "model", "shots", "method", "trained parameters", "metric", "zero-shot", "after training"]
     rows = []
     for runs in _groups(results):
         result, where, scores = runs[0], cell(runs[0]), [percent(run) for run in runs]
@@ -59,7 +60,7 @@ def over_seeds(results: Sequence[Result]) -> str:
             f"{statistics.median(scores):.1f}", len(runs),
             _mean([run.train_seconds for run in runs if run.train_seconds is not None], ".0f"), _mean(peaks, ",.0f"),
         ])  # fmt: skip
-    return markdown(names.split(","), rows)
+    return markdown([*names, "median", "seeds", "seconds", "MiB"], rows)
 
 
 def best(results: Sequence[Result], keys: Sequence[str]) -> str:
@@ -129,23 +130,28 @@ def beside_published(results: Sequence[Result], folder: Path) -> str:
         ours = spread([percent(run) for run in runs])
         count = _count(result.trainable_parameters)
         rows.append([where.task, where.model, result.method, where.data, count, ours, row.get(where.task, ""), source])
-    names = "task,model,method,shots,trained parameters,ours; %,published; %,where".replace(",", "|").replace(";", ",")
-    return markdown(names.split("|"), rows)
+    names = ["task", "model", "method", "shots", "trained parameters", "ours, %", "published, %", "where"]
+    return markdown(names, rows)
 
 
 def differences(results: Sequence[Result], key: str, first: str, others: Sequence[str]) -> str:
-    """The score under a value of a setting less that under each of the others, by seed, with its 95 % interval."""
-    rows = []
-    for other in others:
-        for where, pair in paired(results, key, first, other).items():
-            texts = [
-                f"{first} - {other}", where.task, where.model, where.data, spread(pair.first), spread(pair.second),
-                f"{round(pair.mean, 2) + 0.0:+.2f}", f"{pair.low:+.2f} to {pair.high:+.2f}", len(pair.first),
-            ]  # fmt: skip
-            rows.append((where.order, texts))
-    rows.sort(key=lambda row: row[0])
-    names = [key, "task", "model", "shots", first, "the other", "difference, points", "95 % interval", "seeds"]
-    return markdown(names, [texts for _, texts in rows])
+    """The score under a value of a setting less that under each of the others, by seed.
+
+    The intervals hold one by one; the last column is the p of a difference of zero, by Holm's correction for all
+    comparisons of the table.
+    """
+    pairs = [(where, other, pair) for other in others for where, pair in paired(results, key, first, other).items()]
+    pairs.sort(key=lambda row: row[0].order)
+    rows = [
+        [
+            f"{first} - {other}", where.task, where.model, where.data, spread(pair.first), spread(pair.second),
+            f"{round(pair.mean, 2) + 0.0:+.2f}", f"{pair.low:+.2f} to {pair.high:+.2f}", len(pair.first),
+            f"{p:.3f}" if p >= 0.001 else "< 0.001",
+        ]
+        for (where, other, pair), p in zip(pairs, holm([pair.p for _, _, pair in pairs]), strict=True)
+    ]  # fmt: skip
+    scores = [first, "the other", "difference, points", "95 % interval", "seeds", "p, Holm"]
+    return markdown([key, "task", "model", "shots", *scores], rows)
 
 
 def _groups(results: Sequence[Result]) -> list[list[Result]]:
