@@ -183,7 +183,7 @@ def loader(
     """
     batches = DataLoader(
         split,
-        batch_sampler=list(keys),
+        batch_sampler=keys,
         collate_fn=partial(split.collate, most=micro_batch_size),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
