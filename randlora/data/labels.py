@@ -103,7 +103,7 @@ def check_real_valued(task: str, tables: Mapping[str, Table]) -> None:
         labels = table.column("label")
         if labels.dtype.kind not in "iuf" or (labels != labels).any():
             raise SettingsError(
-                f"{task}: {split} has labels that are no numbers, such as {labels[0]!r}; for classes set "
+                f"{task}: {split} has labels that are no numbers, such as {labels[0]}; for classes set "
                 "task.class_names=null"
             )
 
