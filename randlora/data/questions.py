@@ -156,8 +156,11 @@ class QuestionSets:
                 raise SettingsError(f"{name}: the {split} split has {len(tables[name])} rows, expected {expected}")
         return Joined(tables)
 
-    def class_names(self) -> list[str]:
-        raise SettingsError("questions have no classes")
+    def available(self) -> list[str]:
+        return list(self.splits)
+
+    def class_names(self) -> None:
+        """Questions have no classes."""
 
     def _part(self, name: str, configuration: str | None = None) -> Hub:
         one = SETS[name]
