@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY, settings
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
+from randlora.records import Headline, Result
 from randlora.run import run
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -29,6 +30,14 @@ def finished(root: Path, *overrides: str) -> tuple[Path, dict[str, float]]:
     experiment = Experiment.from_config(settings(f"run_root={root}", *SHORT, *overrides))
     assert run(experiment, "as: given\n").code == 0
     return experiment.folder, json.loads((experiment.folder / "result.json").read_text())["metrics"]
+
+
+def write_result(folder: Path, status: str) -> None:
+    """A record without a run."""
+    Result(
+        task="digits", model="clip_tiny", method="lora", shots=None, fraction=None, seed=0, signature="0" * 12,
+        headline=Headline("test/accuracy", None), config=settings(), status=status,
+    ).write(folder / "result.json")  # fmt: skip
 
 
 def part(metrics: dict[str, float], name: str) -> dict[str, float]:
@@ -74,14 +83,14 @@ def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    (tmp_path / "result.json").write_text('{"status": "finished", "config": {"task": {"name": "digits"}}}')
+    write_result(tmp_path, "finished")
     with pytest.raises(SettingsError) as caught:
         scores(tmp_path, overrides)
     assert sentence in str(caught.value)
 
 
 def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text('{"status": "interrupted", "config": {}}')
+    write_result(tmp_path, "interrupted")
     other = tmp_path / "other"
     other.mkdir()
     (other / "result.json").write_text("[]")
