@@ -316,3 +316,32 @@ def test_real_smollm2_prefers_english_to_its_shuffle() -> None:
     with torch.no_grad():
         english, nonsense = (backbone.module(x, labels=x).loss.item() for x in (ids, shuffled))
     assert english < 4 < 6 < nonsense
+
+
+def folder_of(kind: str, folder: Path) -> Path:
+    """A tiny transformer of random weights, saved as its users save it."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    more = TINY.get(kind) or {"vocab_size": 64, "num_hidden_layers": 2, **TINY_LM[kind]}
+    config = AutoConfig.for_model(kind, **more)
+    (AutoModel if kind in TINY else AutoModelForCausalLM).from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sites"),
+    [
+        ("defaults: [_encoder]\nweights: {bert}", 12),
+        ("defaults: [_causal]\nweights: {llama}", 10),
+        ("defaults: [_clip]\narchitecture: ViT-S-32-alt", 3 * (12 + 10)),
+    ],
+)
+def test_to_add_a_known_model_takes_one_yaml(yaml: str, sites: int, tmp_path: Path) -> None:
+    """The file alone, in a folder of the user's: its target set finds the layers, with and without weights."""
+    folders = {kind: folder_of(kind, tmp_path / kind) for kind in ("bert", "llama") if kind in yaml}
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "mine.yaml").write_text(yaml.format(**folders) + "\nname: mine\n")
+    model = build(settings("model=mine", f"hydra.searchpath=[file://{tmp_path}/configs]")["model"])
+    for backbone in (model.meta_model(), model.load()):
+        report = randlora.adapt(backbone.module, RandLoRA(rank=4), model.patterns("all"))
+        assert len(report.sites) == sites
