@@ -1,4 +1,4 @@
-"""Models: opened CLIP equals open_clip, transforms equal open_clip's, and the real small models work."""
+"""Models: CLIP with unfused attention equals open_clip, so do transforms; the real small models work."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def needs(package: str) -> None:
         pytest.skip(f"the Python package {package} is not installed: make offline")
 
 
-def test_opened_and_closed_clip_equal_open_clips_own_forward() -> None:
+def test_clip_with_unfused_attention_equals_open_clips_own_forward() -> None:
     torch.manual_seed(0)
     module = CLIP.load().module.eval()
     images, texts = torch.randn(3, 3, 64, 64), open_clip.get_tokenizer("clip_tiny")(["a cat", "two dogs and a bird"])
@@ -67,7 +67,10 @@ def test_an_adapted_clip_merges_into_open_clips_state_dict() -> None:
 def test_the_papers_clips_equal_open_clips_own_forward_before_and_after_export(
     architecture: str, layers: int, tmp_path: Path
 ) -> None:
-    """Oracle: the same module before it was opened, in float64; real sizes, of the larger two two blocks a tower."""
+    """Oracle: the same module before its attention was unfused, in float64.
+
+    Real sizes, of the larger two two blocks a tower.
+    """
     config = open_clip.get_model_config(architecture)
     config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
     (tmp_path / f"{architecture}-{layers}.json").write_text(json.dumps(config))
@@ -228,7 +231,7 @@ def test_the_image_tower_alone_gives_clips_image_embedding() -> None:
 
 
 def test_timms_dinov2_is_transformers_with_its_projections_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: transformers' Dinov2Model with the same numbers, at the real width and two blocks."""
+    """Oracle: transformers' Dinov2Model with the same weights, at the real width and two blocks."""
     import timm
     from transformers import Dinov2Config, Dinov2Model
 
