@@ -190,8 +190,8 @@ def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
         "I16.png": Image.fromarray(grey.astype(np.uint16) * 257),
         "I16.tiff": Image.fromarray(grey.astype(np.uint16) * 257),
     }
-    for name, made in stored.items():
-        made.save(tmp_path / name)
+    for name, image_of_mode in stored.items():
+        image_of_mode.save(tmp_path / name)
         with Image.open(tmp_path / name) as read:
             assert np.abs(np.asarray(_to_rgb(read)).astype(int) - expected).max() <= 1, name
 
