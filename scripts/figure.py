@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from randlora.errors import exit_code
@@ -18,13 +19,13 @@ from randlora.studies.figures import draw
 from randlora.studies.statistics import select
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help="runs that have one of the values")
     parser.add_argument("--out", type=Path, required=True, help="such as figure.svg or figure.png")
-    arguments = parser.parse_args()
-    draw(select(read(arguments.root), arguments.only), arguments.out)
+    options = parser.parse_args(arguments)
+    draw(select(read(options.root), options.only), options.out)
 
 
 if __name__ == "__main__":

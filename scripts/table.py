@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +32,7 @@ from randlora.studies.statistics import select
 PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs", type=Path)
     parser.add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help="runs that have one of the values")
@@ -42,25 +43,25 @@ def main() -> None:
     tables_of.add_argument("--metrics", action="store_true", help="every metric of the test set")
     tables_of.add_argument("--published", action="store_true", help="beside the paper's scores")
     tables_of.add_argument("--columns", metavar="KEY,KEY", help="a row per run: settings, metrics, costs")
-    arguments = parser.parse_args()
-    results = select(read(arguments.root), arguments.only)
+    options = parser.parse_args(arguments)
+    results = select(read(options.root), options.only)
     unfinished = sum(result.status != "finished" for result in results)
-    if arguments.paired:
-        key, _, values = arguments.paired.partition("=")
+    if options.paired:
+        key, _, values = options.paired.partition("=")
         first, *others = values.split(",")
         if not others:
-            raise SettingsError(f"--paired {arguments.paired}: give a setting and two values, method.rank=4,8")
+            raise SettingsError(f"--paired {options.paired}: give a setting and two values, method.rank=4,8")
         print(tables.differences(results, key, first, others))
-    elif arguments.best:
-        print(tables.best(results, arguments.best.split(",")))
-    elif arguments.published:
+    elif options.best:
+        print(tables.best(results, options.best.split(",")))
+    elif options.published:
         print(tables.beside_published(results, PUBLISHED))
-    elif arguments.metrics:
+    elif options.metrics:
         print(tables.every_metric(results))
-    elif arguments.seeds:
+    elif options.seeds:
         print(tables.over_seeds(results))
-    elif arguments.columns:
-        print(tables.listing(results, arguments.columns.split(",")))
+    elif options.columns:
+        print(tables.listing(results, options.columns.split(",")))
     else:
         unfinished = 0  # they are rows of it
         Console(width=None if sys.stdout.isatty() else 200).print(tables.each(results))

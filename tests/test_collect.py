@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,9 @@ from conftest import REPOSITORY
 from randlora.errors import SettingsError
 from randlora.records import Headline, Result, read
 from randlora.studies.collect import collect, read_curves
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from collect import main
 
 
 def settings(draw: random.Random, depth: int = 0) -> object:
@@ -89,8 +91,7 @@ def test_another_result_of_the_same_run_is_refused(tmp_path: Path) -> None:
         collect(tmp_path / "runs", tmp_path / "study")
     assert (tmp_path / "study" / "results.jsonl").read_bytes() == before
     collect(tmp_path / "runs", tmp_path / "study", "scan")  # another part of the study
-    command = [sys.executable, "scripts/collect.py", str(tmp_path / "runs"), "--into", str(tmp_path / "study")]
-    subprocess.run([*command, "--replace"], cwd=REPOSITORY, check=True)
+    main([str(tmp_path / "runs"), "--into", str(tmp_path / "study"), "--replace"])
     scores = [r.headline.value for r in read(tmp_path / "study") if r.signature == result.signature]
     assert scores == [0.125, 0.125]
 

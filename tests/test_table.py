@@ -1,17 +1,23 @@
 """Tables of results: paired differences and their intervals."""
 
-import subprocess
+import contextlib
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
 from conftest import REPOSITORY
+from randlora.errors import exit_code
 from randlora.records import Headline, Result
 from randlora.studies.statistics import holm
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from table import main
 
 ONE, OTHER = [0.61, 0.64, 0.60, 0.66], [0.60, 0.60, 0.61, 0.62]
 
@@ -29,9 +35,16 @@ def record(
     result.write(folder / "result.json")
 
 
-def table(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/table.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+class Printed(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def table(*arguments: str) -> Printed:
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = exit_code(lambda: main(arguments))
+    return Printed(code, output.getvalue(), errors.getvalue())
 
 
 def cells(row: str) -> list[str]:

@@ -33,6 +33,7 @@ class Cell(NamedTuple):
 
 
 def cell(result: Result) -> Cell:
+    """The cell that a result belongs to."""
     return Cell(result.model, result.task, result.shots, result.fraction)
 
 
@@ -87,7 +88,7 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
     """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in finished(results):
-        settings = {key: value for key, value in result.config.items() if key not in ("seed", "run_root")}
+        settings = {key: setting for key, setting in result.config.items() if key not in ("seed", "run_root")}
         names = result.task, result.model, result.method, str(result.task_version)
         groups.setdefault((*names, json.dumps(settings, sort_keys=True)), []).append(result)
     return list(groups.values())
