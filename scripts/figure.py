@@ -16,7 +16,7 @@ from pathlib import Path
 from randlora.errors import exit_code
 from randlora.records import read
 from randlora.studies.figures import draw
-from randlora.studies.statistics import select
+from randlora.studies.groups import select
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from randlora.errors import SettingsError, exit_code
 from randlora.records import read
 from randlora.studies import tables
-from randlora.studies.statistics import select
+from randlora.studies.groups import select
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
 

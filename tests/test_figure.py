@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from randlora.records import Headline, Result, read
 from randlora.studies.figures import draw, panels
-from randlora.studies.statistics import Cell, select
+from randlora.studies.groups import Cell, select
 
 STUDY = REPOSITORY / "experiments" / "image_protocol"
 CELL = Cell("clip_tiny", "cifar10", 16, None)

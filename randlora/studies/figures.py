@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from randlora.errors import SettingsError
 from randlora.records import Result
-from randlora.studies.statistics import Cell, by_settings, cell, finished, percent
+from randlora.studies.groups import Cell, by_settings, cell, finished, percent
 
 # Okabe and Ito's colours, told apart by everyone; a method keeps its own in every figure.
 COLOURS = {

@@ -1,166 +1,152 @@
-"""Results in groups, means over seeds and paired differences."""
+"""Which of two methods is better, and how sure that is: paired differences, corrected for the number of comparisons.
+
+Runs are paired by seed: the same seed gives two methods the same few-shot images, order of data and augmentation. An
+interval over seeds says how a difference varies with these; it takes the test images as given. With the scores of the
+single examples, seeds and examples are drawn together, and the interval also covers the choice of the test set.
+
+scipy and statsmodels do the computing; the bootstrap over two factors at once is ours.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from scipy.stats import t as student
+import numpy as np
+from scipy import stats
 
 from randlora.errors import SettingsError
-from randlora.records import Result
+
+Array = np.ndarray
 
 
-class Cell(NamedTuple):
-    """What a comparison holds fixed: the model, the task and how much of its training set is used."""
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference, its interval, and the two-sided p-value of the sign-flip test.
 
-    model: str
-    task: str
-    shots: int | None
-    fraction: float | None
-
-    @property
-    def data(self) -> str:
-        """Shots, a percentage, or all."""
-        return str(self.shots or (f"{100 * self.fraction:g} %" if self.fraction else "all"))
-
-    @property
-    def order(self) -> tuple[str, str, float, float]:
-        """Sorts cells by name, and from few training examples to all."""
-        return self.model, self.task, self.shots or float("inf"), self.fraction or 1.0
-
-
-def cell(result: Result) -> Cell:
-    """The cell that a result belongs to."""
-    return Cell(result.model, result.task, result.shots, result.fraction)
-
-
-def percent(result: Result) -> float:
-    """The headline of a finished run, per cent."""
-    if result.headline.value is None:
-        raise SettingsError(f"{result.path}: the run {result.signature} is {result.status} and has no score")
-    return 100 * result.headline.value
-
-
-def finished(results: Sequence[Result]) -> list[Result]:
-    """Those that ended by themselves, the only ones to compare; SettingsError when there is none."""
-    kept = [result for result in results if result.status == "finished"]
-    if not kept:
-        raise SettingsError("none of the runs has finished: the same command goes on with an unfinished one")
-    return kept
-
-
-def value(result: Result, key: str) -> str:
-    """What a result says of `key` as text, "" where it has none.
-
-    Args:
-        key: A metric such as ``test/accuracy``, a field of Result such as ``method`` or ``collection``, or a setting
-            such as ``trainer.learning_rate``.
+    `p` cannot fall below 2 / 2^seeds: .0625 for five seeds, .03125 for six.
     """
-    if "/" in key:
-        content: object = result.metrics.get(key)
-    elif hasattr(result, key):
-        content = getattr(result, key)
-    else:
-        content = result.config
-        for part in key.split("."):
-            content = content.get(part) if isinstance(content, Mapping) else None
-    if isinstance(content, float):
-        return f"{content:.4g}"
-    return "" if content is None else str(content)
 
-
-def select(results: Sequence[Result], conditions: Sequence[str]) -> list[Result]:
-    """The results that meet every condition ``KEY=VALUE,VALUE…``; SettingsError where one leaves none."""
-    kept = list(results)
-    for condition in conditions:
-        key, _, wanted = condition.partition("=")
-        there = sorted({value(result, key) for result in kept})
-        kept = [result for result in kept if value(result, key) in wanted.split(",")]
-        if not kept:
-            raise SettingsError(f"{condition}: no result has it; of {key!r} there is {', '.join(filter(None, there))}")
-    return kept
-
-
-def by_settings(results: Sequence[Result]) -> list[list[Result]]:
-    """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
-    for result in finished(results):
-        settings = {key: setting for key, setting in result.config.items() if key not in ("seed", "run_root")}
-        names = result.task, result.model, result.method, str(result.task_version)
-        groups.setdefault((*names, json.dumps(settings, sort_keys=True)), []).append(result)
-    return list(groups.values())
-
-
-def spread(scores: Sequence[float], mean: str = ".1f", deviation: str = ".1f") -> str:
-    """Mean ± sample deviation, or the mean alone of a single score."""
-    end = f" ± {statistics.stdev(scores):{deviation}}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):{mean}}{end}"
-
-
-class Difference(NamedTuple):
-    """Scores of two settings under the same seeds, per cent; their mean difference, its 95 % interval and its p."""
-
-    first: Sequence[float]
-    second: Sequence[float]
     mean: float
     low: float
     high: float
-    p: float  # two-sided, of a mean difference of zero
+    p: float
+    seeds: int
 
 
-def paired(results: Sequence[Result], key: str, first: str, second: str) -> dict[Cell, Difference]:
-    """Differences ``first - second`` of the headline, seed by seed, by Student's t; nothing is corrected here.
+def paired_difference(
+    first: Mapping[int, float | Array],
+    second: Mapping[int, float | Array],
+    *,
+    level: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Difference:
+    """The mean of first - second over the seeds that both have.
 
     Args:
-        results: Finished or not; only seeds that have both values count.
-        key: What the two differ in, as `value` takes it; the method is the same in a pair unless it is this.
+        first: by seed, a score, or the scores of all test examples (examples,) in one order.
+        second: the same for the method to compare with.
+        level: of the interval, between 0 and 1. It is BCa (Efron, 1987): bias-corrected and accelerated.
+        resamples: of the bootstrap.
+        seed: of the bootstrap's random generator.
 
     Raises:
-        SettingsError: No cell has finished runs of both, a cell has fewer than two seeds with both, or two runs of a
-            cell have the same seed and value.
+        SettingsError: fewer than two shared seeds, or numbers of examples that differ.
     """
-    groups: dict[tuple[Cell, str], dict[tuple[str, int], float]] = {}
-    for result in finished(results):
-        setting = value(result, key)
-        if setting in (first, second):
-            group = cell(result), "" if key == "method" else result.method
-            scores = groups.setdefault(group, {})
-            if (setting, result.seed) in scores:
-                raise SettingsError(
-                    f"{result.path}: a second run of {key}={setting} with this task, model and seed "
-                    f"({result.signature}); choose with --only"
-                )
-            scores[setting, result.seed] = percent(result)
-    differences = {}
-    for (where, _), scores in sorted(groups.items(), key=lambda group: group[0][0].order):
-        if {setting for setting, _ in scores} == {first, second}:
-            differences[where] = _difference(where, key, scores, first, second)
-    if not differences:
-        raise SettingsError(f"--paired {key}={first},{second}: no task and model has finished runs of both")
-    return differences
+    shared = sorted(first.keys() & second.keys())
+    if len(shared) < 2:
+        raise SettingsError(f"{len(shared)} seeds are in both groups of runs; a paired difference needs two or more")
+    shapes = {np.shape(scores[run]) for scores in (first, second) for run in shared}
+    if len(shapes) > 1:
+        raise SettingsError(f"the runs have scores of the shapes {sorted(shapes)}: they are of different test examples")
+    differences = np.stack([np.atleast_1d(np.subtract(first[run], second[run], dtype=float)) for run in shared])
+    low, high = _bca_interval(differences, level, resamples, np.random.default_rng(seed))
+    return Difference(float(differences.mean()), low, high, sign_flip_p(differences.mean(1)), len(shared))
 
 
-def _difference(where: Cell, key: str, scores: Mapping[tuple[str, int], float], first: str, second: str) -> Difference:
-    seeds = sorted(seed for setting, seed in scores if setting == first and (second, seed) in scores)
-    if len(seeds) < 2:
+def sign_flip_p(differences: Sequence[float] | Array) -> float:
+    """The two-sided p-value of "the signs of these paired differences are arbitrary".
+
+    It is exact up to 16 differences, where all 2^n signs are tried, and of 65,536 random ones beyond.
+    """
+    result = stats.permutation_test(
+        (np.asarray(differences, dtype=float),),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=np.inf if len(differences) <= 16 else 2**16,
+        rng=0,
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values multiplied by Holm's step-down factors (Holm, 1979), in the order given.
+
+    Those at .05 or less control the probability of any false "better" among all comparisons at 5 %.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Average ranks of methods over data sets (1 is the best), and how far apart two must be.
+
+    `p` is Friedman's, of "all methods rank alike"; two methods differ by Nemenyi's test at 5 % where their average
+    ranks are more than `critical_difference` apart (Demsar, 2006).
+    """
+
+    average: dict[str, float]
+    p: float
+    critical_difference: float
+    data_sets: int
+
+
+def average_ranks(scores: Mapping[str, Sequence[float]]) -> Ranks:
+    """Ranks of methods from their scores on the same data sets, in one order; higher is better, ties share a rank.
+
+    Raises:
+        SettingsError: fewer than three methods or two data sets, or a method without a score for each of them.
+    """
+    counts = {len(values) for values in scores.values()}
+    if len(scores) < 3 or len(counts) != 1 or min(counts) < 2:
         raise SettingsError(
-            f"{where.task}, {where.model}: {len(seeds)} seeds have both {key}={first} and {second}; two are needed"
+            f"average ranks of {len(scores)} methods with {sorted(counts)} scores each: three methods or more are "
+            "needed, each with a score on the same two data sets or more"
         )
-    columns = [[scores[setting, seed] for seed in seeds] for setting in (first, second)]
-    points = [score - other for score, other in zip(*columns, strict=True)]
-    mean, error, freedom = statistics.mean(points), statistics.stdev(points) / len(seeds) ** 0.5, len(seeds) - 1
-    half = student.ppf(0.975, freedom) * error
-    p = 2 * student.sf(abs(mean) / error, freedom) if error else float(mean == 0)
-    return Difference(columns[0], columns[1], mean, mean - half, mean + half, p)
+    matrix = np.array(list(scores.values()), dtype=float)  # (methods, data sets)
+    ranks = stats.rankdata(-matrix, axis=0).mean(1)
+    methods, data_sets = matrix.shape
+    quantile = stats.studentized_range.ppf(0.95, methods, np.inf) / math.sqrt(2)
+    distance = quantile * math.sqrt(methods * (methods + 1) / (6 * data_sets))
+    p = float(stats.friedmanchisquare(*matrix).pvalue)
+    return Ranks(dict(zip(scores, ranks.tolist(), strict=True)), p, float(distance), data_sets)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """The p of several comparisons, corrected for their number (Holm, Scand. J. Statist. 6, 1979, 65-70)."""
-    corrected, highest = [0.0] * len(ps), 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = highest
-    return corrected
+def _bca_interval(differences: Array, level: float, resamples: int, rng: np.random.Generator) -> tuple[float, float]:
+    """The BCa interval of the mean of (seeds, examples), drawing seeds, and examples where there are several."""
+    mean = differences.mean()
+    factors = [axis for axis in (0, 1) if differences.shape[axis] > 1]
+    weights = [_draw(differences.shape[axis], axis in factors, resamples, rng) for axis in (0, 1)]
+    means = np.einsum("rs,se,re->r", weights[0], differences, weights[1], optimize=True)
+    if np.ptp(means) == 0:
+        return float(mean), float(mean)
+    # The mean without one level of a factor, for the acceleration.
+    left_out = [np.delete(differences, i, axis).mean() for axis in factors for i in range(differences.shape[axis])]
+    sizes = [differences.shape[axis] for axis in factors for _ in range(differences.shape[axis])]
+    influence = (mean - np.array(left_out)) * (np.array(sizes) - 1) / np.array(sizes)
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5) if influence.any() else 0.0
+    bias = stats.norm.ppf(np.clip(((means < mean).mean() + (means <= mean).mean()) / 2, 1e-6, 1 - 1e-6))
+    shifted = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    return float(low), float(high)
+
+
+def _draw(count: int, random: bool, resamples: int, rng: np.random.Generator) -> Array:
+    """How much each of `count` levels counts in each resample (resamples, count); every row sums to one."""
+    if not random:
+        return np.ones((resamples, count)) / count
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count

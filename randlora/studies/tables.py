@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from randlora.records import Result
-from randlora.studies.statistics import by_settings, cell, finished, holm, paired, percent, spread, value
+from randlora.studies.groups import by_settings, cell, finished, paired, percent, spread, value
+from randlora.studies.statistics import holm
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
