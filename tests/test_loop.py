@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import reference_trainer
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import randlora
-import reference_trainer
 from randlora.adapters.core import require_adaptation
 from randlora.data.loader import Encoder, Split
 from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
