@@ -45,7 +45,7 @@ def test_loras_scale_is_alpha_over_rank() -> None:
 
 
 def test_veras_start_and_scale() -> None:
-    """Kopiczko et al. 2023, section 3.2: A and B Kaiming uniform (gain √2, by fan-in), d = 0.1, b = 0, no other scale."""
+    """Kopiczko et al. 2023, section 3.2: A and B Kaiming uniform (gain √2, by fan-in), d = 0.1, b = 0."""
     linear, update = update_of(VeRA(rank=400))
     assert torch.equal(update.d, torch.full((400,), 0.1))
     assert not update.b.any()
