@@ -119,9 +119,7 @@ def test_all_additions_together_from_outside(lab: Path) -> None:
         "train.py 'hydra.searchpath=[file://my_lab/configs]' method=row_scale task=digit_values "
         "model=clip_tiny_vision optimizer=radam 'logger=[csv]' dry_run=json"
     )
-    done = subprocess.run(
-        [sys.executable, *shlex.split(line)], cwd=lab, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=lab, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trainable_parameters"] == VISION
 

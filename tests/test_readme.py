@@ -35,6 +35,37 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 20
 
 
+def test_the_result_is_what_the_records_say() -> None:
+    """Mean and deviation of every method, and Student's interval of RandLoRA's differences, from the study's runs."""
+    from statistics import mean, stdev
+
+    from scipy.stats import ttest_rel
+
+    from randlora.records import read
+
+    scores: dict[str, dict[int, float]] = {}
+    parameters: dict[str, int | None] = {}
+    for result in read(REPOSITORY / "experiments" / "image_protocol"):
+        if (result.collection, result.task, result.model, result.shots) == ("records", "cifar10", "vit_s14", 16):
+            assert result.headline.value is not None
+            scores.setdefault(result.method, {})[result.seed] = 100 * result.headline.value
+            parameters[result.method] = result.trainable_parameters
+    ours = scores["randlora"]
+    rows = []
+    for name in ("RandLoRA", "LoRA", "VeRA", "NoLA", "full fine-tuning"):
+        method = name.split()[0].lower()
+        values = scores[method]
+        assert sorted(values) == sorted(ours) == [0, 1, 2, 3, 4]
+        difference = ""
+        if method != "randlora":
+            low, high = ttest_rel([ours[seed] for seed in values], list(values.values())).confidence_interval(0.95)
+            gap = mean(ours.values()) - mean(values.values())
+            difference = f"{gap:+.1f} ({low:.1f} to {high:.1f}) "
+        cell = f"{mean(values.values()):.1f} ± {stdev(values.values()):.1f}"
+        rows.append(f"| {name} | {parameters[method]:,} | {cell} | {difference}|")
+    assert "\n".join(rows) in TEXT
+
+
 def test_the_speed_page_shows_its_figures() -> None:
     """Every table row of the page's last part is what the committed figures give."""
     import subprocess
