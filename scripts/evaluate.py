@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,65 +20,56 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from torch import nn
 
-from randlora.adapters import adapt, load_adapter
+from randlora.adapters import load_adapter
 from randlora.config import settings
-from randlora.data.loader import Split, Unreadable
+from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, SettingsError, exit_code
-from randlora.records.console import Console
-from randlora.run import Experiment, head_of
-from randlora.tasks.base import Splits
-from randlora.training.trainer import Loop
+from randlora.experiment import Experiment
+from randlora.records import Result
+from randlora.records.signature import modern
+from randlora.tasks.base import Bound
+from randlora.training.evaluate import evaluate
+from randlora.training.trainer import prefixed
 
 KEPT = ("model", "method", "targets", "seed")
 
 
-class Terminal(Console):
-    """Messages of the first process, and no curves."""
-
-    def say(self, text: str) -> None:
-        if PartialState().is_main_process:
-            super().say(text)
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-
-def evaluate(run: Path, overrides: Sequence[str] = (), zero_shot: bool = False) -> dict[str, float]:
+def scores(run: Path, overrides: Sequence[str] = (), zero_shot: bool = False) -> dict[str, float]:
     """Metrics by name. SettingsError where there is no finished run, or where its head is not the task's."""
     experiment = Experiment.from_config(composed(finished(run), overrides))
-    task, trainer, seed = experiment.task, experiment.trainer, experiment.budget.seed
-    torch.manual_seed(seed)  # as in training: weights that no file gives
+    task, trainer = experiment.task, experiment.trainer
+    torch.manual_seed(experiment.budget.seed)  # as in training: weights that no file gives
     backbone = experiment.model.load()
-    if zero_shot and not task.zero_shot(backbone):
-        raise SettingsError(f"--zero-shot: task {task.name} on {experiment.model.name} has no score before training")
     test = task.splits(backbone, experiment.budget).test
     if zero_shot:
-        adapt(backbone.module, experiment.method, experiment.patterns, seed)
+        experiment.adapt(backbone)
     else:
         load_adapter(backbone.module, run / "adapter")
-    model = task.bind(backbone)
+    bound = experiment.bind(backbone)
+    if zero_shot and not (task.zero_shot and bound.head is None):
+        raise SettingsError(f"--zero-shot: task {task.name} on {experiment.model.name} has no score before training")
     if not zero_shot:
-        load_head(model, backbone.module, run / "adapter" / "head.safetensors")
-    nothing = Split(test.table, test.rows[:0], test.encode)  # to learn from
-    with tempfile.TemporaryDirectory() as checkpoints:
-        loop = Loop(
-            trainer, task, model, Splits(nothing, nothing, test), seed, Path(checkpoints), Terminal(),
-            trainer.accelerator(),
-        )  # fmt: skip
-        return loop.evaluate("zero_shot" if zero_shot else "test", loop.splits.test)
+        load_head(bound, run / "adapter" / "head.safetensors")
+    metrics = evaluate(
+        task, bound.model, test, trainer.accelerator(), batch_size=trainer.evaluation_batch_size,
+        workers=trainer.workers, precision=trainer.precision, say=say,
+    )  # fmt: skip
+    return prefixed("zero_shot" if zero_shot else "test", metrics)
+
+
+def say(text: str) -> None:
+    """A message, of the first process alone."""
+    if PartialState().is_main_process:
+        print(text, file=sys.stderr, flush=True)
 
 
 def finished(run: Path) -> dict[str, Any]:
     """The settings of a finished run."""
-    try:
-        result = json.loads((run / "result.json").read_text())
-        status, config = result["status"], result["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{run} is not the folder of a run: {error}") from error
-    if status != "finished":
-        raise SettingsError(f"{run}: this run is {status}; give its command again to finish it")
-    return config
+    result = Result.read(run / "result.json")
+    if result.status != "finished":
+        raise SettingsError(f"{run}: this run is {result.status}; give its command again to finish it")
+    return modern(result.config)
 
 
 def composed(of_the_run: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -94,18 +84,17 @@ def composed(of_the_run: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     return settings(*overrides) | {name: of_the_run[name] for name in KEPT}
 
 
-def load_head(model: nn.Module, backbone: nn.Module, file: Path) -> None:
-    """Gives `model` the head that was trained with the adapter, where the task has one."""
-    head = head_of(model, backbone)
-    found = load_file(file) if file.is_file() else {}
-    needed, kept = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (head, found))
+def load_head(bound: Bound, file: Path) -> None:
+    """Gives `bound` the head that was trained with the adapter, where the task has one."""
+    head, stored = bound.head_parameters(), load_file(file) if file.is_file() else {}
+    needed, kept = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (head, stored))
     if needed != kept:
         raise SettingsError(
-            f"this task's head is {needed or 'none'} and the run's {kept or 'none'}: give a task of its kind"
+            f"this task's head is {needed or 'none'} and the run's {kept or 'none'}: give a task like the run's"
         )
     with torch.no_grad():
         for name, parameter in head.items():
-            parameter.copy_(found[name])
+            parameter.copy_(stored[name])
 
 
 def main() -> int:
@@ -114,7 +103,7 @@ def main() -> int:
     parser.add_argument("--zero-shot", action="store_true")
     arguments, overrides = parser.parse_known_args()
     try:
-        metrics = evaluate(arguments.run, overrides, arguments.zero_shot)
+        metrics = scores(arguments.run, overrides, arguments.zero_shot)
     except Unreadable as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED

@@ -2,8 +2,8 @@
 
 python scripts/memory.py [--json FILE] model=smollm2_135m task=arc_easy data_root=FOLDER [KEY=VALUE …]
 
-Three steps over the longest micro-batch: forward, backward, AdamW. On a GPU the allocator's peak; on a CPU the peak of
-the process, less what it held before the model was loaded.
+Three steps over the longest micro-batch: forward, backward, the optimiser's. On a GPU the allocator's peak; on a CPU
+the peak of the process, less what it held before the model was loaded.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from randlora.adapters import adapt
 from randlora.config import settings
-from randlora.errors import exit_code
-from randlora.memory_plan import memory_plan
+from randlora.errors import SettingsError, exit_code
+from randlora.experiment import Experiment
+from randlora.plan import memory_plan
 from randlora.records.memory import PeakMemory
-from randlora.run import Experiment
-from randlora.training.precision import attention_rule
+from randlora.tasks.mixins import KnownShapes
+from randlora.training.evaluate import to_device
+from randlora.training.precision import attention_rule, autocast
 
 
 def measure(overrides: list[str]) -> dict[str, Any]:
     experiment = Experiment.from_config(settings(*overrides))
+    task = experiment.task
+    if not isinstance(task, KnownShapes):
+        raise SettingsError(f"task={task.name}: the shapes of its batches are not known without data")
     plan = memory_plan(experiment)  # first, since it loads every library that a step needs
     trainer, device = experiment.trainer, experiment.trainer.accelerator().device
     if getattr(experiment.model, "quantization", None):
@@ -35,28 +37,21 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     backbone = experiment.model.load()
     for tensor in [*backbone.module.parameters(), *backbone.module.buffers()]:
         tensor.data = tensor.data.clone()  # a mapped file would count whole, read or not
-    adapt(backbone.module, experiment.method, experiment.patterns, 0)
-    model = experiment.task.bind(backbone).to(device).train()
+    experiment.adapt(backbone)
+    model = experiment.bind(backbone).model.to(device).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    optimizer = experiment.optimizer.over([{"params": trained, "lr": 1e-6}])
     size = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
-    batch = _on(device, experiment.task.sample(backbone, size))
+    batch = to_device(task.sample(backbone, size), device)
     peak = PeakMemory(device)  # after loading, which may hold two copies of a weight
-    bf16 = trainer.precision == "bf16"
     with attention_rule(device.type, trainer.precision):
         for _ in range(3):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = experiment.task.loss(model, batch)
+            with autocast(device.type, trainer.precision):
+                loss = task.loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return {"overrides": overrides, "device": device.type, "plan": plan, "peak": peak.bytes() - before}
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return {key: _on(device, value) for key, value in batch.items()}
-    return batch.to(device)
 
 
 def main() -> None:

@@ -8,22 +8,22 @@ pretraining goes on where it was; a finished one is only exported.
 
 from __future__ import annotations
 
-import json
 import sys
-from itertools import chain
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from randlora.adapters import load_adapter, merge
 from randlora.config import build, settings
-from randlora.data.loader import evaluation_keys, loader
+from randlora.experiment import Experiment
 from randlora.models import OpenClip
 from randlora.models.open_clip import EMBEDDED
-from randlora.run import Experiment, run
+from randlora.records import Result
+from randlora.run import run
 from randlora.tasks import Budget, Task
+from randlora.training.evaluate import evaluate
 
 CARD = """# clip_tiny
 
@@ -46,17 +46,11 @@ names, {known} occur in them, the others do not, which bounds the zero-shot scor
 """
 
 
-def zero_shot(task: Task, model: OpenClip) -> float:
+def zero_shot(task: Task, model: OpenClip, accelerator: Accelerator) -> float:
     """Accuracy on the task's test split, without training."""
     backbone = model.load()
     split = task.splits(backbone, Budget(seed=0)).test
-    bound = task.bind(backbone).eval()
-    columns: dict[str, list] = {}
-    with torch.no_grad():
-        for batch in chain.from_iterable(loader(split, evaluation_keys(range(len(split)), 256), workers=1)):
-            for key, values in task.predict(bound, batch).items():
-                columns.setdefault(key, []).extend(values)
-    return task.score(columns)["accuracy"]
+    return evaluate(task, task.bind(backbone).model, split, accelerator, workers=1)["accuracy"]
 
 
 def main() -> int:
@@ -77,18 +71,18 @@ def main() -> int:
     path = EMBEDDED / "clip_tiny.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, path)
 
-    result = json.loads((experiment.folder / "result.json").read_text())
+    result, accelerator = Result.read(experiment.folder / "result.json"), experiment.trainer.accelerator()
     embedded = OpenClip(name="clip_tiny", architecture="clip_tiny", pretrained="embedded")
     captions = " ".join(experiment.config["task"]["kinds_of"]).lower()
     card = CARD.format(
-        parameters=result["total_parameters"],
-        tower_parameters=result["total_parameters"] - weights["token_embedding.weight"].numel(),
+        parameters=result.total_parameters,
+        tower_parameters=(result.total_parameters or 0) - weights["token_embedding.weight"].numel(),
         megabytes=path.stat().st_size / 1e6,
         train=len(experiment.task.splits(backbone, experiment.budget).train),
-        steps=result["steps"],
-        seconds=result["train_seconds"],
+        steps=result.steps,
+        seconds=result.train_seconds,
         known=", ".join(name for name in others["cifar10"].class_names if name in captions.split()),
-        **{name: zero_shot(task, embedded) for name, task in others.items()},
+        **{name: zero_shot(task, embedded, accelerator) for name, task in others.items()},
     )
     (EMBEDDED / "README.md").write_text(card)
     print(card)

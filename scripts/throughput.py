@@ -26,9 +26,11 @@ from randlora.adapters import adapt
 from randlora.config import settings
 from randlora.data.loader import loader, training_keys
 from randlora.errors import exit_code
-from randlora.run import Experiment
+from randlora.experiment import Experiment
 from randlora.tasks.base import Splits
-from randlora.training.trainer import Loop, Trainer
+from randlora.training import Trainer
+from randlora.training.evaluate import to_device
+from randlora.training.trainer import Loop
 
 WORKERS = (0, 2)
 
@@ -51,14 +53,15 @@ def measure(overrides: list[str], rounds: int, steps: int) -> dict[str, Any]:
     backbone = experiment.model.load()
     splits = experiment.task.splits(backbone, experiment.budget)
     adapt(backbone.module, experiment.method, experiment.patterns, seed)
-    model = experiment.task.bind(backbone)
+    bound = experiment.bind(backbone)
 
     def loop(workers: int) -> Loop:
         trainer = dataclasses.replace(
             experiment.trainer, workers=workers, micro_batch_size=None, max_steps=rounds * steps + 1
         )
         folder, accelerator = Path(tempfile.mkdtemp()), trainer.accelerator()
-        return Loop(trainer, experiment.task, model, splits, seed, folder, Quiet(), accelerator)
+        optimizer = experiment.optimizer
+        return Loop(trainer, experiment.task, bound, splits, seed, folder, Quiet(), accelerator, optimizer)
 
     loops = {workers: loop(workers) for workers in WORKERS}
     timed: dict[str, Callable[[int], None]] = {"bare loop": bare(loops[0], experiment.trainer)}
@@ -98,7 +101,7 @@ def bare(like: Loop, trainer: Trainer) -> Callable[[int], None]:
     model, task = like.plain, like.task
     parameters = list(like.trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=trainer.learning_rate)
-    batch = like.to_device(*next(like.batches(0)))
+    (batch,) = (to_device(batch, like.accelerator.device) for batch in next(like.batches(0)))
 
     def step(_: int) -> None:
         model.train()

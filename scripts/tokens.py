@@ -31,8 +31,8 @@ from randlora.config import settings
 from randlora.data.loader import Split, training_keys
 from randlora.data.texts import pad
 from randlora.errors import SettingsError, exit_code
+from randlora.experiment import Experiment
 from randlora.methods import LoRA, Method, RandLoRA
-from randlora.run import Experiment
 from randlora.tasks.language_model import IGNORED
 from randlora.training.trainer import Loop
 
@@ -74,8 +74,8 @@ def ours(experiment: Experiment, method: Method, steps: int) -> Callable[[int], 
     adapt(backbone.module, method, experiment.patterns, 0)
     trainer = dataclasses.replace(experiment.trainer, max_steps=steps, precision="bf16", micro_batch_size=None)
     loop = Loop(
-        trainer, experiment.task, experiment.task.bind(backbone), splits, 0, Path(tempfile.mkdtemp()), Quiet(),
-        trainer.accelerator(),
+        trainer, experiment.task, experiment.bind(backbone), splits, 0, Path(tempfile.mkdtemp()), Quiet(),
+        trainer.accelerator(), experiment.optimizer,
     )  # fmt: skip
     step = stepping(loop)
 

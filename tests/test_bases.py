@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kstest, norm
 
 from randlora.bases import DenseBasis, KroneckerBasis, SparseMap, draw
-from randlora.bases.dense import _log, _normal_quantile
+from randlora.bases.distributions import _log, _normal_quantile
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
 from randlora.errors import SettingsError
@@ -25,7 +25,7 @@ GOLDEN_KRONECKER = "ace9ac0641f265564537e7b935de8cacf09135acf107cd2d0c2c31575209
 
 
 def sha256(distribution: str) -> str:
-    basis = DenseBasis("golden", 33, 65, seed=7, distribution=distribution)
+    basis = DenseBasis.drawn("golden", 33, 65, seed=7, distribution=distribution)
     return basis.sha256()
 
 
@@ -38,7 +38,7 @@ def test_bits_are_the_same_in_another_process_with_other_threads_and_default_dty
     code = (
         "import torch; torch.set_num_threads(2); torch.set_default_dtype(torch.float64); torch.manual_seed(5);"
         "from randlora.bases import DenseBasis;"
-        "print(DenseBasis('golden', 33, 65, seed=7, distribution='normal').sha256())"
+        "print(DenseBasis.drawn('golden', 33, 65, seed=7, distribution='normal').sha256())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == GOLDEN["normal"]
@@ -82,7 +82,7 @@ def test_own_logarithm_and_quantile_against_numpy_and_scipy() -> None:
 
 
 def test_half_precision_models_keep_float32_bases() -> None:
-    basis = DenseBasis("b", 8, 8, seed=0)
+    basis = DenseBasis.drawn("b", 8, 8, seed=0)
     before = basis.sha256()
     basis.half()
     assert basis.sha256() == before
@@ -90,7 +90,7 @@ def test_half_precision_models_keep_float32_bases() -> None:
 
 
 def test_nothing_is_drawn_on_the_meta_device() -> None:
-    assert DenseBasis("b", 100_000, 100_000, seed=0, device="meta").matrix.is_meta
+    assert DenseBasis.drawn("b", 100_000, 100_000, seed=0, device="meta").matrix.is_meta
 
 
 def test_streams_leave_the_global_generators_alone() -> None:
@@ -124,7 +124,7 @@ def test_wrong_settings_are_refused() -> None:
 
 
 def test_ternary_bases_are_stored_as_bytes() -> None:
-    basis = DenseBasis("golden", 33, 65, seed=7, distribution="ternary")
+    basis = DenseBasis.drawn("golden", 33, 65, seed=7, distribution="ternary")
     assert basis.matrix.dtype == torch.int8
     assert torch.equal(basis.block(33, 65), draw(33, 65, "golden", 7, distribution="ternary"))
 
@@ -137,10 +137,10 @@ def test_maps_multiply_as_their_matrix_does(kind: str, rows: int, columns: int, 
     if kind == "kronecker":
         basis = KroneckerBasis("m", rows, columns, seed=0)
     elif kind == "sparse products":
-        basis = DenseBasis("m", rows, columns, seed=0, distribution="ternary", sparsity=20.0)
+        basis = DenseBasis.drawn("m", rows, columns, seed=0, distribution="ternary", sparsity=20.0)
         assert isinstance(basis(rows, columns), SparseMap)
     else:
-        basis = DenseBasis("m", rows, columns, seed=0, distribution=kind)
+        basis = DenseBasis.drawn("m", rows, columns, seed=0, distribution=kind)
     rows, columns = (rows, columns - less) if rows >= columns else (rows - less, columns)
     B = basis(rows, columns)
     matrix = B.matrix(torch.float64)

@@ -103,8 +103,7 @@ def test_every_architecture_has_its_own_loss(kind: str, plain: bool) -> None:
     labels = ids.clone()
     labels[0, :4] = labels[1, 6:] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = learned(labels)
-    ours = model(inputs, learned=(found["positions"], found["targets"]))
+    ours = model(inputs, **learned(labels))
     theirs = lm(**inputs, labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -119,8 +118,8 @@ def test_an_updated_head_is_asked_for_its_logits() -> None:
     model = LanguageModel(Backbone(lm, "causal_lm", 16))
     assert not model.plain_head
     ids = torch.randint(3, WORDS, (3, 9))
-    inputs, found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, learned(ids)
-    ours = model(inputs, learned=(found["positions"], found["targets"]))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ours = model(inputs, **learned(ids))
     torch.testing.assert_close(ours, lm(**inputs, labels=ids).loss, rtol=1e-5, atol=1e-6)
     ours.backward()
     assert all(parameter.grad is not None for parameter in trained)

@@ -181,7 +181,7 @@ def test_labels_are_the_response_and_the_prompt_where_asked(language_model: Back
 def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Backbone) -> None:
     """Oracle: transformers' own loss, row by row, weighted by tokens."""
     commonsense = task("arc_easy", "max_length=1000", "train_on_inputs=false")
-    encoder, model = commonsense.encoder(language_model, training=True), commonsense.bind(language_model)
+    encoder, model = commonsense.encoder(language_model, training=True), commonsense.bind(language_model).model
     items = [encoder(row) for row in ROWS]
     batch = encoder.collate(items)
     total, count = 0.0, 0
@@ -190,7 +190,7 @@ def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Bac
         tokens = int((labels[:, 1:] != -100).sum())
         total += language_model.module(ids, labels=labels).loss.item() * tokens
         count += tokens
-    assert commonsense.weight(batch) == count
+    assert commonsense.terms(batch) == count
     assert commonsense.loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Bac
 def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[str]) -> None:
     """Oracle: each full text alone through the model, log-probabilities summed by hand."""
     commonsense = task("arc_easy", "scoring=likelihood")
-    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model)
+    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model).model
     rows = [row for row in ROWS if row["answer"] in answers]
     predicted = commonsense.predict(model, encoder.collate([encoder(row) for row in rows]))["predicted"]
     for row, ours in zip(rows, predicted, strict=True):
@@ -216,7 +216,7 @@ def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[
 def test_batched_generation_equals_one_by_one(language_model: Backbone, beams: int) -> None:
     """Oracle: transformers' generate on one question, which reads the prompt once for each beam."""
     commonsense = task("arc_easy", f"beams={beams}", "max_new_tokens=12")
-    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model)
+    encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model).model
     together = model.generate(encoder.collate([encoder(row) for row in ROWS])["inputs"], 0, beams, max_new_tokens=12)
     for row, made in zip(ROWS, together, strict=True):
         ids = torch.tensor([encoder(row)["prefix"]])

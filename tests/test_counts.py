@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from conftest import settings
+from randlora.experiment import Experiment
 from randlora.models.base import ARCHITECTURES, expand
-from randlora.run import Experiment, counts, dry_run, lengths, table
+from randlora.plan import counts, dry_run, lengths, table
 
 CLIP = "task=cifar10"
 GLUE = "task=mrpc"

@@ -71,7 +71,7 @@ def test_only_the_reference_is_learned(language_model: Backbone) -> None:
     """Oracle: transformers' loss of the row alone, and torch's label smoothing."""
     row = {"meaning_representation": "name[Aromi], eatType[pub]", "reference": "Aromi is a pub."}
     made = task("e2e_nlg")
-    encoder, model = made.encoder(language_model, training=True), made.bind(language_model)
+    encoder, model = made.encoder(language_model, training=True), made.bind(language_model).model
     item = encoder(row)
     assert "".join(WORDS[i] for i in item["input_ids"]) == "name : Aromi | Type : pub || Aromi is a pub.</s>"
     assert "".join(WORDS[i] for i in item["labels"] if i != -100) == " Aromi is a pub.</s>"
@@ -107,7 +107,7 @@ def test_texts_repeat_the_prompts_words_but_not_their_own(language_model: Backbo
         {"meaning_representation": meaning, "references": ["x"]}
         for meaning in ("name[Aromi]", "name[Zizzi], near[Aromi]")
     ]
-    encoder, model = made.encoder(language_model, training=False), made.bind(language_model)
+    encoder, model = made.encoder(language_model, training=False), made.bind(language_model).model
     columns = made.predict(model, encoder.collate([encoder(row) for row in rows]))
     assert columns["references"] == [["x"], ["x"]]
     prompts = [[WORDS[i] for i in encoder(row)["input_ids"]] for row in rows]

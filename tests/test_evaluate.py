@@ -9,10 +9,11 @@ import pytest
 
 from conftest import REPOSITORY, settings
 from randlora.errors import SettingsError
-from randlora.run import Experiment, run
+from randlora.experiment import Experiment
+from randlora.run import run
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-from evaluate import evaluate
+from evaluate import scores
 
 SHORT = (
     "trainer.max_steps=3",
@@ -37,20 +38,29 @@ def part(metrics: dict[str, float], name: str) -> dict[str, float]:
 def test_a_run_scores_what_it_recorded(tmp_path: Path) -> None:
     folder, metrics = finished(tmp_path, "task.test_size=60")
     assert metrics["test/loss"] != metrics["zero_shot/loss"]
-    assert evaluate(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
-    assert evaluate(folder, zero_shot=True) == pytest.approx(part(metrics, "zero_shot"), rel=1e-6)
-    again = evaluate(folder, ["task=digits", "task.test_size=60", "trainer.evaluation_batch_size=7"])
+    assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
+    assert scores(folder, zero_shot=True) == pytest.approx(part(metrics, "zero_shot"), rel=1e-6)
+    again = scores(folder, ["task=digits", "task.test_size=60", "trainer.evaluation_batch_size=7"])
     assert again == pytest.approx(part(metrics, "test"), rel=1e-5)
+
+
+def test_a_record_of_before_optimizers_were_a_choice_is_scored(tmp_path: Path) -> None:
+    folder, metrics = finished(tmp_path, "task.test_size=60")
+    result = json.loads((folder / "result.json").read_text())
+    result["config"]["trainer"]["betas"] = result["config"].pop("optimizer")["betas"]
+    result["config"]["logger"] = None
+    (folder / "result.json").write_text(json.dumps(result))
+    assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
 
 
 def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     folder, metrics = finished(tmp_path, "model=clip_tiny_vision", "task.test_size=60")
-    assert evaluate(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
+    assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
     with pytest.raises(SettingsError, match="no score before training"):
-        evaluate(folder, zero_shot=True)
+        scores(folder, zero_shot=True)
     (folder / "adapter" / "head.safetensors").unlink()
     with pytest.raises(SettingsError, match=r"this task's head is \{'head.weight': \(10, 128\).* and the run's none"):
-        evaluate(folder)
+        scores(folder)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +76,7 @@ def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
 def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
     (tmp_path / "result.json").write_text('{"status": "finished", "config": {"task": {"name": "digits"}}}')
     with pytest.raises(SettingsError) as caught:
-        evaluate(tmp_path, overrides)
+        scores(tmp_path, overrides)
     assert sentence in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import randlora
 from conftest import TOY_TARGETS, Toy
 from randlora.adapters import adaptation_of
-from randlora.bases import dense
+from randlora.bases import distributions
 from randlora.errors import SettingsError
 from randlora.methods import LoRA, RandLoRA
 
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(folder: Path, break_it
 
 
 def test_another_layout_of_bases_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "LAYOUT", dense.LAYOUT + 1)
+    monkeypatch.setattr(distributions, "LAYOUT", distributions.LAYOUT + 1)
     with pytest.raises(SettingsError, match="bases drawn here differ"):
         randlora.load_adapter(Toy(), folder)
 

@@ -45,7 +45,7 @@ def naive_logits(model: TwoTowers, images: torch.Tensor, tokens: torch.Tensor) -
 @pytest.mark.parametrize("templates", [["x {}"], ["x {}", "y {}"]])
 def test_clip_classifies_by_the_ensemble_of_prompts(templates: list[str]) -> None:
     backbone = towers()
-    classifier = ClipClassifier(backbone, NAMES, templates, within_batch=False)
+    classifier = ClipClassifier(backbone, NAMES, templates)
     images = torch.randn(5, 4)
     expected = naive_logits(backbone.module, images, classifier.tokens)  # type: ignore[arg-type]
     torch.testing.assert_close(classifier(images), expected)
@@ -58,19 +58,19 @@ def test_the_loss_within_the_batch_is_over_its_classes() -> None:
     whole = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="all")  # type: ignore[arg-type]
     within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
     batch = {"image": images, "label": labels}
-    head = whole.bind(backbone)
-    logits = naive_logits(backbone.module, images, head.tokens)  # type: ignore[arg-type]
-    assert whole.loss(head, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    classifier = whole.bind(backbone).model
+    logits = naive_logits(backbone.module, images, classifier.tokens)  # type: ignore[arg-type]
+    assert whole.loss(classifier, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     # As published: image i against the texts of all images, its target the first of its class; up to a constant.
     few = F.cross_entropy(logits[:, labels], torch.tensor([0, 1, 0, 0, 1])) - labels.bincount()[labels].log().mean()
-    assert within.loss(within.bind(backbone), batch).item() == pytest.approx(few.item(), rel=1e-5)
+    assert within.loss(within.bind(backbone).model, batch).item() == pytest.approx(few.item(), rel=1e-5)
 
 
 def test_the_published_scale_is_not_exponentiated() -> None:
     backbone, images = towers(), torch.randn(5, 4)
     options: dict = {"class_names": NAMES, "templates": ["x {}"]}
     defined, published = (
-        ImageClassification("t", None, {}, logit_scale=how, **options).bind(backbone)(images)  # type: ignore[arg-type]
+        ImageClassification("t", None, {}, logit_scale=how, **options).bind(backbone).model(images)  # type: ignore[arg-type]
         for how in ("exp", "raw")
     )
     scale = backbone.module.logit_scale
@@ -86,11 +86,11 @@ def test_a_frozen_text_tower_gives_the_same_loss_and_no_gradient() -> None:
     backbone = towers()
     within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
     batch = {"image": torch.randn(5, 4), "label": torch.tensor([3, 1, 3, 3, 1])}
-    trained = within.loss(within.bind(backbone), batch)
+    trained = within.loss(within.bind(backbone).model, batch)
     backbone.module.text.requires_grad_(False)  # type: ignore[union-attr, operator]
-    head = within.bind(backbone)
+    classifier = within.bind(backbone).model
     for _ in range(2):
-        assert within.loss(head, batch).item() == pytest.approx(trained.item(), rel=1e-6)
+        assert within.loss(classifier, batch).item() == pytest.approx(trained.item(), rel=1e-6)
 
 
 def test_contrastive_loss_is_clips_when_all_captions_differ() -> None:

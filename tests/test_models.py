@@ -96,7 +96,7 @@ def test_the_frozen_head_is_open_clips_zero_shot_classifier() -> None:
     expected = open_clip.build_zero_shot_classifier(
         backbone.module.eval(), backbone.tokenizer(), task.class_names, templates, num_classes_per_batch=None
     )
-    classifier = task.bind(backbone).eval()
+    classifier = task.bind(backbone).model.eval()
     torch.testing.assert_close(classifier.text_features(), expected.T, rtol=1e-5, atol=1e-6)
     images = torch.randn(4, 3, 64, 64)
     features = torch.nn.functional.normalize(backbone.module.encode_image(images), dim=-1)

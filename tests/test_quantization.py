@@ -13,9 +13,9 @@ from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.quantization import dense, is_quantised, quantise
 from randlora.config import build
 from randlora.errors import SettingsError
-from randlora.memory_plan import memory_plan
+from randlora.experiment import Experiment
 from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
-from randlora.run import Experiment
+from randlora.plan import memory_plan
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'randlora[quant]'")
 

@@ -35,7 +35,7 @@ def update_of(shape: tuple[int, int], method, dtype: torch.dtype = torch.float64
 def papers_sum(update) -> Tensor:  # type: ignore[no-untyped-def]
     """Equation 4, basis by basis, with explicit diagonal matrices in float64."""
     n, r = update.lambda_.shape
-    A, B = update.bases()
+    A, B = update.fixed()[:2]
     total = torch.zeros(B.rows, A.shape[1], dtype=torch.float64)
     for j in range(n):
         block = B.matrix(torch.float64)[:, j * r : (j + 1) * r]
@@ -97,7 +97,7 @@ def test_transposed_storage(basis: str, shape: tuple[int, int], tokens: int) -> 
 def test_vera_is_its_formula_in_value_and_gradient(shape: tuple[int, int], basis: str, tokens: int) -> None:
     """Oracle: diag(b) B diag(d) A in float64 under autograd; few and many tokens take different ways."""
     layer, update = update_of(shape, VeRA(rank=31, basis=basis))
-    A, B = (one.matrix(torch.float64) for one in update.maps(*shape))
+    A, B = (factor.matrix(torch.float64) for factor in update.fixed(layer.weight)[:2])
     bias = layer.base.bias.requires_grad_(True)
     x = torch.randn(tokens, shape[1], dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(tokens, shape[0], dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_backward_keeps_no_matrix_as_large_as_the_weight(shape: tuple[int, int],
 def test_the_planner_knows_when_the_weight_is_cheaper() -> None:
     def ways(tokens: int, basis: str = "uniform", shape: tuple[int, int] = (768, 768)) -> tuple[str, ...]:
         _, update = update_of(shape, RandLoRA(rank=6, basis=basis), torch.float32)
-        return choose_plan(tokens, shape, update.bases()[1], torch.float32, torch.float32, "cpu", kept=False)[:3]
+        return choose_plan(tokens, shape, update.fixed().B, torch.float32, torch.float32, "cpu", kept=False)[:3]
 
     assert ways(10) == (TOKENS, TOKENS, TOKENS)
     assert ways(100_000) == (WEIGHT, WEIGHT, WEIGHT)

@@ -15,12 +15,14 @@ from torch import nn
 
 import randlora
 from conftest import REPOSITORY
-from randlora.data.loader import Encoder, Split
+from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.methods import LoRA, RandLoRA
-from randlora.tasks.base import Splits, Task
-from randlora.training import Diverged, Fit, Interrupted, Trainer
+from randlora.tasks.base import Bound, Splits, Task
+from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
 from randlora.training.schedule import rate_factor
+from randlora.training.signals import StopRequest
+from randlora.training.trainer import prefixed
 from randlora.training.watch import LossWatch
 
 
@@ -36,9 +38,13 @@ class Bars(Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
 
-    @property
-    def headline(self) -> str:
-        return "accuracy"
+    headline: ClassVar[str] = "accuracy"
+
+    def bind(self, backbone):  # type: ignore[no-untyped-def]
+        return Bound(backbone.module)
+
+    def encoder(self, backbone, training):  # type: ignore[no-untyped-def]
+        return Pixels8()
 
     def loss(self, model, batch):  # type: ignore[no-untyped-def]
         return F.cross_entropy(model(batch["image"]), batch["label"])
@@ -95,14 +101,32 @@ def model(method=None, dropout: float = 0.0) -> nn.Module:  # type: ignore[no-un
 
 
 def fit(  # type: ignore[no-untyped-def]
-    net: nn.Module, folder: Path, observer: Quiet | None = None, data: Splits | None = None, **changes
+    net: nn.Module,
+    folder: Path,
+    observer: Quiet | None = None,
+    data: Splits | None = None,
+    optimizer: Optimizer | None = None,
+    **changes,
 ) -> Fit:
-    options = {"max_steps": 20, "batch_size": 8, "learning_rate": 0.05, "device": "cpu"} | changes
-    trainer = Trainer(**options)
+    trainer = trainer_of(**changes)
     return trainer.fit(
-        TASK, net, data or splits(), seed=1, folder=folder, observer=observer or Quiet(),
-        accelerator=trainer.accelerator(),
+        TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
+        observer=observer or Quiet(), accelerator=trainer.accelerator(), optimizer=optimizer,
     )  # fmt: skip
+
+
+def trainer_of(**changes) -> Trainer:  # type: ignore[no-untyped-def]
+    return Trainer(**{"max_steps": 20, "batch_size": 8, "learning_rate": 0.05, "device": "cpu"} | changes)
+
+
+def scores(net: nn.Module, data: Splits | None = None) -> dict[str, float]:
+    """Of the validation and the test split, named as in records."""
+    data, trainer = data or splits(), trainer_of()
+    accelerator = trainer.accelerator()
+    validation, test = (
+        trainer.evaluate(TASK, net, part, Quiet(), accelerator) for part in (data.validation, data.test)
+    )
+    return prefixed("validation", validation) | prefixed("test", test)
 
 
 def numbers(net: nn.Module) -> torch.Tensor:
@@ -111,12 +135,16 @@ def numbers(net: nn.Module) -> torch.Tensor:
 
 def test_it_learns_and_reports(tmp_path: Path) -> None:
     observer = Quiet()
-    result = fit(model(LoRA(rank=3)), tmp_path, observer, max_steps=60)
-    assert result.metrics["test/accuracy"] > 0.7
-    assert result.metrics["validation/count"] == 5
+    net = model(LoRA(rank=3))
+    result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=50)
+    metrics = scores(net)
+    assert metrics["test/accuracy"] > 0.7
+    assert metrics["validation/count"] == 5
     assert result.steps == 60
     assert 0 < result.seconds_per_step * 60 == pytest.approx(result.train_seconds)
-    assert observer.metrics[-1]["update/relative_norm_max"] >= observer.metrics[-1]["update/relative_norm_mean"] > 0
+    (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)
+    assert midway["step"] == 50
+    assert midway["update/relative_norm_max"] >= midway["update/relative_norm_mean"] > 0
     assert {"train/loss", "train/learning_rate", "train/gradient_norm"} <= set(observer.metrics[0])
 
 
@@ -159,6 +187,70 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert observer.said == ["going on from step 7 of 20"]
     assert torch.equal(numbers(resumed), numbers(unbroken))
     assert result.steps == 20
+
+
+OPTIMIZERS = {
+    "AdamW": {"betas": [0.8, 0.99]},
+    "SGD": {},  # without momentum it keeps nothing
+    "Adafactor": {"d": 1.0},
+    "Muon": {},
+}
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+def test_every_optimizer_trains_as_torchs_own_and_resumes_to_the_same_bits(algorithm: str, tmp_path: Path) -> None:
+    """Oracle: the class of torch.optim in a loop by hand; exact."""
+    optimizer, changes = Optimizer(algorithm, **OPTIMIZERS[algorithm]), {"learning_rate": 0.02, "max_steps": 6}
+    unbroken, broken = model(), model()
+    fit(unbroken, tmp_path / "a", optimizer=optimizer, **changes)
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        fit(broken, tmp_path / "b", StopsAt(3), optimizer=optimizer, **changes)
+    resumed = model()
+    fit(resumed, tmp_path / "b", optimizer=optimizer, **changes)
+    assert torch.equal(numbers(resumed), numbers(unbroken))
+
+    by_hand, data = model(), splits()
+    trained = [p for p in by_hand.parameters() if p.requires_grad]
+    theirs = getattr(torch.optim, algorithm)(trained, lr=0.02, weight_decay=0.1, **OPTIMIZERS[algorithm])
+    for step, (batch,) in enumerate(loader(data.train, training_keys(30, 8, range(6), seed=1), 0)):
+        theirs.param_groups[0]["lr"] = 0.02 * rate_factor(step, 6, "cosine", 0.0, 0.01)
+        TASK.loss(by_hand, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        theirs.step()
+        theirs.zero_grad()
+    assert torch.equal(numbers(by_hand), numbers(unbroken))
+
+
+TORCHS = sorted(
+    name
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and cls is not torch.optim.Optimizer and name not in ("LBFGS", "SparseAdam")
+)
+
+
+@pytest.mark.parametrize("algorithm", TORCHS)
+def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
+    """Oracle: the state of a step on real tensors."""
+    parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(40, 3))]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    theirs = getattr(torch.optim, algorithm)(parameters, lr=0.01)
+    theirs.step()
+    kept = [value for state in theirs.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    expected = sum(value.nbytes for value in kept if value.dim())
+    assert Optimizer(algorithm).state_bytes(parameters) == expected
+
+
+def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.came
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.came
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -256,11 +348,12 @@ def test_two_processes_train_what_one_does(basis: str, tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "import test_training as t\n"
         f"net = t.model(t.RandLoRA(rank=3, basis='{basis}'))\n"
-        "result = t.fit(net, Path(sys.argv[1]), data=t.splits(validation=1), micro_batch_size=2)\n"
+        "t.fit(net, Path(sys.argv[1]), data=t.splits(validation=1), micro_batch_size=2)\n"
+        "metrics = t.scores(net, t.splits(validation=1))\n"
         "from accelerate import PartialState\n"
         "state = PartialState()\n"
         "if state.is_main_process:\n"
-        "    out = json.dumps([state.num_processes, t.numbers(net).tolist(), result.metrics])\n"
+        "    out = json.dumps([state.num_processes, t.numbers(net).tolist(), metrics])\n"
         "    Path(sys.argv[1], 'out.json').write_text(out)\n"
         "state.wait_for_everyone()\n"
         "import os; os._exit(0)\n"  # torch 2.14 with gloo now and then aborts while Python shuts down, all work done
@@ -270,7 +363,7 @@ def test_two_processes_train_what_one_does(basis: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     world, values, metrics = json.loads((tmp_path / "out.json").read_text())
     alone = model(RandLoRA(rank=3, basis=basis))
-    result = fit(alone, tmp_path / "alone", data=splits(validation=1))
+    fit(alone, tmp_path / "alone", data=splits(validation=1))
     assert world == 2
     torch.testing.assert_close(torch.tensor(values), numbers(alone), rtol=1e-4, atol=1e-5)
-    assert metrics == pytest.approx(result.metrics)
+    assert metrics == pytest.approx(scores(alone, splits(validation=1)))

@@ -1,7 +1,7 @@
-"""nn.MultiheadAttention opened into linear maps, and closed again.
+"""nn.MultiheadAttention replaced by a module of linear maps (unfused), and put back (fused).
 
-The original hides its projections in a parameter and in a module whose forward is never called, so nothing
-can sit on them. The opened module computes the same function from two linears.
+The original hides its projections in a parameter and in a module whose forward is never called, so no update
+can be put on them. The unfused module computes the same function from two linear maps.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def can_unfuse(module: nn.Module) -> bool:
 class UnfusedAttention(nn.Module):
     """The function of an nn.MultiheadAttention over width e, from in_proj (3e × e) and out_proj (e × e)."""
 
-    def __init__(self, closed: nn.MultiheadAttention):
+    def __init__(self, original: nn.MultiheadAttention):
         super().__init__()
-        self.embed_dim = closed.embed_dim
-        self.num_heads = closed.num_heads
-        self.dropout = closed.dropout
-        self.batch_first = closed.batch_first
-        self.train(closed.training)
+        self.embed_dim = original.embed_dim
+        self.num_heads = original.num_heads
+        self.dropout = original.dropout
+        self.batch_first = original.batch_first
+        self.train(original.training)
         # Built on meta and given the original's own parameters: nothing is copied.
-        self.in_proj = nn.Linear(self.embed_dim, 3 * self.embed_dim, closed.in_proj_bias is not None, device="meta")
-        self.in_proj.weight = closed.in_proj_weight
-        if closed.in_proj_bias is not None:
-            self.in_proj.bias = closed.in_proj_bias
-        self.out_proj: nn.Module = closed.out_proj
+        self.in_proj = nn.Linear(self.embed_dim, 3 * self.embed_dim, original.in_proj_bias is not None, device="meta")
+        self.in_proj.weight = original.in_proj_weight
+        if original.in_proj_bias is not None:
+            self.in_proj.bias = original.in_proj_bias
+        self.out_proj: nn.Module = original.out_proj
 
-    def close(self) -> nn.MultiheadAttention:
+    def fused(self) -> nn.MultiheadAttention:
         """The plain nn.MultiheadAttention again, around the present weights."""
         bias: Tensor | None = self.in_proj.bias
-        closed = nn.MultiheadAttention(
+        fused = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
             dropout=self.dropout,
@@ -52,9 +52,9 @@ class UnfusedAttention(nn.Module):
             batch_first=self.batch_first,
             device="meta",
         )
-        closed.in_proj_weight, closed.in_proj_bias = self.in_proj.weight, bias  # type: ignore[assignment]
-        closed.out_proj = self.out_proj  # type: ignore[assignment]
-        return closed.train(self.training)
+        fused.in_proj_weight, fused.in_proj_bias = self.in_proj.weight, bias  # type: ignore[assignment]
+        fused.out_proj = self.out_proj  # type: ignore[assignment]
+        return fused.train(self.training)
 
     def forward(
         self,
@@ -114,7 +114,7 @@ class UnfusedAttention(nn.Module):
 
 
 def unfuse_attention(model: nn.Module) -> None:
-    """Replaces every nn.MultiheadAttention inside `model` by its opened form, in place."""
+    """Replaces every nn.MultiheadAttention inside `model` by its unfused form, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if can_unfuse(child):
@@ -122,8 +122,8 @@ def unfuse_attention(model: nn.Module) -> None:
 
 
 def fuse_attention(model: nn.Module) -> None:
-    """Replaces every opened attention whose projections are plain linears by nn.MultiheadAttention, in place."""
+    """Replaces every unfused attention whose projections are plain linears by nn.MultiheadAttention, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, UnfusedAttention):
-                setattr(parent, name, child.close())
+                setattr(parent, name, child.fused())

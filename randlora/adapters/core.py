@@ -6,42 +6,25 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from randlora.adapters.attention import fuse_attention, unfuse_attention
-from randlora.adapters.layer import AdaptedLinear, Site, Update, linear_weight
+from randlora.adapters.interface import Context, Method, Site, Update
+from randlora.adapters.layer import AdaptedLinear, linear_weight
 from randlora.adapters.quantization import dense, is_quantised, recognise
 from randlora.adapters.targets import Place, places
-from randlora.bases import Basis, basis_of
 from randlora.errors import SettingsError
-
-if TYPE_CHECKING:
-    from randlora.methods.base import Method
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was adapted. Counts are numbers, not bytes; `total_parameters` has the trained ones in it."""
+    """What was adapted; `total_parameters` has the trained ones in it."""
 
     sites: list[Site]
     trainable_parameters: int
     total_parameters: int
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method may know when it builds its updates."""
-
-    seed: int
-    device: torch.device
-    weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
-
-    def basis(self, name: str, rows: int, columns: int, kind: str, sparsity: float | None, size: int) -> Basis:
-        """A fixed random matrix for sites to share, drawn from the run's seed; see `randlora.bases.basis_of`."""
-        return basis_of(kind, sparsity, name, rows, columns, size, self.seed, self.device)
 
 
 @dataclass
@@ -68,18 +51,29 @@ class Adaptation:
 def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 0) -> Report:
     """Puts `method`'s updates on the linear maps that `targets` name, in place, and freezes all else.
 
-    `targets` are fnmatch patterns on module names; ``name[q]`` is a slice of a fused matrix. Attention modules
-    are opened into linears. Raises SettingsError (a ValueError) when a pattern matches nothing, when a weight
-    is shared between modules, or when the model is adapted already; the model is then as it was.
+    Every nn.MultiheadAttention is replaced by an equal module of linear maps (`UnfusedAttention`).
+
+    Args:
+        model: any module with linear maps (nn.Linear, transformers' Conv1D).
+        method: what builds the updates, such as `randlora.methods.RandLoRA()`.
+        targets: fnmatch patterns on module names; ``name[q]`` is a slice of a fused matrix.
+        seed: what fixed bases and initial factors are drawn from.
+
+    Returns:
+        The sites with their counts, and the parameters trained and in all.
+
+    Raises:
+        SettingsError: (a ValueError) a pattern matches nothing, a weight is shared between modules, or the model
+            is adapted already; the model is then as it was.
     """
     if adaptation_of(model) is not None:
         raise SettingsError("the model is adapted already: merge it, or load it anew")
     total = sum(parameter.numel() for parameter in model.parameters())
     unfuse_attention(model)
     try:
-        found = places(model, targets)
-        modules = {place.module: model.get_submodule(place.module) for place in found}
-        updates, sites = _build(method, found, modules, seed)
+        chosen = places(model, targets)
+        modules = {place.module: model.get_submodule(place.module) for place in chosen}
+        updates, sites = _build(method, chosen, modules, seed)
         unfrozen = _unfrozen(method, model, {id(module.weight) for module in modules.values()})
     except Exception:
         fuse_attention(model)
@@ -89,7 +83,7 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     for parameter in unfrozen.values():
         parameter.requires_grad_(True)
     for name, module in modules.items():
-        here = [(place.rows, updates[place.site]) for place in found if place.module == name]
+        here = [(place.rows, updates[place.site]) for place in chosen if place.module == name]
         _replace(model, name, AdaptedLinear(module, here))
 
     adaptation = Adaptation(method, list(targets), seed, sites, updates, unfrozen)
@@ -100,10 +94,10 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
 
 
 def _build(
-    method: Method, found: list[Place], modules: Mapping[str, nn.Module], seed: int
+    method: Method, chosen: list[Place], modules: Mapping[str, nn.Module], seed: int
 ) -> tuple[dict[str, Update], list[Site]]:
     weights = {}
-    for place in found:
+    for place in chosen:
         weight = linear_weight(modules[place.module]).detach()
         recognise(weight)
         weights[place.site] = weight if place.rows is None else weight[place.rows]
@@ -168,7 +162,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def cached(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, what RandLoRA's updates make of their trained numbers is kept until an optimiser's step changes these.
+    """Inside, what RandLoRA's updates make of their trained parameters is kept until an optimiser's step changes these.
 
     It saves work where a model is called several times between two steps: accumulation, checkpointed layers,
     passes without gradients. The price is up to one matrix as large as W0 for each site. Changes are seen by the
@@ -213,9 +207,9 @@ def _restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _unfrozen(method: Method, model: nn.Module, seated: set[int]) -> dict[str, nn.Parameter]:
+def _unfrozen(method: Method, model: nn.Module, adapted: set[int]) -> dict[str, nn.Parameter]:
     """The model's own parameters that are trained too, by name, without the matrices of the sites."""
-    own = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in seated}
+    own = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in adapted}
     unfrozen = {name: own[name] for name in method.unfreezes(list(own))}
     for name, parameter in unfrozen.items():
         if parameter.dtype != torch.float32:
@@ -228,8 +222,10 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
     """‖ΔW‖ / ‖W0‖ (Frobenius) of every adapted module, by name."""
     return {
         name: float(
-            torch.stack([u.delta(dense(s.weight)[r]).norm() for r, u in zip(s.rows, s.updates, strict=True)]).norm()
-            / dense(s.weight).float().norm().clamp_min(1e-30)
+            torch.stack(
+                [u.delta(dense(layer.weight)[rows]).norm() for rows, u in zip(layer.rows, layer.updates, strict=True)]
+            ).norm()
+            / dense(layer.weight).float().norm().clamp_min(1e-30)
         )
-        for name, s in adapted_layers(model).items()
+        for name, layer in adapted_layers(model).items()
     }

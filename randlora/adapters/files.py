@@ -1,7 +1,7 @@
 """An adapter on disk: two small files, and never a pickle.
 
 ``adapter.safetensors`` holds one flat float32 tensor per trained name (all sites one after the other, in their
-order), so a file is the trained numbers and little else. ``adapter.json`` says how to build the sites again:
+order), so a file is the trained parameters and little else. ``adapter.json`` says how to build the sites again:
 method, targets, seed, and a SHA-256 of the sites and of each fixed basis. Bases are regenerated, not stored.
 """
 
@@ -17,18 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, unload
+from randlora.adapters.interface import describe, method_from
 from randlora.bases import Basis
 from randlora.errors import SettingsError
-from randlora.methods.base import describe, method_from
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> int:
-    """Writes the adapter of `model` into `folder` (made if missing); returns the bytes written."""
+    """Writes the adapter of `model` into `folder` (made if missing); returns the bytes written.
+
+    Raises SettingsError when the model is not adapted, or has bases from a file that no seed gives again.
+    """
     adaptation = require_adaptation(model)
-    if any(not getattr(basis, "drawn", True) for basis in _bases(adaptation)):
+    if not all(basis.reproducible for basis in _bases(adaptation)):
         raise SettingsError("this adapter's bases came from a file and no seed gives them: write it with to_peft")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> int:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Report:
-    """Adapts `model` as the adapter in `folder` was, and gives it its trained numbers.
+    """Adapts `model` as the adapter in `folder` was, and gives it its trained parameters.
 
     Raises SettingsError when files are missing or damaged, when the model's sites are not those of the adapter,
     or when the bases drawn here are not those it was trained with.
@@ -99,9 +102,9 @@ def _pack(adaptation: Adaptation) -> dict[str, Tensor]:
 def _unpack(adaptation: Adaptation, tensors: dict[str, Tensor], folder: Path) -> None:
     groups = _groups(adaptation)
     sizes = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
-    found = {name: tensor.numel() for name, tensor in tensors.items()}
-    if sizes != found:
-        raise SettingsError(f"{folder / TENSORS} holds {found}, the method needs {sizes}")
+    stored = {name: tensor.numel() for name, tensor in tensors.items()}
+    if sizes != stored:
+        raise SettingsError(f"{folder / TENSORS} holds {stored}, the method needs {sizes}")
     for name, parameters in groups.items():
         for parameter, values in zip(parameters, tensors[name].split([p.numel() for p in parameters]), strict=True):
             parameter.copy_(values.view_as(parameter))

@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.adapters.interface import Frozen, Update
 from randlora.adapters.quantization import dense, is_quantised
-
-
-@dataclass(frozen=True)
-class Site:
-    """An adapted weight matrix: a linear module of the model, or a named slice of a fused one."""
-
-    name: str
-    out_features: int
-    in_features: int
-    trainable_parameters: int = 0
-
-    @property
-    def small(self) -> int:
-        """The smaller side, the rank of a full-rank update."""
-        return min(self.out_features, self.in_features)
-
-    @property
-    def large(self) -> int:
-        return max(self.out_features, self.in_features)
-
-
-class Frozen(NamedTuple):
-    """The linear map under an update: weight (out, in), bias (out,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Update(nn.Module):
-    """What a method adds to one site: its parameters are trained and counted, its buffers are fixed.
-
-    A subclass gives `delta`; it overrides `forward` where an exact form is cheaper than forming W'.
-    """
-
-    replaces_base = False  # True when the trained numbers stand in for W0 instead of beside it
-    caching = False  # True inside `cached`
-    _kept: tuple[Any, Tensor] | None = None
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """W' - W0, float32 (out, in), given the frozen weight; most methods read only its shape."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        """x W'ᵀ + b for x (..., in)."""
-        return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
-
-    def keep(self, caching: bool) -> None:
-        """Starts or ends keeping; see `randlora.adapters.core.cached`."""
-        self.caching, self._kept = caching, None
-
-    def kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor | None:
-        """Inside `cached`, `make()`, made again only when `key` or a trained tensor has changed; None elsewhere."""
-        if not self.caching or torch.compiler.is_compiling():
-            return None
-        state = (key, *((p.data_ptr(), p._version) for p in self.parameters()))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = None  # so that the old one is gone before the new one comes
-            with torch.no_grad():
-                self._kept = (state, make())
-        return self._kept[1]
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -128,15 +65,15 @@ class AdaptedLinear(nn.Module):
 
     def segments(self) -> list[Segment]:
         """All rows in order, adapted or not."""
-        found, start = [], 0
+        segments, start = [], 0
         for rows, update in sorted(zip(self.rows, self.updates, strict=True), key=lambda pair: pair[0].start):
             if rows.start > start:
-                found.append(Segment(slice(start, rows.start), None))
-            found.append(Segment(rows, update))  # type: ignore[arg-type]
+                segments.append(Segment(slice(start, rows.start), None))
+            segments.append(Segment(rows, update))  # type: ignore[arg-type]
             start = rows.stop
         if start < self.out_features:
-            found.append(Segment(slice(start, self.out_features), None))
-        return found
+            segments.append(Segment(slice(start, self.out_features), None))
+        return segments
 
     def frozen(self, rows: slice) -> Frozen:
         if rows == slice(0, self.out_features):
@@ -162,7 +99,7 @@ class AdaptedLinear(nn.Module):
         return merged.to(weight.dtype)
 
     def stash_merged(self) -> None:
-        """From here on forward costs what the base costs; the base keeps its numbers.
+        """From here on forward costs what the base costs; the base keeps its weights.
 
         A quantised base stays apart: W' would take the memory that quantising saves.
         """

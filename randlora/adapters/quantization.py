@@ -11,27 +11,37 @@ BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # weights that share a scale in int4; a row does in int8
 
 
-def quantise(module: nn.Module, kind: str) -> None:
-    """Replaces the weights in place; SettingsError where torchao is missing, or something that it needs here."""
+def quantise(module: nn.Module, quantization: str) -> None:
+    """Replaces the weights of the quantised maps in place.
+
+    Args:
+        module: the model.
+        quantization: int8 (a scale for each row) or int4 (a scale for each group of 128 weights).
+
+    Raises:
+        SettingsError: torchao is missing, or something that it needs here, or a matrix does not fit.
+    """
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise SettingsError(
-            f"model.quantization={kind} needs the package torchao: pip install 'randlora[quant]'"
+            f"model.quantization={quantization} needs the package torchao: pip install 'randlora[quant]'"
         ) from error
     chosen = quantised_maps(module)
-    configuration = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
+    configuration = Int8WeightOnlyConfig() if quantization == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
     try:
         quantize_(module, configuration, filter_fn=lambda linear, name: name in chosen)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"model.quantization={kind} does not work here ({reason}): use int8, or null") from error
+        raise SettingsError(
+            f"model.quantization={quantization} does not work here ({reason}): use int8, or null"
+        ) from error
     for name, linear in chosen.items():  # torchao passes over what does not fit, without a word
         recognise(linear.weight)
         if not is_quantised(linear.weight):
             shape = " × ".join(map(str, linear.weight.shape))
             raise SettingsError(
-                f"model.quantization={kind} does not work here: {name} is {shape}, in groups of {GROUP}"
+                f"model.quantization={quantization} does not work here: {name} is {shape}, in groups of {GROUP}"
             )
 
 
@@ -40,21 +50,21 @@ def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:
 
     SettingsError where there are none, as in GPT-2, whose maps are of another class.
     """
-    found = {
-        name: one
-        for name, one in module.named_modules()
-        if isinstance(one, nn.Linear) and any(part.isdigit() for part in name.split("."))
+    maps = {
+        name: linear
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear) and any(part.isdigit() for part in name.split("."))
     }
-    if not found:
+    if not maps:
         raise SettingsError("model.quantization: the model has no linear maps in its blocks; use null")
-    return found
+    return maps
 
 
-def stored_bytes(linear: nn.Linear, kind: str) -> int:
+def stored_bytes(linear: nn.Linear, quantization: str) -> int:
     """What a quantised weight and its scales take."""
     rows, columns = linear.weight.shape
-    scales = rows if kind == "int8" else 2 * rows * -(-columns // GROUP)
-    return rows * columns * BITS[kind] // 8 + scales * linear.weight.dtype.itemsize
+    scales = rows if quantization == "int8" else 2 * rows * -(-columns // GROUP)
+    return rows * columns * BITS[quantization] // 8 + scales * linear.weight.dtype.itemsize
 
 
 _types: tuple[type, ...] = ()  # of quantised weights, as they are met
@@ -73,6 +83,6 @@ def recognise(weight: Tensor) -> None:
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The numbers that a quantised weight stands for; another weight as it is."""
-    numbers = weight.dequantize() if is_quantised(weight) else weight
-    return numbers if dtype is None else numbers.to(dtype)
+    """The plain matrix that a quantised weight stands for; another weight as it is."""
+    plain = weight.dequantize() if is_quantised(weight) else weight
+    return plain if dtype is None else plain.to(dtype)

@@ -83,18 +83,18 @@ def _near(names: Sequence[str], pattern: str) -> str:
 def places(model: nn.Module, patterns: Sequence[str]) -> list[Place]:
     """The sites that the patterns name in `model`, in the model's order; SettingsError for a bad pattern."""
     maps = linear_maps(model)
-    found = []
+    chosen = []
     for name, part in match(list(maps), patterns):
         if part is None:
-            found.append(Place(name, name, None))
+            chosen.append(Place(name, name, None))
         else:
             parts = named_slices(name, maps[name], getattr(model, "config", None))
             if part not in parts:
                 known = ", ".join(f"{name}[{p}]" for p in parts) or "none: it is not a fused matrix that is known"
                 raise SettingsError(f"{name} has no slice {part!r}; it has {known}")
-            found.append(Place(f"{name}[{part}]", name, parts[part]))
-    _refuse_shared(model, maps, {place.module for place in found})
-    return found
+            chosen.append(Place(f"{name}[{part}]", name, parts[part]))
+    _refuse_shared(model, maps, {place.module for place in chosen})
+    return chosen
 
 
 def named_slices(name: str, module: nn.Module, config: object = None) -> Mapping[str, slice]:

@@ -1,12 +1,13 @@
 """The fixed random matrices that updates are made of."""
 
-from randlora.bases.dense import DenseBasis, DenseMap, draw
-from randlora.bases.factory import BASES, Basis, Map, basis_of, check_basis, depends_on_size
+from randlora.bases.dense import DenseBasis, DenseMap, SparseMap
+from randlora.bases.distributions import draw
+from randlora.bases.factory import BASES, PEFT, Basis, Map, check_basis, depends_on_size, draw_basis
 from randlora.bases.kronecker import KroneckerBasis, KroneckerMap
-from randlora.bases.sparse import SparseMap
 
 __all__ = [
     "BASES",
+    "PEFT",
     "Basis",
     "DenseBasis",
     "DenseMap",
@@ -14,8 +15,8 @@ __all__ = [
     "KroneckerMap",
     "Map",
     "SparseMap",
-    "basis_of",
     "check_basis",
     "depends_on_size",
     "draw",
+    "draw_basis",
 ]

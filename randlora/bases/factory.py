@@ -1,8 +1,9 @@
-"""The kinds of basis that a method can be given by name."""
+"""The bases that a method can be given by name."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from randlora.errors import SettingsError, check_choice
 # The names of ternary bases and their s: binary has no zeros, PEFT calls 3 sparse, very_sparse follows the site's size.
 TERNARY = {"ternary": 3.0, "sparse": 3.0, "binary": 2.0, "very_sparse": None}
 BASES = ("uniform", "normal", *TERNARY, "kronecker")
+PEFT = "peft"  # of the two methods whose matrices PEFT draws; see randlora.bases.peft
 
 Basis = DenseBasis | KroneckerBasis
 
@@ -47,29 +49,47 @@ class Map(Protocol):
         """Of a product with one vector."""
 
 
-def check_basis(kind: str, sparsity: float | None, and_peft: bool = False) -> None:
-    """Raises SettingsError for an unknown kind or a sparsity that does not go with it."""
-    check_choice("basis", kind, (*BASES, "peft") if and_peft else BASES)
+def check_basis(basis: str, sparsity: float | None, allowed: Sequence[str] = BASES) -> None:
+    """Raises SettingsError for a basis that is not `allowed`, or a sparsity that does not go with it."""
+    check_choice("basis", basis, allowed)
     if sparsity is None:
         return
-    if kind not in ("ternary", "sparse"):
-        raise SettingsError(f"sparsity={sparsity!r} goes with basis=ternary or sparse, not with basis={kind}")
+    if basis not in ("ternary", "sparse"):
+        raise SettingsError(f"sparsity={sparsity!r} goes with basis=ternary or sparse, not with basis={basis}")
     if not sparsity >= 2:
         raise SettingsError(f"sparsity={sparsity!r}: must be 2 (no zeros) or more")
 
 
-def depends_on_size(kind: str) -> bool:
-    """Whether the entries of this kind depend on the size of the site, so that only sites of one size share them."""
-    return kind in ("very_sparse", "kronecker")
+def depends_on_size(basis: str) -> bool:
+    """Whether the entries depend on the size of the site, so that only sites of one size can share a matrix."""
+    return basis in ("very_sparse", "kronecker")
 
 
-def basis_of(
-    kind: str, sparsity: float | None, name: str, rows: int, columns: int, size: int, seed: int, device: torch.device
+def draw_basis(
+    basis: str,
+    name: str,
+    rows: int,
+    columns: int,
+    sparsity: float | None = None,
+    size: int | None = None,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Basis:
-    """The fixed (rows, columns) matrix `name`; `size` is what very_sparse takes the root of (s = √size)."""
-    if kind == "kronecker":
+    """A fixed (rows, columns) matrix.
+
+    Args:
+        basis: of `BASES`.
+        name: what the matrix is drawn from, beside the seed.
+        rows, columns: enough for the largest of the sites that share it.
+        sparsity: s of ternary and sparse; None for their default.
+        size: the smaller side of the sites, whose root is the s of very_sparse; None for that of the matrix.
+        seed: the run's.
+        device: where the matrix lies; on meta it has no entries.
+    """
+    if basis == "kronecker":
         return KroneckerBasis(name, rows, columns, seed=seed, device=device)
-    if kind not in TERNARY:
-        return DenseBasis(name, rows, columns, seed=seed, distribution=kind, device=device)
-    s = sparsity or TERNARY[kind] or max(2.0, math.sqrt(size))
-    return DenseBasis(name, rows, columns, seed=seed, distribution="ternary", sparsity=s, device=device)
+    if basis not in TERNARY:
+        return DenseBasis.drawn(name, rows, columns, seed=seed, distribution=basis, device=device)
+    s = sparsity or TERNARY[basis] or max(2.0, math.sqrt(min(rows, columns) if size is None else size))
+    return DenseBasis.drawn(name, rows, columns, seed=seed, distribution="ternary", sparsity=s, device=device)

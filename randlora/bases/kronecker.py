@@ -9,7 +9,7 @@ Q2 (n2, n2) is orthogonal. Q1 stacks as many square orthogonal blocks O_i (n1, n
 orthogonal matrices √N (O_i ⊗ Q2) and BᵀB = N·k·I for D = k·N. Where N does not divide D the last block is cut, its rows
 stay orthogonal, and the condition number is at most √2. So B has full column rank for every D ≥ N, and entries of mean
 square 1 like the dense bases. A product with one vector costs N·n2 + D·n1 multiplications instead of D·N, and the
-factors are n2² + n1·D/n2 numbers.
+factors have n2² + n1·D/n2 entries.
 
 A prime N has only n1 = 1: B is then a stack of dense orthogonal matrices, as costly as dense ones and as exact.
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases.dense import LAYOUT
+from randlora.bases.distributions import LAYOUT
 from randlora.bases.orthogonal import orthogonal
 
 
@@ -32,11 +32,12 @@ class KroneckerBasis(nn.Module):
     """B for up to `rows` and exactly N = `columns`; a block of it depends on its name, the seed and N alone.
 
     With rows < columns it is the transpose of such a basis. Like a DenseBasis it is never trained and never saved, and
-    stays float32 when the model is cast.
+    stays float32 when the model is cast. On the meta device nothing is drawn.
     """
 
     left: Tensor
     right: Tensor
+    reproducible = True
 
     def __init__(self, name: str, rows: int, columns: int, *, seed: int, device: torch.device | str = "cpu"):
         super().__init__()
@@ -66,9 +67,9 @@ class KroneckerBasis(nn.Module):
         return self
 
     def sha256(self) -> str:
-        """Of the factors' float32 numbers, little-endian, row by row, the left one first."""
-        numbers = [factor.cpu().numpy().astype("<f4").tobytes() for factor in (self.left, self.right)]
-        return hashlib.sha256(b"".join(numbers)).hexdigest()
+        """Of the factors' float32 entries, little-endian, row by row, the left one first."""
+        entries = [factor.cpu().numpy().astype("<f4").tobytes() for factor in (self.left, self.right)]
+        return hashlib.sha256(b"".join(entries)).hexdigest()
 
 
 class KroneckerMap(NamedTuple):
@@ -99,8 +100,8 @@ class KroneckerMap(NamedTuple):
         if onto is not None and onto.dtype == h.dtype and self.rows == m1 * n2:
             onto.view(-1, m1, n2).baddbmm_(left, h)
             return onto
-        made = torch.bmm(left, h).view(-1, m1 * n2)[:, : self.rows]
-        return made if onto is None else onto.add_(made)
+        product = torch.bmm(left, h).view(-1, m1 * n2)[:, : self.rows]
+        return product if onto is None else onto.add_(product)
 
     def down(self, x: Tensor) -> Tensor:
         """x B for x (T, rows)."""
@@ -149,8 +150,8 @@ class TransposedMap(NamedTuple):
 
     def up(self, h: Tensor, onto: Tensor | None = None) -> Tensor:
         """h Bᵀ for h (T, columns), added to `onto` (T, rows) in place where given."""
-        made = self.of.down(h)
-        return made if onto is None else onto.add_(made)
+        product = self.of.down(h)
+        return product if onto is None else onto.add_(product)
 
     def down(self, x: Tensor) -> Tensor:
         """x B for x (T, rows)."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from randlora.bases.dense import draw
+from randlora.bases.distributions import draw
 
 
 def orthogonal(size: int, *key: str | int) -> Tensor:

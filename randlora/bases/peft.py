@@ -8,25 +8,54 @@ generator; nothing else in this package does. A's rows are paired with B's colum
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bases.dense import DenseBasis
 
-
-class PeftBasis(DenseBasis):
-    """A given matrix in a basis's place. `drawn` is False when it came from a file and not from a seed."""
-
-    def __init__(self, name: str, matrix: Tensor, drawn: bool = True):
-        nn.Module.__init__(self)
-        self.name, self.drawn, self.unit, self.density = name, drawn, 1.0, 1.0
-        self._cast, self.compressed = None, {}
-        self.register_buffer("matrix", matrix.contiguous(), persistent=False)
+Pair = tuple[DenseBasis, DenseBasis]
 
 
-def draw_randlora(rank: int, outputs: int, inputs: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A (rank, 1, small) and B (large, n, rank) for sites of at most (outputs, inputs), float32."""
+def randlora_bases(
+    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device
+) -> dict[str, Pair]:
+    """A (rank, small) and B (large, n·rank) of RandLoRA for every site, n its ceil(smaller side / rank).
+
+    `shapes` are the sites' (out, in) by name; small and large are the sides of the smallest matrix that holds all.
+    Sites of one n share B, and all share A.
+    """
+    A, B = _draw_randlora(rank, *_extent(shapes), seed, device)
+    count = {site: math.ceil(min(shape) / rank) for site, shape in shapes.items()}
+    basis_A = DenseBasis("peft.A", A[:, 0])
+    basis_B = {n: DenseBasis("peft.B", columns_by_basis(B, n)) for n in set(count.values())}
+    return {site: (basis_A, basis_B[n]) for site, n in count.items()}
+
+
+def vera_bases(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> dict[str, Pair]:
+    """A (rank, in) and B (out, rank) of VeRA, of the widest and the tallest site, for every site: one pair."""
+    outputs, inputs = _extent(shapes)
+    generator = torch.Generator().manual_seed(seed)
+
+    def kaiming(rows: int, columns: int) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(rows, columns, device="meta")
+        bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator).to(device)
+
+    pair = DenseBasis("peft.A", kaiming(rank, inputs)), DenseBasis("peft.B", kaiming(outputs, rank))
+    return dict.fromkeys(shapes, pair)
+
+
+def _extent(shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """The most outputs and the most inputs of all sites."""
+    outputs, inputs = zip(*shapes.values(), strict=True)
+    return max(outputs), max(inputs)
+
+
+def _draw_randlora(rank: int, outputs: int, inputs: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A (rank, 1, small) and B (large, n, rank) as PEFT stores them, float32."""
     small, large = min(outputs, inputs), max(outputs, inputs)
     n = math.ceil(small / rank)
     if device.type == "meta":
@@ -39,19 +68,6 @@ def draw_randlora(rank: int, outputs: int, inputs: int, seed: int, device: torch
     A = kaiming(rank, 1, small)
     B = torch.cat([kaiming(large, 1, rank) for _ in range(n)], dim=1)
     return (A / A.std()).float().to(device), (B / B.std()).float().to(device)
-
-
-def draw_vera(rank: int, outputs: int, inputs: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A (rank, inputs) and B (outputs, rank), float32, with the scale in them."""
-    if device.type == "meta":
-        return torch.empty(rank, inputs, device="meta"), torch.empty(outputs, rank, device="meta")
-    generator = torch.Generator().manual_seed(seed)
-
-    def kaiming(*shape: int) -> Tensor:
-        bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    return kaiming(rank, inputs).to(device), kaiming(outputs, rank).to(device)
 
 
 def columns_by_basis(B: Tensor, n: int) -> Tensor:

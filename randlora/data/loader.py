@@ -125,28 +125,6 @@ class Split(Dataset):
             return self.encode(example)
 
 
-class CachedFeatures(Encoder):
-    """Batches that have been computed, as the examples of a split: nothing is read or decoded again."""
-
-    def __init__(self, batches: Sequence[Mapping[str, torch.Tensor]]):
-        self.columns = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, index: int) -> Item:
-        return {key: values[index] for key, values in self.columns.items()}
-
-    def column(self, name: str) -> np.ndarray:
-        return self.columns[name].numpy()
-
-    def __call__(self, example: Item) -> Item:
-        return example
-
-    def split(self) -> Split:
-        return Split(self, np.arange(len(self)), self)
-
-
 def training_keys(
     count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """What an update is: one paper, one file."""
 
-from randlora.methods.base import Method
+from randlora.adapters.interface import Method
 from randlora.methods.dora import DoRA
 from randlora.methods.full import FullFineTuning
 from randlora.methods.linear_probe import LinearProbe

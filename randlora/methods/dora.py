@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.adapters.quantization import dense
 from randlora.errors import check_choice
-from randlora.methods.base import Method, check_low_rank
+from randlora.methods.common import check_low_rank, relative_scale
 from randlora.methods.lora import LoRAUpdate
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,15 @@ class DoRAUpdate(Update):
     def __init__(self, method: DoRA, site: Site, context: Context):
         super().__init__()
         self.detach_norm = method.detach_norm
-        self.low_rank = LoRAUpdate(method, site, context.seed, context.device)
+        scale = relative_scale(method.rank, method.alpha)
+        self.low_rank = LoRAUpdate(site, method.rank, scale, method.dropout, context)
         squares = dense(context.weights[site.name], torch.float32).square().sum(1)
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(squares.sqrt())
 
     def factor(self, weight: Tensor) -> Tensor:
         """m / ‖V‖ (out,), without forming V: ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b·(A Aᵀ b), row by row."""
-        A, B = (one.detach() if self.detach_norm else one for one in (self.low_rank.A, self.low_rank.B))
+        A, B = (matrix.detach() if self.detach_norm else matrix for matrix in (self.low_rank.A, self.low_rank.B))
         s = self.low_rank.scale
         # In float32 whatever the autocast: what is added up here is small beside ‖w‖².
         with torch.autocast(weight.device.type, enabled=False):

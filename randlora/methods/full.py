@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.errors import SettingsError, check_choice
-from randlora.methods.base import Method
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,16 @@ two elementwise passes.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from randlora.adapters.quantization import dense, is_quantised
-from randlora.bases import DenseMap, Map, SparseMap
+from randlora.adapters.quantization import dense
+from randlora.bases import Map
+from randlora.methods.common import COSTS, autocast_off, linear, relative_cost
 
 WEIGHT, TOKENS = "weight", "tokens"
 
@@ -57,13 +55,8 @@ class ExecutionPlan(NamedTuple):
         return min(self.compute, self.delta, key=lambda dtype: dtype.itemsize)
 
 
-# The planner's constants by class of device, as scripts/calibrate.py writes them; other devices take the CPU's. Those
-# of CUDA are plain counts of multiply-adds: they await a calibration on such a device.
-COSTS: dict[str, dict[str, float]] = json.loads((files("randlora.methods") / "costs.json").read_text())
-
-
 def choose_plan(
-    tokens: int, shape: Sequence[int], B: Map, compute: torch.dtype, delta: torch.dtype, device: str, kept: bool
+    tokens: int, shape: Sequence[int], B: Map, compute: torch.dtype, delta: torch.dtype, device_type: str, kept: bool
 ) -> ExecutionPlan:
     """The plan that costs least for this many tokens, forward and backward, beyond the frozen (out, in) layer's own.
 
@@ -72,7 +65,7 @@ def choose_plan(
     so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
     dearer small products (of Kronecker factors) and sparse ones are, how much cheaper low precision, what a pass costs.
     """
-    rate, tall, small = COSTS.get(device, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
+    rate, tall, small = COSTS.get(device_type, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
     by_token = rate["low_precision"] if min(compute.itemsize, delta.itemsize) < 4 else 1.0
     c = relative_cost(B, rate) * B.multiplications()
@@ -91,80 +84,92 @@ def choose_plan(
         return products + (min(builds, 1) if kept else builds) * build
 
     plans = [
-        ExecutionPlan(one, two, three, compute, delta)
-        for one, two, three in itertools.product((TOKENS, WEIGHT), repeat=3)
+        ExecutionPlan(output, input_gradient, gradient, compute, delta)
+        for output, input_gradient, gradient in itertools.product((TOKENS, WEIGHT), repeat=3)
     ]
     return min(plans, key=lambda plan: cost(plan.output, plan.input_gradient, plan.gradient))
 
 
-def relative_cost(B: Map, rate: Mapping[str, float]) -> float:
-    """What a multiply-add of a product with B costs, in those of a large dense product."""
-    if isinstance(B, DenseMap):
-        return 1.0
-    return rate["sparse_products" if isinstance(B, SparseMap) else "small_products"]
+class Fixed(NamedTuple):
+    """What a site's update does not train: A (r, d), as precise as λ, B (D, N), and the scale s.
+
+    `tall` is out ≥ in, where ΔW = B M; else ΔW = Mᵀ Bᵀ.
+    """
+
+    A: Tensor
+    B: Map
+    scale: float
+    tall: bool
+
+    def factor(self, lambda_: Tensor, gamma: Tensor) -> Tensor:
+        """M (N, d): row j·r + k is s · λ_jk · A_k ⊙ γ_j, as far as B has columns."""
+        M = gamma[:, None, :] * self.A
+        return M.mul_((self.scale * lambda_)[:, :, None]).flatten(0, 1)[: self.B.columns]
+
+    def gradients(self, dM: Tensor, lambda_: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """∂λ (n, r) and ∂γ (n, d) from ∂M, which is overwritten."""
+        n, r = lambda_.shape
+        dM = dM.to(lambda_.dtype)
+        if len(dM) < n * r:  # the rows that B has no columns for
+            dM = torch.cat([dM, dM.new_zeros(n * r - len(dM), dM.shape[1])])
+        product = dM.view(n, r, -1).mul_(self.scale * self.A)
+        return torch.bmm(product, gamma[:, :, None]).squeeze(2), torch.bmm(lambda_[:, None, :], product).squeeze(1)
+
+    def delta(self, lambda_: Tensor, gamma: Tensor) -> Tensor:
+        """ΔW (out, in)."""
+        delta = self.B.times(self.factor(lambda_, gamma))
+        return delta if self.tall else delta.T
 
 
-def factor(lambda_: Tensor, gamma: Tensor, A: Tensor, scale: float, rows: int) -> Tensor:
-    """M (rows, d): row j·r + k is s · λ_jk · A_k ⊙ γ_j. `rows` is N, or less when B has no more columns."""
-    M = gamma[:, None, :] * A
-    return M.mul_((scale * lambda_)[:, :, None]).flatten(0, 1)[:rows]
-
-
-def diagonal_gradients(dM: Tensor, lambda_: Tensor, gamma: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """∂λ (n, r) and ∂γ (n, d) from ∂M, which is overwritten."""
-    n, r = lambda_.shape
-    dM = dM.to(lambda_.dtype)
-    if len(dM) < n * r:  # the rows that B has no columns for
-        dM = torch.cat([dM, dM.new_zeros(n * r - len(dM), dM.shape[1])])
-    product = dM.view(n, r, -1).mul_(scale * A)
-    return torch.bmm(product, gamma[:, :, None]).squeeze(2), torch.bmm(lambda_[:, None, :], product).squeeze(1)
-
-
-def prepare(
-    lambda_: Tensor, gamma: Tensor, weight: Tensor | None, A: Tensor, B: Map, scale: float, plan: ExecutionPlan
-) -> Tensor:
+def prepare(lambda_: Tensor, gamma: Tensor, weight: Tensor | None, fixed: Fixed, plan: ExecutionPlan) -> Tensor:
     """W' (out, in) in the tokens' dtype where the plan needs it, else M (N, d)."""
-    M = factor(lambda_, gamma, A, scale, B.columns)
+    M = fixed.factor(lambda_, gamma)
     if weight is None or not plan.forms_weight:
         return M.to(plan.token)
     M = M.to(plan.delta)
-    if weight.shape[0] >= weight.shape[1]:
-        return torch.add(weight, B.times(M)).to(plan.compute)
-    return B.up(M.T, onto=weight.clone(memory_format=torch.contiguous_format)).to(plan.compute)
+    if fixed.tall:
+        return torch.add(weight, fixed.B.times(M)).to(plan.compute)
+    return fixed.B.up(M.T, onto=weight.clone(memory_format=torch.contiguous_format)).to(plan.compute)
 
 
 class UpdatedLinear(torch.autograd.Function):
-    """x W'ᵀ + b, with gradients for x, λ, γ and b; all of A, λ and γ in one dtype.
+    """x W'ᵀ + b, with gradients for x, λ, γ and b; A, λ and γ have one dtype.
 
-    `ready` is what `prepare` gives for the plan, or None to make it when it is needed. With `weight` None the result is
-    x ΔWᵀ alone, through the tokens. `tall` is out ≥ in.
+    Args:
+        x: (..., in).
+        lambda_, gamma: (n, r) and (n, d).
+        weight: W0 (out, in), or None for x ΔWᵀ alone, through the tokens.
+        bias: (out,) or None.
+        ready: what `prepare` gives for the plan, or None to form it when it is needed.
+        fixed, plan: what is not trained, and how to compute.
     """
 
     @staticmethod
-    def forward(ctx, x, lambda_, gamma, weight, bias, ready, A, B, scale, tall, plan):
-        factors = _Factors(lambda_, gamma, weight, A, B, scale, plan, ready)
-        low = None
+    def forward(ctx, x, lambda_, gamma, weight, bias, ready, fixed: Fixed, plan: ExecutionPlan):
+        operands = _Operands(lambda_, gamma, weight, ready, fixed, plan)
+        B, tall, low = fixed.B, fixed.tall, None
         with autocast_off(x):
             tokens = x.reshape(-1, x.shape[-1]).to(plan.compute)
             if not tall and TOKENS in (plan.output, plan.gradient):
                 low = B.down(tokens.to(plan.token))
             if plan.output == WEIGHT:
-                y = linear(tokens, factors.weight(), bias)
+                y = linear(tokens, operands.updated_weight(), bias)
             else:
                 start = None if weight is None else linear(tokens, weight, bias)
-                M = factors.factor()
+                M = operands.factor()
                 y = B.up(tokens.to(plan.token) @ M.T, onto=start) if tall else _plus_product(start, low, M)
         kept = low if plan.gradient == TOKENS and not tall else x
         ctx.save_for_backward(kept, lambda_, gamma, weight, ready)
-        ctx.constants = A, B, scale, tall, plan, x.shape, x.dtype
+        ctx.constants = fixed, plan, x.shape, x.dtype
         return y.to(plan.compute).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         kept, lambda_, gamma, weight, ready = ctx.saved_tensors
-        A, B, scale, tall, plan, shape, dtype = ctx.constants
-        factors = _Factors(lambda_, gamma, weight, A, B, scale, plan, ready)
+        fixed, plan, shape, dtype = ctx.constants
+        operands = _Operands(lambda_, gamma, weight, ready, fixed, plan)
+        B, tall = fixed.B, fixed.tall
         dx = dlambda = dgamma = dbias = low = None
         with autocast_off(gradient):
             g = gradient.reshape(-1, gradient.shape[-1]).to(plan.compute)
@@ -173,10 +178,10 @@ class UpdatedLinear(torch.autograd.Function):
                 low = B.down(g_token)
             if ctx.needs_input_grad[0]:
                 if plan.input_gradient == WEIGHT:
-                    dx = g @ factors.weight()
+                    dx = g @ operands.updated_weight()
                 else:
                     start = None if weight is None else g @ dense(weight, g.dtype)
-                    M = factors.factor()
+                    M = operands.factor()
                     dx = _plus_product(start, low, M) if tall else B.up(g_token @ M.T, onto=start)
                 dx = dx.to(dtype).view(shape)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
@@ -185,52 +190,38 @@ class UpdatedLinear(torch.autograd.Function):
                     dM = B.transposed_times(g_token.T @ kept if tall else kept.T @ g_token)
                 else:
                     dM = low.T @ kept if tall else kept.T @ g_token
-                dlambda, dgamma = diagonal_gradients(dM, lambda_, gamma, A, scale)
+                dlambda, dgamma = fixed.gradients(dM, lambda_, gamma)
             if ctx.needs_input_grad[4]:
                 dbias = g.sum(0)
-        return dx, dlambda, dgamma, None, dbias, None, None, None, None, None, None
+        return dx, dlambda, dgamma, None, dbias, None, None, None
 
 
-class _Factors(NamedTuple):
+class _Operands(NamedTuple):
     """M and W' as one pass, forward or backward, needs them."""
 
     lambda_: Tensor
     gamma: Tensor
     base: Tensor | None
-    A: Tensor
-    B: Map
-    scale: float
-    plan: ExecutionPlan
     ready: Tensor | None
+    fixed: Fixed
+    plan: ExecutionPlan
 
-    def weight(self) -> Tensor:
+    def updated_weight(self) -> Tensor:
         """W' (out, in)."""
         if self.ready is not None:
             return self.ready
-        return prepare(self.lambda_, self.gamma, self.base, self.A, self.B, self.scale, self.plan)
+        return prepare(self.lambda_, self.gamma, self.base, self.fixed, self.plan)
 
     def factor(self) -> Tensor:
         """M (N, d)."""
         if self.ready is not None and not self.plan.forms_weight:
             return self.ready
-        return factor(self.lambda_, self.gamma, self.A, self.scale, self.B.columns).to(self.plan.token)
-
-
-def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As F.linear, in the dtype of the tokens."""
-    dtype = tokens.dtype
-    weight = weight if is_quantised(weight) else weight.to(dtype)
-    return F.linear(tokens, weight, None if bias is None else bias.to(dtype))
+        return self.fixed.factor(self.lambda_, self.gamma).to(self.plan.token)
 
 
 def _plus_product(onto: Tensor | None, a: Tensor | None, b: Tensor) -> Tensor:
     """a b, added to `onto` in place where given."""
-    assert a is not None  # x B or g B, made wherever a product goes through the tokens
+    assert a is not None  # x B or g B, taken wherever a product goes through the tokens
     if onto is None:
         return a @ b
     return onto.addmm_(a, b) if onto.dtype == b.dtype else onto.add_(a @ b)
-
-
-def autocast_off(x: Tensor) -> torch.autocast:
-    """The dtypes are chosen by hand inside: λ, γ and M's entries stay float32 until the products."""
-    return torch.autocast(x.device.type, enabled=False)

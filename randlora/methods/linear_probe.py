@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from randlora.adapters.layer import Frozen, Site, Update
-from randlora.methods.base import Method
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import Basis, check_basis
 from randlora.errors import check_count
-from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale, sharing
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale, sharing
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,11 @@ class NoLA(Method):
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         updates: dict[str, Update] = {}
-        for group in sharing(sites, self.basis, lambda site: (site.out_features, site.in_features)):
+        for group in sharing(sites, self.basis, lambda site: site.shape):
             widest, tallest = max(site.in_features for site in group), max(site.out_features for site in group)
             small = min(widest, tallest)
-            A = context.basis("nola.A", self.num_bases, self.rank * widest, self.basis, self.sparsity, small)
-            B = context.basis("nola.B", self.num_bases, self.rank * tallest, self.basis, self.sparsity, small)
+            A = context.draw(self.basis, "nola.A", self.num_bases, self.rank * widest, self.sparsity, small)
+            B = context.draw(self.basis, "nola.B", self.num_bases, self.rank * tallest, self.sparsity, small)
             updates |= {site.name: NoLAUpdate(self, site, A, B, context.device) for site in group}
         return {site.name: updates[site.name] for site in sites}
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
-from randlora.adapters.quantization import is_quantised
-from randlora.bases import Basis, Map, check_basis
-from randlora.bases.peft import PeftBasis, columns_by_basis, draw_randlora
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
+from randlora.bases import BASES, PEFT, Basis, Map, check_basis
+from randlora.bases.peft import randlora_bases
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
-from randlora.methods.base import Method, check_low_rank, compute_dtype, relative_scale, sharing
-from randlora.methods.kernels import TOKENS, ExecutionPlan, UpdatedLinear, choose_plan, factor, prepare
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.methods.common import check_low_rank, compute_dtype, may_form_weight, relative_scale, sharing
+from randlora.methods.kernels import TOKENS, ExecutionPlan, Fixed, UpdatedLinear, choose_plan, prepare
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class RandLoRA(Method):
     """ΔW = (alpha / rank) · Σ_j B_j Λ_j A Γ_j (equation 4), transposed where out < in.
 
     With d the smaller and D the larger side of W0 and n = num_bases: B_j (D × rank) and A (rank × d) are fixed,
-    Λ_j = diag(λ_j) and Γ_j = diag(γ_j) are trained, λ (n, rank) and γ (n, d): n·(rank + d) numbers a site. So
+    Λ_j = diag(λ_j) and Γ_j = diag(γ_j) are trained, λ (n, rank) and γ (n, d): n·(rank + d) parameters a site. So
     a *smaller* rank means more parameters, and the rank of ΔW is min(n·rank, d) whatever the budget.
 
     * `num_bases`: ``ceil`` (of d / rank: full rank; PEFT's choice), ``floor`` (the paper's counts; a few
@@ -66,7 +61,9 @@ class RandLoRA(Method):
             check_count("RandLoRA.num_bases (ceil, floor, a share or a number)", self.num_bases)  # type: ignore[arg-type]
         check_choice("RandLoRA.divide_by_root", self.divide_by_root, (True, False))
         check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
-        check_basis(self.basis, self.sparsity, and_peft=True)
+        check_basis(self.basis, self.sparsity, (*BASES, PEFT))
+        if self.basis == PEFT and self.num_bases != "ceil":
+            raise SettingsError(f"num_bases={self.num_bases!r}: basis=peft needs ceil, as PEFT rounds")
         check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
         if self.start is not None:
             check_positive("RandLoRA.start", self.start)
@@ -81,11 +78,13 @@ class RandLoRA(Method):
         return max(1, int(share * (site.small // self.rank)))
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        pairs = self._peft_bases(sites, context) if self.basis == "peft" else self._bases(sites, context)
+        pairs = self._bases(sites, context)
         return {site.name: RandLoRAUpdate(self, site, *pairs[site.name], context.device) for site in sites}
 
-    def _bases(self, sites: Sequence[Site], context: Context) -> dict[str, tuple[Basis, Basis]]:
+    def _bases(self, sites: Sequence[Site], context: Context) -> Mapping[str, tuple[Basis, Basis]]:
         """A and B by site."""
+        if self.basis == PEFT:
+            return randlora_bases({site.name: site.shape for site in sites}, self.rank, context.seed, context.device)
         pairs: dict[str, tuple[Basis, Basis]] = {}
         for group in sharing(sites, self.basis, lambda site: site.small):
             small, large = max(site.small for site in group), max(site.large for site in group)
@@ -97,21 +96,11 @@ class RandLoRA(Method):
                         f"a matrix whose smaller side is {small}: use ceil, floor or less"
                     )
                 width = small  # N is a property of the site's size, so that B is orthogonal
-            kind_A = "uniform" if self.basis == "kronecker" else self.basis
-            A = context.basis("randlora.A", self.rank, small, kind_A, self.sparsity, small)
-            B = context.basis("randlora.B", large, width, self.basis, self.sparsity, small)
+            basis_A = "uniform" if self.basis == "kronecker" else self.basis
+            A = context.draw(basis_A, "randlora.A", self.rank, small, self.sparsity, small)
+            B = context.draw(self.basis, "randlora.B", large, width, self.sparsity, small)
             pairs |= {site.name: (A, B) for site in group}
         return pairs
-
-    def _peft_bases(self, sites: Sequence[Site], context: Context) -> dict[str, tuple[Basis, Basis]]:
-        """PEFT's A and B by site; its order of B's columns depends on the number of bases."""
-        if self.num_bases != "ceil":
-            raise SettingsError(f"num_bases={self.num_bases!r}: basis=peft needs ceil, as PEFT rounds")
-        outputs, inputs = max(site.out_features for site in sites), max(site.in_features for site in sites)
-        A, B = draw_randlora(self.rank, outputs, inputs, context.seed, context.device)
-        first = PeftBasis("peft.A", A[:, 0])
-        second = {n: PeftBasis("peft.B", columns_by_basis(B, n)) for n in {self.bases_of(site) for site in sites}}
-        return {site.name: (first, second[self.bases_of(site)]) for site in sites}
 
 
 class RandLoRAUpdate(Update):
@@ -133,31 +122,27 @@ class RandLoRAUpdate(Update):
         columns = n * method.rank if method.basis != "kronecker" else min(n * method.rank, site.small)
         self.shape = site.large, columns
 
-    def bases(self) -> tuple[Tensor, Map]:
-        """A (rank, d), as precise as λ, and B (D, n·rank): this site's blocks of the shared matrices."""
-        rank, small = self.lambda_.shape[1], self.gamma.shape[1]
-        return self.basis_A(rank, small).matrix(self.lambda_.dtype), self.basis_B(*self.shape)
+    def fixed(self) -> Fixed:
+        """A (rank, d), as precise as λ, and B (D, n·rank): this site's blocks of the shared matrices; and the scale."""
+        A = self.basis_A(self.lambda_.shape[1], self.gamma.shape[1]).matrix(self.lambda_.dtype)
+        return Fixed(A, self.basis_B(*self.shape), self.scale, self.tall)
 
     def delta(self, weight: Tensor) -> Tensor:
-        A, B = self.bases()
-        delta = B.times(factor(self.lambda_, self.gamma, A, self.scale, B.columns))
-        return delta if self.tall else delta.T
+        return self.fixed().delta(self.lambda_, self.gamma)
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        A, B = self.bases()
+        fixed, trained = self.fixed(), (self.lambda_, self.gamma)
         dropping = self.training and self.dropout > 0
-        plan = self.plan(x, base.weight, B, dropping)
-        trained = self.lambda_, self.gamma
+        plan = self.plan(x, base.weight, fixed.B, dropping)
         if dropping:  # the update's input differs from the base's
             dropped = F.dropout(x, self.dropout)
-            return base(x) + UpdatedLinear.apply(dropped, *trained, None, None, None, A, B, self.scale, self.tall, plan)
-        ready = self.kept(plan, lambda: prepare(*trained, base.weight, A, B, self.scale, plan))
-        return UpdatedLinear.apply(x, *trained, base.weight, base.bias, ready, A, B, self.scale, self.tall, plan)
+            return base(x) + UpdatedLinear.apply(dropped, *trained, None, None, None, fixed, plan)
+        ready = self.kept(plan, lambda: prepare(*trained, base.weight, fixed, plan))
+        return UpdatedLinear.apply(x, *trained, base.weight, base.bias, ready, fixed, plan)
 
     def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> ExecutionPlan:
         """How to compute for this input: the cheapest way, if W0 + ΔW may be formed at all."""
         compute, delta = compute_dtype(x), self.delta_dtype or self.lambda_.dtype
-        # A base kept in low precision would round a small ΔW away.
-        if dropping or weight.dtype.itemsize < 4 or is_quantised(weight):
+        if dropping or not may_form_weight(weight):
             return ExecutionPlan(TOKENS, TOKENS, TOKENS, compute, delta)
         return choose_plan(x.numel() // x.shape[-1], weight.shape, B, compute, delta, x.device.type, self.caching)

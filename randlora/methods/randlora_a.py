@@ -1,23 +1,19 @@
-"""RandLoRA-a: RandLoRA's numbers spent at a low rank, the paper's ablation (Albert et al., ICLR 2025, section 6.3)."""
+"""RandLoRA-a: RandLoRA's parameters at a low rank, the paper's ablation (Albert et al., ICLR 2025, section 6.3)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.layer import Frozen, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import Basis, check_basis
 from randlora.errors import check_count
-from randlora.methods.base import Method, check_low_rank, low_rank_linear, relative_scale, sharing
-
-if TYPE_CHECKING:
-    from randlora.adapters.core import Context
+from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale, sharing
 
 
 @dataclass(frozen=True)
@@ -25,9 +21,9 @@ class RandLoRAa(Method):
     """ΔW = (alpha / rank) · (Σ_j B_j Λ_j)(Σ_j A_j Γ_j), transposed where out < in: `rank` is that of ΔW.
 
     With d the smaller and D the larger side of W0: B_j (D × rank) and A_j (rank × d) are fixed, Λ_j = diag(λ_j) and
-    Γ_j = diag(γ_j) are trained, n·(rank + d) numbers a site. `num_bases` is n, or None: as many as come nearest, from
-    below, to the numbers of RandLoRA with rank `budget_rank` and ``floor``; then the two differ in the rank of ΔW
-    alone. λ starts at zero, γ at 1/√(n·d), which gives Σ_j A_j Γ_j the size of LoRA's A. `alpha` defaults to 2·rank.
+    Γ_j = diag(γ_j) are trained, n·(rank + d) parameters a site. `num_bases` is n, or None: as many as come nearest,
+    from below, to the parameters of RandLoRA with rank `budget_rank` and ``floor``; then the two differ in the rank of
+    ΔW alone. λ starts at zero, γ at 1/√(n·d), which gives Σ_j A_j Γ_j the size of LoRA's A. `alpha` defaults to 2·rank.
     """
 
     rank: int = 32
@@ -61,8 +57,8 @@ class RandLoRAa(Method):
         for group in sharing(sites, self.basis, lambda site: (site.large, site.small)):
             small, large = max(site.small for site in group), max(site.large for site in group)
             width = self.rank * max(map(self.bases_of, group))
-            A = context.basis("randlora_a.A", small, width, self.basis, self.sparsity, small)
-            B = context.basis("randlora_a.B", large, width, self.basis, self.sparsity, small)
+            A = context.draw(self.basis, "randlora_a.A", small, width, self.sparsity, small)
+            B = context.draw(self.basis, "randlora_a.B", large, width, self.sparsity, small)
             updates |= {site.name: RandLoRAaUpdate(self, site, A, B, context.device) for site in group}
         return {site.name: updates[site.name] for site in sites}
 

@@ -17,12 +17,14 @@ class Console:
         self._last = 0.0
 
     def say(self, text: str) -> None:
+        """A line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, step: int, steps: int, text: str) -> None:
+        """`step` of `steps` are done: moves the bar, or prints a line when the last is old enough."""
         if self.interactive:
             self._show_bar(step, steps, text)
         elif time.monotonic() - self._last >= self.seconds_between_lines:
@@ -41,6 +43,7 @@ class Console:
         self._bar.update(self._bar.task_ids[0], completed=step, description=text)
 
     def close(self) -> None:
+        """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -25,6 +25,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
+        """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -12,20 +11,25 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
 from randlora.records.console import Console
+from randlora.records.result import Result, finite, write
 
 
+@runtime_checkable
 class Logger(Protocol):
-    """A mirror of the record, such as a dashboard."""
+    """A mirror of the record, such as a dashboard; nothing is read back from it."""
 
-    def start(self, name: str, config: Mapping[str, Any], folder: Path, tags: list[str]) -> None: ...
+    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        """The run ``task/model/method/signature`` begins, with these settings and this folder."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """What is known after `step` steps."""
 
-    def finish(self, result: Mapping[str, Any]) -> None: ...
+    def finish(self, result: Result) -> None:
+        """The run has ended, whether or not `start` was reached."""
 
 
 class Record:
@@ -43,12 +47,13 @@ class Record:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the trainer keeps its own."""
         return self.folder / "checkpoints"
 
-    def result(self) -> dict[str, Any] | None:
-        """The result of the run, if it has ended before."""
+    def result(self) -> Result | None:
+        """The result of the run, if it has ended before; SettingsError where its file is damaged."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return Result.read(path) if path.is_file() else None
 
     def clear(self) -> None:
         """Forgets an earlier attempt."""
@@ -71,11 +76,13 @@ class Record:
                 f"run_root={self.config['run_root']}: {self.folder} cannot be written ({error.strerror}); give another"
             ) from error
 
-    def start_loggers(self, tags: list[str]) -> None:
+    def start_loggers(self) -> None:
+        """Tells the mirrors that the run begins."""
         for logger in self.loggers:
-            logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder, tags)
+            logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
+        """Adds a line to metrics.jsonl."""
         if not self.writes:
             return
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite(metrics)})
@@ -85,6 +92,7 @@ class Record:
             logger.log(metrics, step)
 
     def say(self, text: str, everywhere: bool = False) -> None:
+        """Prints a sentence, on every process where it matters `everywhere`, and adds it to train.log."""
         if self.writes or everywhere:
             self.console.say(text)
         if not self.writes:
@@ -93,15 +101,17 @@ class Record:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def progress(self, step: int, steps: int, text: str) -> None:
+        """Shows how far the run is."""
         if self.writes:
             self.console.progress(step, steps, text)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
+        """Writes result.json and tells the mirrors."""
         if not self.writes:
             return
         self.console.close()
-        write(self.folder / "result.json", json.dumps(finite(result), indent=1) + "\n")
-        self._status(result["status"])
+        result.write(self.folder / "result.json")
+        self._status(result.status)
         for logger in self.loggers:
             logger.finish(result)
 
@@ -110,34 +120,15 @@ class Record:
         write(self.folder / "status.json", json.dumps(state) + "\n")
 
 
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The value with every NaN and infinity as text: JSON has none."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in ("randlora", "torch", "transformers", "open_clip_torch", "accelerate", "datasets", "numpy"):
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def commit() -> str | None:

@@ -15,13 +15,29 @@ EXCLUDED_FROM_HASH = {
 
 
 def signature(config: Mapping[str, Any], task_version: int = 1) -> str:
-    """Twelve hexadecimal digits; equal for configs that differ in indifferent settings alone.
+    """Twelve hexadecimal digits; equal for configs that differ in settings EXCLUDED_FROM_HASH alone.
 
-    A task whose scores have stopped being comparable has a higher version, and so another signature.
+    A task whose scores have stopped being comparable has a higher version, and so another signature. AdamW with `betas`
+    alone is hashed as it stood before there was a choice, `trainer.betas` and no `optimizer`: old runs are recognised.
     """
-    settings = _without(config, "") | ({"task_version": task_version} if task_version > 1 else {})
+    settings = _without(_first_form(config), "") | ({"task_version": task_version} if task_version > 1 else {})
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _first_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    optimizer = config.get("optimizer", {})
+    if optimizer.get("algorithm") != "AdamW" or set(optimizer) != {"_target_", "algorithm", "betas"}:
+        return config
+    rest = {key: value for key, value in config.items() if key != "optimizer"}
+    return rest | {"trainer": {**config["trainer"], "betas": optimizer["betas"]}}
+
+
+def modern(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's settings as today's: `trainer.betas` become the optimiser's, and no logger is there."""
+    trainer = dict(config["trainer"])
+    adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
+    return {"optimizer": adamw, **config, "trainer": trainer, "logger": {}}
 
 
 def _without(value: Any, path: str) -> Any:

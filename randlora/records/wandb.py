@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from randlora.errors import SettingsError, check_choice
+from randlora.records.result import Result
 
 
 @dataclass
 class Wandb:
     """Each run of a sweep is a W&B run of its own; a run that fails ends as failed.
 
-    `mode` offline needs no account; `wandb sync` uploads it later.
+    Args:
+        project: Where it appears.
+        mode: online, offline or disabled; offline needs no account, and `wandb sync` uploads it later.
+        entity: The account or team; None for the default.
     """
 
     project: str = "randlora"
     mode: str = "online"
     entity: str | None = None
-    _run: Any = field(default=None, repr=False)
+    _run: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice("logger.mode", self.mode, ("online", "offline", "disabled"))
+        check_choice("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))
 
-    def start(self, name: str, config: Mapping[str, Any], folder: Path, tags: list[str]) -> None:
+    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         import wandb
         from wandb.errors import Error
 
@@ -41,17 +45,20 @@ class Wandb:
                 resume="allow",
                 config=dict(config) | {"signature": signature},
                 dir=str(folder),
-                tags=tags,
+                tags=list(config["tags"]),
                 reinit="finish_previous",
             )
         except Error as error:
-            raise SettingsError(f"W&B: {str(error).splitlines()[0]}; logger.mode=offline needs no account") from error
+            raise SettingsError(
+                f"W&B: {str(error).splitlines()[0]}; logger.wandb.mode=offline needs no account"
+            ) from error
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         if self._run is None:
             return
-        self._run.summary.update({key: result[key] for key in result if key not in ("config", "versions")})
-        self._run.finish(exit_code=0 if result["status"] == "finished" else 1)
+        summary = result.to_json()
+        self._run.summary.update({key: summary[key] for key in summary if key not in ("config", "versions")})
+        self._run.finish(exit_code=0 if result.status == "finished" else 1)

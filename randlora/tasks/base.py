@@ -1,19 +1,23 @@
-"""What every task offers to the trainer."""
+"""What every task offers to training and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
+from randlora.adapters.core import require_adaptation
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
 from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model
+
+Batch = Mapping[str, Any]  # tensors by name, and what else an encoder's collate puts there
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,38 @@ class Budget:
 
 @dataclass(frozen=True)
 class Splits:
+    """What is learned from, what chooses between settings, and what is only reported."""
+
     train: Split
     validation: Split
     test: Split
 
 
+class Bound(NamedTuple):
+    """A model that a task can train and score, and the part of it that is the task's own: None where nothing is.
+
+    The head's parameters are trained beside the method's, and saved as ``head.`` and their names in `head`.
+    """
+
+    model: nn.Module
+    head: nn.Module | None = None
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters by the names that they are saved under; empty without a head."""
+        named = self.head.named_parameters() if self.head is not None else ()
+        return {f"head.{name}": parameter for name, parameter in named}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name in `model`; SettingsError when there is nothing."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not trained:
+            method = require_adaptation(self.model).method.name
+            raise SettingsError(f"method {method} has nothing to train here: this model gets no head")
+        return trained
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A data set and its score; the model decides the head.
 
     `sizes` are the rows of the source's splits as published (or a list of them, where reduced copies are known to go
@@ -48,6 +77,8 @@ class Task:
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
     version: ClassVar[int] = 1  # raised when scores stop being comparable
+    zero_shot: ClassVar[bool] = False  # whether a model without a head is scored before training, too
+    unreadable = 0.0  # the largest share of a split that may be damaged and left out; a setting where files may be
 
     name: str
     source: Source
@@ -111,72 +142,45 @@ class Task:
             held = tables["train"]
         test = self.test_rows(tables["test"])
         return Splits(
-            Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.tolerance()),
-            Split(held, validation, self.encoder(backbone, training=False), tolerance=self.tolerance()),
-            Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.tolerance()),
+            Split(tables["train"], train, self.encoder(backbone, training=True), budget.seed, self.unreadable),
+            Split(held, validation, self.encoder(backbone, training=False), tolerance=self.unreadable),
+            Split(tables["test"], test, self.encoder(backbone, training=False), tolerance=self.unreadable),
         )
 
     def test_rows(self, table: Table) -> np.ndarray:
         """Which rows of the test split are used."""
         return subsample(len(table), self.test_size, self.name)
 
-    # What a task must give, and what it may.
+    def remark(self) -> str | None:
+        """A sentence for the log when a run begins, such as on a metric that is left out; None: nothing to say."""
+        return None
 
-    def bind(self, backbone: Backbone) -> nn.Module:
-        """The model with its head. Cheap, and right on the meta device."""
-        raise NotImplementedError
+    # What a task must give; what only some can do is in `randlora.tasks.mixins`.
 
     @property
+    @abstractmethod
     def headline(self) -> str:
-        """The metric that a result is known by."""
-        raise NotImplementedError
+        """The metric that a result is known by; a class attribute will do."""
 
+    @abstractmethod
+    def bind(self, backbone: Backbone) -> Bound:
+        """The model with its head. Cheap, and right on the meta device."""
+
+    @abstractmethod
     def encoder(self, backbone: Backbone, training: bool) -> Encoder:
         """From the source's examples to batches."""
-        raise NotImplementedError
 
-    def weight(self, batch: Mapping[str, Any]) -> int:
-        """How many terms the mean of `loss` is over, so that micro-batches add up to their step's mean."""
-        return len(next(iter(batch.values())))
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch, a scalar. The model is called by its `forward`, as DDP needs it."""
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The mean loss of a batch, a scalar."""
-        raise NotImplementedError
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
+        """What `score` needs, by column, with one entry per example in each. The model is the bound one itself."""
 
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
-        """One entry per example in every column: what `score` needs."""
-        raise NotImplementedError
-
+    @abstractmethod
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
         """Metrics by name, from the columns of all examples."""
-        raise NotImplementedError
-
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
-        """A batch of `size` examples, as long as they can be, of zeros: only its shapes matter."""
-        raise NotImplementedError
-
-    def planned(self, size: int) -> Task:
-        """The task with shapes that do not depend on what is in a batch of `size`, as a memory plan needs it."""
-        return self
-
-    def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
-        """From a batch to one that starts behind the frozen part of the model, so that this part is computed once.
-
-        None where no such part comes first. `loss` and `predict` take both kinds of batch.
-        """
-        return None
-
-    def remark(self) -> str | None:
-        """A sentence for the log when a run begins, such as on a metric that cannot be computed here."""
-        return None
-
-    def tolerance(self) -> float:
-        """The largest share of a split's examples that may be damaged and left out."""
-        return 0.0
-
-    def zero_shot(self, backbone: Backbone) -> bool:
-        """Whether the bound model can be scored before training."""
-        return False
 
 
 def _published(sizes: int | Sequence[int]) -> Sequence[int]:

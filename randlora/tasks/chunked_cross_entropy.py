@@ -23,9 +23,9 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, smoo
     `hidden` is (tokens, width), `targets` (tokens,); 0 when there are no tokens. Under autocast the products are taken
     in its type; the rest, and the loss, are in float32 at least.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    with torch.autocast(kind, enabled=False):
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    with torch.autocast(device, enabled=False):
         weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         return _ChunkedCrossEntropy.apply(hidden.to(dtype), weight, bias, targets, smoothing)
 
@@ -41,20 +41,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if needed[0] else None
         by_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         by_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
-        tokens, words = len(hidden), len(weight)
-        rows = max(1, _CHUNK.get(hidden.device.type, _LARGE_CHUNK) // words)
+        tokens, vocabulary = len(hidden), len(weight)
+        rows = max(1, _CHUNK.get(hidden.device.type, _LARGE_CHUNK) // vocabulary)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for part in (slice(start, start + rows) for start in range(0, tokens, rows)):
             index = targets[part, None]
             logp = nn.functional.linear(hidden[part], weight, bias).log_softmax(1, dtype=wide)
             loss -= (1 - smoothing) * logp.gather(1, index).sum()
             if smoothing:
-                loss -= smoothing / words * logp.sum()
+                loss -= smoothing / vocabulary * logp.sum()
             if not any(needed):
                 continue
             slope = logp.exp_()  # of the loss by the logits, times the tokens: softmax less the target distribution
             if smoothing:
-                slope -= smoothing / words
+                slope -= smoothing / vocabulary
             slope.scatter_add_(1, index, slope.new_full(index.shape, smoothing - 1))
             slope = slope.div_(tokens).to(hidden.dtype)
             if by_hidden is not None:
@@ -70,5 +70,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if one is None else (one * factor).to(dtype) for one, dtype in made), None, None
+        kept = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if slope is None else (slope * factor).to(dtype) for slope, dtype in kept), None, None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.data.loader import Encoder, Item
 from randlora.data.questions import question
@@ -21,8 +21,8 @@ from randlora.data.subsets import subsample
 from randlora.data.texts import pad, pad_inputs
 from randlora.errors import check_choice, check_count
 from randlora.models.base import Backbone
-from randlora.tasks.base import Task
-from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModel, longest, mean_loss
+from randlora.tasks.base import Batch
+from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModelTask
 
 _INDENT = " " * 16  # the published prompt is indented so
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -34,19 +34,21 @@ def prompt(instruction: str) -> str:
 
 
 @dataclass(frozen=True)
-class Commonsense(Task):
-    """Multiple choice; accuracy over the test questions.
+class Commonsense(LanguageModelTask):
+    """Multiple choice; accuracy over the test questions, and the part of them that was answered at all.
 
-    `scoring` is ``generation`` (`beams`, `max_new_tokens`; the first of the question's words in the response counts,
-    none is wrong) or ``likelihood`` (the word that makes "the correct answer is WORD" most likely). With
-    `train_on_inputs` the loss is over the prompt's tokens too, as published. Longer texts than `max_length` tokens are
-    cut.
-
-    `tests` are the sets that a mixture is tested on; the accuracy is then the mean of theirs, as published, and
-    `test_size` bounds each. Without them the test set is the source's own.
+    Args:
+        tests: The sets that a mixture is tested on; the accuracy is then the mean of theirs, as published, and
+            `test_size` bounds each. None: the test set is the source's own.
+        scoring: ``generation`` (the first of the question's possible answers in the response counts, none is wrong) or
+            ``likelihood`` (the answer that makes "the correct answer is ANSWER" most likely).
+        beams, max_new_tokens: Of the beam search, for ``generation``.
+        train_on_inputs: Whether the loss is over the prompt's tokens too, as published.
+        max_length: Longer training texts are cut to this many tokens.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    headline: ClassVar[str] = "accuracy"
+    zero_shot: ClassVar[bool] = True
     version: ClassVar[int] = 2  # 1 asked with the blanks before the response as tokens of their own
 
     tests: Source | None = None
@@ -79,16 +81,6 @@ class Commonsense(Task):
             start += size
         return np.concatenate(rows)
 
-    @property
-    def headline(self) -> str:
-        return "accuracy"
-
-    def bind(self, backbone: Backbone) -> nn.Module:
-        return LanguageModel(backbone)
-
-    def zero_shot(self, backbone: Backbone) -> bool:
-        return True
-
     def encoder(self, backbone: Backbone, training: bool) -> Encoder:
         assert backbone.tokenizer is not None
         tokenizer = backbone.tokenizer()
@@ -96,23 +88,14 @@ class Commonsense(Task):
             return ResponseEncoder(tokenizer, self.max_length, self.train_on_inputs)
         return QuestionEncoder(tokenizer, self.scoring == "likelihood")
 
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
-        return longest(size, self.max_length)
-
-    def weight(self, batch: Mapping[str, Any]) -> int:
-        return len(batch["targets"])
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return mean_loss(model, batch)
-
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         if self.scoring == "likelihood":
             predicted = self._most_likely(model, batch)
         else:
             tokenizer = batch["tokenizer"]
             limits = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens}
-            made = model.generate(batch["inputs"], tokenizer.pad_token_id, **limits)
-            texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+            generated = model.generate(batch["inputs"], tokenizer.pad_token_id, **limits)
+            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
             predicted = [first_answer(text, words) for text, words in zip(texts, batch["recognised"], strict=True)]
         return {"predicted": predicted, "label": batch["answer"], "set": batch["set"]}
 
@@ -120,7 +103,7 @@ class Commonsense(Task):
         rows = list(zip(columns["set"], columns["predicted"], columns["label"], strict=True))
         accuracy = {}
         for name in dict.fromkeys(columns["set"]):
-            right = [predicted == label for found, predicted, label in rows if found == name]
+            right = [predicted == label for origin, predicted, label in rows if origin == name]
             accuracy[name] = sum(right) / len(right)
         return {
             "accuracy": sum(accuracy.values()) / len(accuracy),
@@ -128,24 +111,24 @@ class Commonsense(Task):
             **({f"{name}/accuracy": value for name, value in accuracy.items()} if len(accuracy) > 1 else {}),
         }
 
-    def _most_likely(self, model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    def _most_likely(self, model: nn.Module, batch: Batch) -> list[str]:
         """By the summed log-probability of the tokens in which the answers differ."""
         targets = batch["targets"]
         if "rows" not in batch:  # they differ in one token, so one row says all
-            scores = model(batch["inputs"], keep=1)[:, -1].float().gather(1, targets.clamp_min(0))
+            scores = model.logits(batch["inputs"], keep=1)[:, -1].float().gather(1, targets.clamp_min(0))
             best = scores.masked_fill(targets == IGNORED, float("-inf")).argmax(1).tolist()
             return [names[i] for names, i in zip(batch["names"], best, strict=True)]
         span = targets.shape[1]
-        logits = model(batch["inputs"], keep=span + 1)[:, :-1].float().log_softmax(-1)
+        logits = model.logits(batch["inputs"], keep=span + 1)[:, :-1].float().log_softmax(-1)
         steps = logits.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
         sums = steps.masked_fill(targets == IGNORED, 0).sum(1).split(batch["rows"])
         return [names[int(row.argmax())] for names, row in zip(batch["names"], sums, strict=True)]
 
 
 def first_answer(text: str, answers: Sequence[str]) -> str:
-    """The first of the words in a response, or "" when there is none."""
-    found = re.search("|".join(map(re.escape, answers)), text)
-    return found[0] if found else ""
+    """The first of the answers in a response, or "" when there is none."""
+    first = re.search("|".join(map(re.escape, answers)), text)
+    return first[0] if first else ""
 
 
 class ResponseEncoder(LabelledTokens):
@@ -168,15 +151,15 @@ class QuestionEncoder(Encoder):
         self.tokenizer, self.likelihood = tokenizer, likelihood
 
     def __call__(self, example: Item) -> dict[str, Any]:
-        one = question(example)
-        asked = prompt(one.text)
-        item = {"answer": one.answer, "set": example.get("set", ""), "recognised": one.recognised}
+        posed = question(example)
+        asked = prompt(posed.text)
+        item = {"answer": posed.answer, "set": example.get("set", ""), "recognised": posed.recognised}
         if not self.likelihood:
             return {**item, "prefix": self.tokenizer(asked)["input_ids"][: prompt_tokens(self.tokenizer, asked)]}
-        rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in one.choices]
+        rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in posed.choices]
         shared = common_prefix(rows)
         tails = [row[shared:] for row in rows]
-        return {**item, "names": one.choices, "prefix": rows[0][:shared], "tails": tails}
+        return {**item, "names": posed.choices, "prefix": rows[0][:shared], "tails": tails}
 
     @staticmethod
     def length(item: Item) -> int:

@@ -15,8 +15,8 @@ from randlora.data.sources import Table
 from randlora.data.texts import pad_inputs
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
-from randlora.tasks.base import Task
-from randlora.tasks.language_model import LabelledTokens, LanguageModel, longest, mean_loss
+from randlora.tasks.base import Batch
+from randlora.tasks.language_model import LabelledTokens, LanguageModelTask
 from randlora.tasks.text_metrics import meteor_is_missing, scores
 
 _RENAMED = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -29,23 +29,25 @@ def linearised(meaning: str) -> str:
 
 
 @dataclass(frozen=True)
-class DataToText(Task):
+class DataToText(LanguageModelTask):
     """Columns `meaning_representation` and `reference`; scored over the distinct meanings against all their references.
 
-    Trained on "MEANING || REFERENCE", the loss over the reference and the end token alone, with `label_smoothing`.
-    Texts come from a beam search: `beams`, `max_new_tokens`, `length_penalty`, and no n-gram of `no_repeat_ngram`
-    tokens twice within a text (0: no such rule). Longer training texts than `max_length` tokens are cut. The headline
-    is BLEU, as a part of 1; NIST, ROUGE-L, CIDEr and METEOR are beside it.
+    Trained on "MEANING || REFERENCE", the loss over the reference and the end token alone. The headline is BLEU, as a
+    part of 1; NIST, ROUGE-L, CIDEr and METEOR are beside it.
+
+    Args:
+        label_smoothing: Of the loss, from 0 to 1.
+        beams, max_new_tokens, length_penalty: Of the beam search that makes the texts.
+        no_repeat_ngram: No n-gram of so many tokens comes twice within a text; 0: no such rule.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    headline: ClassVar[str] = "bleu"
 
     label_smoothing: float = 0.1
     beams: int = 10
     max_new_tokens: int = 64
     length_penalty: float = 0.8
     no_repeat_ngram: int = 4
-    max_length: int = 512
 
     def __post_init__(self) -> None:
         check_range("task.label_smoothing", self.label_smoothing, 0, 1)
@@ -54,15 +56,8 @@ class DataToText(Task):
         check_count("task.no_repeat_ngram", self.no_repeat_ngram, 0)
         check_range("task.length_penalty", self.length_penalty, 0)
 
-    @property
-    def headline(self) -> str:
-        return "bleu"
-
     def remark(self) -> str | None:
         return meteor_is_missing()
-
-    def bind(self, backbone: Backbone) -> nn.Module:
-        return LanguageModel(backbone)
 
     def open(self) -> dict[str, Table]:
         tables = super().open()
@@ -73,18 +68,12 @@ class DataToText(Task):
         tokenizer = backbone.tokenizer()
         return ReferenceEncoder(tokenizer, self.max_length) if training else MeaningEncoder(tokenizer)
 
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
-        return longest(size, self.max_length)
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["inputs"], batch["positions"], batch["targets"], self.label_smoothing)
 
-    def weight(self, batch: Mapping[str, Any]) -> int:
-        return len(batch["targets"])
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return mean_loss(model, batch, self.label_smoothing)
-
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         tokenizer, prompt = batch["tokenizer"], batch["inputs"]["input_ids"].shape[1]
-        made = model.generate(
+        generated = model.generate(
             batch["inputs"],
             tokenizer.pad_token_id,
             num_beams=self.beams,
@@ -92,12 +81,12 @@ class DataToText(Task):
             length_penalty=self.length_penalty,
             logits_processor=[NoRepeats(self.no_repeat_ngram, prompt)] if self.no_repeat_ngram else None,
         )
-        texts = [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+        texts = [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
         return {"made": texts, "references": batch["references"]}
 
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
-        found = scores(columns["made"], columns["references"])
-        return found | {"bleu": found["bleu"] / 100}
+        metrics = scores(columns["made"], columns["references"])
+        return metrics | {"bleu": metrics["bleu"] / 100}
 
 
 class Meanings:

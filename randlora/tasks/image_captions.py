@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from randlora.data.loader import Item
 from randlora.models.base import Backbone
+from randlora.tasks.base import Batch, Bound
 from randlora.tasks.image_classification import ClipClassifier, ImageClassification, ImageEncoder
 
 
@@ -30,8 +31,8 @@ class ImageCaptions(ImageClassification):
     captions: Sequence[str] = ("a photo of a {name}",)
     kinds_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def bind(self, backbone: Backbone) -> nn.Module:
-        return ContrastiveClip(backbone, self.names(), self.templates)
+    def bind(self, backbone: Backbone) -> Bound:
+        return Bound(ContrastiveClip(ClipClassifier(backbone, self.names(), self.templates)))
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         images = super().encoder(backbone, training)
@@ -53,14 +54,17 @@ class ImageCaptions(ImageClassification):
         given = {name: kind for kind, names in self.kinds_of.items() for name in names}
         return {name: given.get(name, name) for name in self.names()}
 
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+    def sample(self, backbone: Backbone, size: int) -> Batch:
         assert backbone.tokenizer is not None
         tokens = torch.zeros_like(backbone.tokenizer()([""])).expand(size, -1)
         general, kind = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64)
         return {**super().sample(backbone, size), "tokens": tokens, "general": general, "kind": kind}
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        logits = model(batch["image"], tokens=batch["tokens"]).float()  # (images, captions)
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
+        return super().predict(model.classifier, batch)  # type: ignore[arg-type]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch["image"], batch["tokens"]).float()  # (images, captions)
         same_class = batch["label"][:, None] == batch["label"]
         same_kind = batch["kind"][:, None] == batch["kind"]
         true = torch.where(batch["general"], same_kind, same_class).float()
@@ -89,19 +93,14 @@ class PairEncoder(ImageEncoder):
         }
 
 
-class ContrastiveClip(ClipClassifier):
-    """The classifier, which in training compares every image with every caption of the batch."""
+class ContrastiveClip(nn.Module):
+    """Compares every image of a batch with every caption of it; `classifier` is the same model as a classifier."""
 
-    def forward(
-        self,
-        images: Tensor | None,
-        labels: Tensor | None = None,
-        features: Tensor | None = None,
-        tokens: Tensor | None = None,
-    ) -> Any:
-        """With tokens (B, length), logits (B, B); without, logits over the classes."""
-        if tokens is None:
-            return super().forward(images, labels, features)
-        assert images is not None
-        texts = F.normalize(self.clip.encode_text(tokens), dim=-1)
-        return self.similarity(self.image_features(images), texts)
+    def __init__(self, classifier: ClipClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (B, B) of images (B, 3, size, size) and tokens (B, length)."""
+        texts = F.normalize(self.classifier.clip.encode_text(tokens), dim=-1)
+        return self.classifier.similarity(self.classifier.image_features(images), texts)

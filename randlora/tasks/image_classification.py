@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
 from randlora.errors import SettingsError, check_choice, check_count, check_range
 from randlora.models.base import Backbone, Model, Pixels
-from randlora.tasks.base import Task
+from randlora.tasks.base import Batch, Bound, Task
+from randlora.tasks.mixins import FrozenFeatures, KnownShapes
 
 
 @dataclass(frozen=True)
-class ImageClassification(Task):
+class ImageClassification(KnownShapes, FrozenFeatures, Task):
     """Columns `image` and `label`; top-1 accuracy.
 
     `class_names` are in the order of the labels; a number is how many the data must name themselves.
@@ -33,6 +35,8 @@ class ImageClassification(Task):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "vision")
+    headline: ClassVar[str] = "accuracy"
+    zero_shot: ClassVar[bool] = True
 
     class_names: Sequence[str] | int = ()
     templates: Sequence[str] = ("An image of {}",)
@@ -66,10 +70,6 @@ class ImageClassification(Task):
                         f"use {usual}, or a model of kind clip"
                     )
 
-    @property
-    def headline(self) -> str:
-        return "accuracy"
-
     def class_count(self) -> int:
         return self.class_names if isinstance(self.class_names, int) else len(self.class_names)
 
@@ -85,13 +85,18 @@ class ImageClassification(Task):
             )
         return names
 
-    def bind(self, backbone: Backbone) -> nn.Module:
+    def bind(self, backbone: Backbone) -> Bound:
         if backbone.kind == "clip":
-            unread = next(backbone.module.parameters()).is_meta and isinstance(self.class_names, int)
-            names = [f"class {label}" for label in range(self.class_count())] if unread else self.names()
             templates = getattr(self, self.prompts)
-            return ClipClassifier(backbone, names, templates, self.classes == "batch", self.logit_scale == "exp")
-        return LinearClassifier(backbone, self.class_count())
+            return Bound(ClipClassifier(backbone, self._known_names(backbone), templates, self.logit_scale == "exp"))
+        model = LinearClassifier(backbone, self.class_count())
+        return Bound(model, model.head)
+
+    def _known_names(self, backbone: Backbone) -> Sequence[str]:
+        """The class names; on the meta device numbered ones, where the data would have to be read for them."""
+        if next(backbone.module.parameters()).is_meta and isinstance(self.class_names, int):
+            return [f"class {label}" for label in range(self.class_names)]
+        return self.names()
 
     def open(self) -> dict[str, Table]:
         tables = super().open()
@@ -109,21 +114,27 @@ class ImageClassification(Task):
         assert backbone.pixels is not None
         return ImageEncoder(backbone.pixels, self.augmentation if training else "none")
 
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+    def sample(self, backbone: Backbone, size: int) -> Batch:
         assert backbone.pixels is not None
         side = backbone.pixels.size
         return {"image": torch.zeros(size, 3, side, side), "label": torch.zeros(size, dtype=torch.int64)}
 
-    def planned(self, size: int) -> Task:
+    def planned(self, size: int) -> Self:
         if self.classes == "all":
             return self
         return replace(self, classes="all", class_names=[f"class {i}" for i in range(min(size, self.class_count()))])
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        logits, targets = model(batch.get("image"), batch["label"], features=batch.get("features"))
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.classes == "all":
+            logits, targets = model(batch.get("image"), features=batch.get("features")), batch["label"]
+        else:
+            present, targets, counts = batch["label"].unique(return_inverse=True, return_counts=True)
+            logits = model(batch.get("image"), features=batch.get("features"), classes=present)
+            # As if every image had brought its text: a class counts as often as it occurs.
+            logits = logits + counts.log()
         return F.cross_entropy(logits.float(), targets)
 
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         logits = model(batch.get("image"), features=batch.get("features")).float()
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         return {"predicted": logits.argmax(-1).tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
@@ -133,19 +144,13 @@ class ImageClassification(Task):
         count = len(columns["label"])
         return {"accuracy": right / count, "loss": sum(columns["loss"]) / count}
 
-    def frozen_part(self, model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
+    def frozen_part(self, model: nn.Module) -> Callable[[Batch], dict[str, Tensor]] | None:
         if not isinstance(model, ImageClassifier):  # of a task that binds its own
             return None
         tower = model.tower()
         if any(parameter.requires_grad for parameter in tower.parameters()) or _drops(tower):
             return None
         return lambda batch: {"features": model.image_features(batch["image"]), "label": batch["label"]}
-
-    def tolerance(self) -> float:
-        return self.unreadable
-
-    def zero_shot(self, backbone: Backbone) -> bool:
-        return backbone.kind == "clip"
 
 
 class ImageEncoder(Encoder):
@@ -159,23 +164,31 @@ class ImageEncoder(Encoder):
 
 
 class ImageClassifier(nn.Module):
-    """From images (B, 3, size, size), or from their features where these are known, to logits (B, classes)."""
+    """Logits of images by the features of an image tower."""
 
+    @abstractmethod
     def tower(self) -> nn.Module:
         """The module whose parameters the features depend on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, width)"""
-        raise NotImplementedError
+        """Features (B, width) of images (B, 3, size, size)."""
 
-    def forward(self, images: Tensor | None, labels: Tensor | None = None, features: Tensor | None = None) -> Any:
-        """Logits (B, classes); with labels, (logits, targets) over the classes that training compares with."""
-        return self.classify(self.image_features(images) if features is None else features, labels)  # type: ignore[arg-type]
+    @abstractmethod
+    def classify(self, features: Tensor, classes: Tensor | None) -> Tensor:
+        """Logits of features (B, width); see `forward`."""
 
-    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
-        """As `forward`, from the features."""
-        raise NotImplementedError
+    def forward(
+        self, images: Tensor | None = None, *, features: Tensor | None = None, classes: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, classes).
+
+        Args:
+            images: (B, 3, size, size); not read where `features` are given.
+            features: What `image_features` gives, (B, width).
+            classes: The labels that are compared with, int64 (classes,); None for all.
+        """
+        return self.classify(self.image_features(images) if features is None else features, classes)  # type: ignore[arg-type]
 
 
 def _drops(module: nn.Module) -> bool:
@@ -187,7 +200,7 @@ class ClipClassifier(ImageClassifier):
     """Cosine similarity of images to the texts of the class names, times CLIP's scale.
 
     Texts go through the text tower once per step, not once per image. Features that cannot change (a frozen tower in
-    training, any tower in evaluation) are computed once.
+    training, any tower in evaluation) are made once.
     """
 
     tokens: Tensor
@@ -197,13 +210,11 @@ class ClipClassifier(ImageClassifier):
         backbone: Backbone,
         names: Sequence[str],
         templates: Sequence[str],
-        within_batch: bool = False,
         exp_scale: bool = True,
     ):
         super().__init__()
         assert backbone.tokenizer is not None
-        self.clip = backbone.module
-        self.within_batch, self.exp_scale = within_batch, exp_scale
+        self.clip, self.exp_scale = backbone.module, exp_scale
         texts = [template.format(name) for name in names for template in templates]
         tokens = backbone.tokenizer()(texts)  # (classes · templates, length)
         self.register_buffer("tokens", tokens.unflatten(0, (len(names), len(templates))), persistent=False)
@@ -220,16 +231,11 @@ class ClipClassifier(ImageClassifier):
     def image_features(self, images: Tensor) -> Tensor:
         return F.normalize(self.clip.encode_image(images), dim=-1)
 
-    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
-        if labels is None:
-            return self.similarity(features, self.text_features())
-        if self.within_batch:
-            present, targets, counts = labels.unique(return_inverse=True, return_counts=True)
-            # As if every image had brought its text: a class counts as often as it occurs.
-            return self.similarity(features, self.text_features(present)) + counts.log(), targets
-        return self.similarity(features, self.text_features()), labels
+    def classify(self, features: Tensor, classes: Tensor | None) -> Tensor:
+        return self.similarity(features, self.text_features(classes))
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Logits (B, classes) of unit features of images (B, width) and of texts (classes, width)."""
         scale = self.clip.logit_scale.exp() if self.exp_scale else self.clip.logit_scale
         logits = scale * images @ texts.T.to(images.dtype)
         bias = getattr(self.clip, "logit_bias", None)
@@ -268,6 +274,6 @@ class LinearClassifier(ImageClassifier):
     def image_features(self, images: Tensor) -> Tensor:
         return self.features(self.backbone, images)
 
-    def classify(self, features: Tensor, labels: Tensor | None) -> Any:
+    def classify(self, features: Tensor, classes: Tensor | None) -> Tensor:
         logits = self.head(features.float())
-        return logits if labels is None else (logits, labels)
+        return logits if classes is None else logits[:, classes]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from randlora.data.loader import Encoder, Item
 from randlora.data.texts import pad, pad_inputs
 from randlora.models.base import Backbone
+from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
+from randlora.tasks.mixins import KnownShapes, UnequalExamples
 
 IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not learned
 
@@ -47,17 +50,33 @@ def learned(labels: Tensor) -> dict[str, Tensor]:
     return {"positions": row * labels.shape[1] + column, "targets": labels[row, column + 1]}
 
 
-def longest(size: int, length: int) -> dict[str, Any]:
-    """A batch of zeros of `size` texts of `length` tokens, all of them labelled."""
-    ids = torch.zeros(size, length, dtype=torch.int64)
-    places = torch.arange(size * length).view(size, length)[:, :-1].flatten()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"inputs": inputs, "positions": places, "targets": torch.zeros_like(places)}
+@dataclass(frozen=True)
+class LanguageModelTask(KnownShapes, UnequalExamples, Task):
+    """Tasks of a causal language model as it is: the loss is the mean over the labelled tokens of a batch.
 
+    Args:
+        max_length: Longer training texts are cut to this many tokens.
+    """
 
-def mean_loss(model: nn.Module, batch: Mapping[str, Any], smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the labelled tokens, each predicted from those before it."""
-    return model(batch["inputs"], learned=(batch["positions"], batch["targets"]), smoothing=smoothing)
+    kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+
+    max_length: int = 512
+
+    def bind(self, backbone: Backbone) -> Bound:
+        return Bound(LanguageModel(backbone))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["inputs"], batch["positions"], batch["targets"])
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["targets"])
+
+    def sample(self, backbone: Backbone, size: int) -> Batch:
+        """Texts of `max_length` tokens, all of them labelled."""
+        ids = torch.zeros(size, self.max_length, dtype=torch.int64)
+        places = torch.arange(size * self.max_length).view(size, -1)[:, :-1].flatten()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"inputs": inputs, "positions": places, "targets": torch.zeros_like(places)}
 
 
 # Those whose logits are the head of the last hidden states, and nothing more: neither scaled nor capped.
@@ -74,27 +93,26 @@ class LanguageModel(nn.Module):
         # An updated head is no plain linear map.
         self.plain_head = self.lm.config.model_type in _PLAIN and type(head) is nn.Linear
 
-    def forward(
-        self,
-        inputs: dict[str, Tensor],
-        keep: int = 0,
-        learned: tuple[Tensor, Tensor] | None = None,
-        smoothing: float = 0.0,
-    ) -> Tensor:
-        """Logits (B, length, vocabulary), of the last `keep` positions if not 0; with `learned`, their mean loss.
+    def forward(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy of the labelled tokens, each predicted from those before it; a scalar.
 
-        `learned` are positions among all B · length and the tokens that they predict.
+        Args:
+            inputs: `input_ids` and `attention_mask`, (B, length).
+            positions: Those that predict a labelled token, among all B · length, row by row: (tokens,).
+            targets: The tokens that they predict, (tokens,).
+            smoothing: Of the labels, from 0 to 1.
         """
-        if learned is None:
-            return self._run(self.lm, inputs, logits_to_keep=keep).logits
-        positions, targets = learned
         if self.plain_head:
             hidden = self._run(self.lm.base_model, inputs).last_hidden_state
             return chunked_cross_entropy(
                 hidden.flatten(0, 1)[positions], self.lm.get_output_embeddings(), targets, smoothing
             )
-        logits = self._run(self.lm, inputs).logits.flatten(0, 1)[positions].float()
+        logits = self.logits(inputs).flatten(0, 1)[positions].float()
         return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum") / max(len(targets), 1)
+
+    def logits(self, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
+        """Logits (B, length, vocabulary), of the last `keep` positions alone if `keep` is not 0."""
+        return self._run(self.lm, inputs, logits_to_keep=keep).logits
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], pad: int, num_beams: int, **settings: Any) -> Tensor:

@@ -14,7 +14,8 @@ from randlora.data.loader import Encoder, Item
 from randlora.data.texts import pad_inputs
 from randlora.errors import SettingsError, check_count
 from randlora.models.base import Backbone
-from randlora.tasks.base import Task
+from randlora.tasks.base import Batch, Bound, Task
+from randlora.tasks.mixins import KnownShapes
 
 
 def _accuracy(label: Sequence[float], predicted: Sequence[float]) -> float:
@@ -62,7 +63,7 @@ METRICS: Mapping[str, Callable[[Sequence[float], Sequence[float]], float]] = {
 
 
 @dataclass(frozen=True)
-class TextClassification(Task):
+class TextClassification(KnownShapes, Task):
     """Columns `texts` (one or two) and `label`: a class, or a number where `class_names` is empty.
 
     The first of `metrics` is the headline. Texts are cut at `max_length` tokens.
@@ -88,24 +89,22 @@ class TextClassification(Task):
     def class_count(self) -> int:
         return len(self.class_names) or super().class_count()
 
-    def bind(self, backbone: Backbone) -> nn.Module:
-        return TextHead(backbone, max(1, len(self.class_names)))
+    def bind(self, backbone: Backbone) -> Bound:
+        model = TextHead(backbone, max(1, len(self.class_names)))
+        return Bound(model, model.head)
 
     def encoder(self, backbone: Backbone, training: bool) -> TextEncoder:
         assert backbone.tokenizer is not None
         return TextEncoder(backbone.tokenizer(), self.texts, self.max_length)
 
-    def sample(self, backbone: Backbone, size: int) -> dict[str, Any]:
+    def sample(self, backbone: Backbone, size: int) -> Batch:
         ids = torch.zeros(size, self.max_length, dtype=torch.int64)
         return {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "label": torch.zeros(size)}
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._losses(model(batch["inputs"]), batch["label"]).mean()
 
-    def weight(self, batch: Mapping[str, Any]) -> int:
-        return len(batch["label"])
-
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list]:
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         outputs = model(batch["inputs"]).float()
         predicted = outputs.argmax(-1) if self.class_names else outputs.squeeze(-1)
         losses = self._losses(outputs, batch["label"])

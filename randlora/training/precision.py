@@ -1,4 +1,4 @@
-"""Attention in float32 where autocast would take it to bf16 on a CPU."""
+"""Autocast, with attention in float32 where autocast would take it to bf16 on a CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Products in bf16 where `precision` says so, for a device's type and fp32 or bf16."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def attention_rule(device: str, precision: str) -> AbstractContextManager[None]:

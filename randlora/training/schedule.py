@@ -10,6 +10,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def check_schedule(schedule: str, warmup: float, final: float) -> None:
+    """Raises SettingsError for what `rate_factor` cannot follow."""
     check_choice("trainer.schedule", schedule, SCHEDULES)
     check_range("trainer.warmup", warmup, 0)
     check_range("trainer.final_rate", final, 0, 1.0001)

@@ -1,28 +1,31 @@
-"""The loop that every method, model and task goes through."""
+"""Optimisation: the loop that every method, model and task goes through."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from randlora.adapters.core import adaptation_of, cached, merged, relative_norms
-from randlora.data.loader import CachedFeatures, Split, evaluation_keys, loader, training_keys
-from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.adapters.core import cached, relative_norms, require_adaptation
+from randlora.data.loader import loader, training_keys
+from randlora.errors import SettingsError
 from randlora.rng import integer
-from randlora.tasks.base import Splits, Task
+from randlora.tasks.base import Batch, Bound, Splits, Task
+from randlora.tasks.mixins import UnequalExamples
 from randlora.training import checkpoint
-from randlora.training.precision import attention_rule
-from randlora.training.schedule import check_schedule, rate_factor
+from randlora.training.evaluate import to_device
+from randlora.training.optimizers import Optimizer
+from randlora.training.precision import attention_rule, autocast
+from randlora.training.schedule import rate_factor
+from randlora.training.settings import Observer, Settings
+from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
@@ -37,157 +40,88 @@ class Interrupted(RuntimeError):
     """The run was asked to stop; a checkpoint is there to go on from."""
 
 
-class Observer(Protocol):
-    """What the loop tells about itself."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, step: int, steps: int, text: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class Fit:
-    """What a finished training leaves: metrics of the splits, and what it took."""
+    """What a finished training took; seconds are without evaluation and checkpoints."""
 
-    metrics: dict[str, float]
     steps: int
-    train_seconds: float  # without evaluation and checkpoints
+    train_seconds: float
     seconds_per_step: float
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """AdamW with the settings that all methods share.
-
-    `epochs` or, where given, `max_steps` is the length; an epoch of a small set is repeated up to
-    `min_steps_per_epoch`. A step is `batch_size` examples over all processes, in micro-batches of `micro_batch_size`
-    per process (None: at once). `learning_rate` is the updates'; `head_learning_rate` the task head's (None: the
-    same). `warmup`: a part of the steps below 1, a number of steps from 1 on. `schedule` ends at `final_rate` times
-    the rate. `precision` bf16 is autocast; trained tensors stay float32. `evaluate_every` steps the validation set is
-    scored (None: at the end only), `save_every` steps a checkpoint is written (None: only when interrupted). `device`
-    is auto, cpu or cuda.
-    """
-
-    epochs: float = 10
-    max_steps: int | None = None
-    min_steps_per_epoch: int = 0
-    batch_size: int = 128
-    micro_batch_size: int | None = None
-    evaluation_batch_size: int = 256
-    learning_rate: float = 1e-3
-    head_learning_rate: float | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    final_rate: float = 0.01
-    max_grad_norm: float | None = 1.0
-    precision: str = "fp32"
-    evaluate_every: int | None = None
-    save_every: int | None = None
-    log_every: int = 10
-    device: str = "auto"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive("trainer.epochs", self.epochs)
-        for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
-            if getattr(self, name) is not None:
-                check_count(f"trainer.{name}", getattr(self, name))
-        check_count("trainer.min_steps_per_epoch", self.min_steps_per_epoch, 0)
-        for name in ("batch_size", "evaluation_batch_size", "log_every"):
-            check_count(f"trainer.{name}", getattr(self, name))
-        check_count("trainer.workers", self.workers, 0)
-        check_positive("trainer.learning_rate", self.learning_rate)
-        if self.head_learning_rate is not None:
-            check_positive("trainer.head_learning_rate", self.head_learning_rate)
-        if self.max_grad_norm is not None:
-            check_positive("trainer.max_grad_norm", self.max_grad_norm)
-        check_range("trainer.weight_decay", self.weight_decay, 0)
-        check_schedule(self.schedule, self.warmup, self.final_rate)
-        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
-        check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
-
-    def steps(self, examples: int) -> int:
-        """The optimiser's steps over a training set of this size."""
-        per_epoch = max(examples / self.batch_size, self.min_steps_per_epoch)
-        return self.max_steps or max(1, round(self.epochs * per_epoch))
-
-    def accelerator(self) -> Accelerator:
-        """The devices and processes of this run."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # The buffers are the fixed bases, which every process draws alike.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
-        if self.batch_size % accelerator.num_processes:
-            raise SettingsError(
-                f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"
-            )
-        return accelerator
+class Trainer(Settings):
+    """Trains whatever it is given by its settings; see `Settings` for these."""
 
     def fit(
-        self, task: Task, model: nn.Module, splits: Splits, *, seed: int, folder: Path, observer: Observer,
-        accelerator: Accelerator, zero_shot: bool = False,
+        self, task: Task, bound: Bound, splits: Splits, *, seed: int, folder: Path, observer: Observer,
+        accelerator: Accelerator, optimizer: Optimizer | None = None,
     ) -> Fit:  # fmt: skip
-        """Trains `model` (adapted, with its head) and scores it; goes on from a checkpoint in `folder`, if any."""
-        return Loop(self, task, model, splits, seed, folder, observer, accelerator).fit(zero_shot)
+        """Trains an adapted model with its head; goes on from a checkpoint in `folder`, if there is one.
+
+        Args:
+            task: Knows the loss.
+            bound: What the task made of the adapted model.
+            splits: The training split is learned from; the validation split is scored every `evaluate_every` steps.
+            seed: Of the order of the data and of dropout.
+            folder: Where checkpoints are.
+            observer: Hears of losses, scores and progress.
+            accelerator: The device and the processes.
+            optimizer: None for AdamW.
+
+        Raises:
+            Diverged: When the loss or the gradient's norm is not finite.
+            Interrupted: When a signal asked for it, after a checkpoint.
+            SettingsError: When there is nothing to train.
+        """
+        loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer())
+        return loop.fit()
 
 
 class Loop:
     """One training: the settings, and what changes while it goes."""
 
     def __init__(
-        self, trainer: Trainer, task: Task, model: nn.Module, splits: Splits, seed: int, folder: Path,
-        observer: Observer, accelerator: Accelerator,
+        self, trainer: Trainer, task: Task, bound: Bound, splits: Splits, seed: int, folder: Path, observer: Observer,
+        accelerator: Accelerator, optimizer: Optimizer,
     ):  # fmt: skip
-        self.settings, self.task, self.seed = trainer, task, seed
+        self.settings, self.task, self.splits, self.seed = trainer, task, splits, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
-        adaptation = adaptation_of(model)
-        assert adaptation is not None
-        self.adaptation = adaptation
-        self.plain = model.to(accelerator.device)  # .to before the optimiser sees the parameters
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.trained:
-            raise SettingsError(f"method {adaptation.method.name} has nothing to train here: this model gets no head")
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(trainer.betas[0], trainer.betas[1]))
+        self.adaptation = require_adaptation(bound.model)
+        self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
+        self.trained = bound.trained()
+        updates, rate, decay = self.adaptation.trained(), trainer.learning_rate, trainer.weight_decay
+        groups = self.adaptation.method.parameter_groups(updates, rate, decay)
+        if bound.head is not None:
+            rate = trainer.head_learning_rate or rate
+            groups.append({"params": [*bound.head.parameters()], "lr": rate, "weight_decay": decay})
+        self.optimizer = optimizer.over(group | {"initial_lr": group["lr"]} for group in groups)
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
-            accelerator.ddp_handler.find_unused_parameters = bool(adaptation.unfrozen)
-        self.model: nn.Module = accelerator.prepare(model)
-        self.splits = Splits(*(self._cache_features(split) for split in (splits.train, splits.validation, splits.test)))
+            accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
+        self.model: nn.Module = accelerator.prepare(self.plain)
         self.steps = trainer.steps(len(splits.train))
         self.watch = LossWatch()
-        self.interrupted = False
+        self.stop = StopRequest()
 
-    def fit(self, zero_shot: bool) -> Fit:
-        metrics: dict[str, float] = {}
+    def fit(self) -> Fit:
+        """All steps from the last checkpoint on; see `Trainer.fit`."""
         start, seconds = 0, 0.0
         resumable = checkpoint.latest(self.folder)
-        if zero_shot:
-            metrics |= self.evaluate("zero_shot", self.splits.test)
-            self.observer.say(f"before training: {_brief(metrics)}")
         if resumable is not None:
             state = checkpoint.restore(resumable, self.trained, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
             self.observer.say(f"going on from step {start} of {self.steps}")
-        with self._listening():
+        with self.stop:
             seconds = self.train(start, seconds)
         self.adaptation.method.finish(self.adaptation.updates.values())
-        metrics |= self.evaluate("validation", self.splits.validation)
-        metrics |= self.evaluate("test", self.splits.test)
-        self.observer.log(metrics | self.norms(), self.steps)
-        return Fit(metrics, self.steps, seconds, seconds / self.steps)
+        return Fit(self.steps, seconds, seconds / self.steps)
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
         settings, batches = self.settings, self.batches(start)
         for step in range(start, self.steps):
-            began = time.perf_counter()
+            began, done = time.perf_counter(), step + 1
             # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
             torch.manual_seed(integer("noise", self.seed, step, self.accelerator.process_index))
             factor = rate_factor(step, self.steps, settings.schedule, settings.warmup, settings.final_rate)
@@ -195,34 +129,35 @@ class Loop:
                 group["lr"] = group["initial_lr"] * factor
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
-            self._report(step, loss, norm, factor * settings.learning_rate)
-            done = step + 1
-            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < self.steps:
-                scores = self.evaluate("validation", self.splits.validation) | self.norms()
+            self._report(done, loss, norm, factor * settings.learning_rate)
+            if self._due(settings.evaluate_every, done):
+                validation = self.splits.validation
+                scores = settings.evaluate(self.task, self.plain, validation, self.observer, self.accelerator)
+                scores = prefixed("validation", scores) | norms(self.plain)
                 self.observer.log(scores, done)
-                self.observer.say(f"step {done}: {_brief(scores)}")
-            if self.interrupted or (settings.save_every and done % settings.save_every == 0 and done < self.steps):
+                self.observer.say(f"step {done}: {brief(scores)}")
+            if self.stop.came or self._due(settings.save_every, done):
                 self._save(done, seconds)
-            if self.interrupted:
+            if self.stop.came:
                 raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
         return seconds
 
     def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
-        micro = [self.to_device(batch) for batch in next(batches)]
-        weights = [self.task.weight(batch) for batch in micro]
-        world = self.accelerator.num_processes
+        device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
+        micro = [to_device(batch, device) for batch in next(batches)]
+        weights = [terms(self.task, batch) for batch in micro]
         (total,) = self._sum(float(sum(weights)))
         if not total:
             raise SettingsError(f"step {step}: its examples have nothing to learn; are they cut too short?")
-        mean = torch.zeros((), device=self.accelerator.device)
+        mean = torch.zeros((), device=device)
         unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
-        with unchanged, self._attention():
+        with unchanged, attention_rule(device.type, precision):
             for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
                 last = i == len(micro) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
-                    with self._autocast():
+                    with autocast(device.type, precision):
                         loss = self.task.loss(self.model, batch)
                     # Processes' gradients are averaged, so each counts `world` times over the weight of all.
                     share = loss * (weight * world / total)
@@ -230,8 +165,8 @@ class Loop:
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
-        value, stopping = self._sum(float(mean), float(self.interrupted))
-        size, self.interrupted = float(norm), stopping > 0  # every process stops after the same step
+        value, stopping = self._sum(float(mean), float(self.stop.came))
+        size, self.stop.came = float(norm), stopping > 0  # every process stops after the same step
         if not (math.isfinite(value) and math.isfinite(size)):
             last_good = checkpoint.latest(self.folder)
             raise Diverged(
@@ -245,57 +180,6 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         return value, size
 
-    @torch.no_grad()
-    def evaluate(self, name: str, split: Split) -> dict[str, float]:
-        """Metrics of a split, as ``name/metric``; every process takes its share."""
-        if not len(split):
-            return {}
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        columns: dict[str, list] = {}
-        self.plain.eval()
-        with merged(self.plain), self._attention(), self._autocast():
-            for batch in self._once(split, rank, world):
-                for key, values in self.task.predict(self.plain, self.to_device(batch)).items():
-                    columns.setdefault(key, []).extend(values)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            shares = gather_object([columns])  # the first has rows, whatever the split's size
-            columns = {key: [value for share in shares for value in share.get(key, [])] for key in shares[0]}
-        return {f"{name}/{key}": value for key, value in self.task.score(columns).items()}
-
-    @torch.no_grad()
-    def _cache_features(self, split: Split) -> Split:
-        """The split as the frozen part of the model leaves it, where that is the same every time."""
-        frozen = self.task.frozen_part(self.plain)
-        if frozen is None or split.encode.random or not len(split):
-            return split
-        self.plain.eval()
-        with self._attention(), self._autocast():
-            return CachedFeatures([frozen(self.to_device(batch)) for batch in self._once(split)]).split()
-
-    def _once(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
-        """Every example of this process's share, once, in batches."""
-        keys = evaluation_keys(split.by_length, self.settings.evaluation_batch_size, rank, world)
-        return chain.from_iterable(loader(split, keys, self.settings.workers, self.observer.say))
-
-    def norms(self) -> dict[str, float]:
-        """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted modules."""
-        values = list(relative_norms(self.plain).values())
-        return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The method's groups, and one for the task's head."""
-        settings, own = self.settings, {id(p) for p in self.adaptation.trained().values()}
-        groups = self.adaptation.method.parameter_groups(
-            self.adaptation.trained(), settings.learning_rate, settings.weight_decay
-        )
-        head = [p for p in self.trained.values() if id(p) not in own]
-        if head:
-            rate = settings.head_learning_rate or settings.learning_rate
-            groups.append({"params": head, "lr": rate, "weight_decay": settings.weight_decay})
-        return [group | {"initial_lr": group["lr"]} for group in groups]
-
     def batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
         """This process's micro-batches of every step from `start` to the end."""
         settings, process = self.settings, self.accelerator
@@ -303,8 +187,10 @@ class Loop:
         keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world)
         return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
 
-    def _report(self, step: int, loss: float, norm: float, rate: float) -> None:
-        done = step + 1
+    def _due(self, every: int | None, done: int) -> bool:
+        return every is not None and done % every == 0 and done < self.steps
+
+    def _report(self, done: int, loss: float, norm: float, rate: float) -> None:
         warning = self.watch.add(loss)
         if warning:
             self.observer.say(f"step {done}: {warning}")
@@ -318,18 +204,6 @@ class Loop:
             checkpoint.save(self.folder, state, self.trained, self.optimizer)
         self.accelerator.wait_for_everyone()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    def _attention(self) -> AbstractContextManager[None]:
-        return attention_rule(self.accelerator.device.type, self.settings.precision)
-
-    def to_device(self, batch: Any) -> Any:
-        """The batch with its tensors on this process's device."""
-        if isinstance(batch, torch.Tensor):
-            return batch.to(self.accelerator.device, non_blocking=True)
-        return {key: self.to_device(value) for key, value in batch.items()} if isinstance(batch, dict) else batch
-
     def _sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
         if self.accelerator.num_processes == 1:
@@ -337,23 +211,27 @@ class Loop:
         reduced: Any = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
         return reduced.tolist()
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run at the next step's end, with a checkpoint."""
 
-        def stop(number: int, frame: Any) -> None:
-            self.interrupted = True
-
-        try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: nobody to listen for
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def terms(task: Task, batch: Batch) -> int:
+    """How many terms the mean of a batch's loss is over, so that micro-batches add up to their step's mean."""
+    return task.terms(batch) if isinstance(task, UnequalExamples) else _rows(batch)
 
 
-def _brief(metrics: dict[str, float]) -> str:
+def _rows(batch: Any) -> int:
+    return len(batch) if isinstance(batch, torch.Tensor) else _rows(next(iter(batch.values())))
+
+
+def norms(model: nn.Module) -> dict[str, float]:
+    """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted layers."""
+    values = list(relative_norms(model).values())
+    return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
+
+
+def prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics as records name them, ``split/metric``."""
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
+def brief(metrics: dict[str, float]) -> str:
+    """Metrics on one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

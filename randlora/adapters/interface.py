@@ -1,0 +1,178 @@
+"""What methods and adapters say to each other: a site, the update on it, what builds updates, and how files name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora.bases import Basis, draw_basis
+from randlora.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Site:
+    """An adapted weight matrix: a linear module of the model, or a named slice of a fused one."""
+
+    name: str
+    out_features: int
+    in_features: int
+    trainable_parameters: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def small(self) -> int:
+        """The smaller side, the rank of a full-rank update."""
+        return min(self.shape)
+
+    @property
+    def large(self) -> int:
+        """The larger side."""
+        return max(self.shape)
+
+
+class Frozen(NamedTuple):
+    """The linear map under an update: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Update(nn.Module):
+    """What a method adds to one site: its parameters are trained and counted, its buffers are fixed.
+
+    A subclass gives `delta`; it overrides `forward` where an exact form is cheaper than forming W'.
+    """
+
+    replaces_base = False  # True when the trained parameters stand in for W0 instead of beside it
+    caching = False  # True inside `cached`
+    _kept: tuple[Hashable, Tensor] | None = None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """W' - W0, float32 (out, in), given the frozen weight; most methods read only its shape."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base: Frozen) -> Tensor:
+        """x W'ᵀ + b for x (..., in)."""
+        return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
+
+    def keep(self, caching: bool) -> None:
+        """Starts or ends keeping; see `randlora.adapters.core.cached`."""
+        self.caching, self._kept = caching, None
+
+    def kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor | None:
+        """Inside `cached`, `make()`, made again only when `key` or a trained tensor has changed; None elsewhere."""
+        if not self.caching or torch.compiler.is_compiling():
+            return None
+        state = (key, *((p.data_ptr(), p._version) for p in self.parameters()))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # so that the old tensor is gone before the new one comes
+            with torch.no_grad():
+                self._kept = (state, make())
+        return self._kept[1]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know when it builds its updates."""
+
+    seed: int
+    device: torch.device
+    weights: Mapping[str, Tensor]  # the frozen W0 of every site, (out, in), to be read only
+
+    def draw(
+        self, basis: str, name: str, rows: int, columns: int, sparsity: float | None = None, size: int | None = None
+    ) -> Basis:
+        """A fixed random matrix for sites to share, drawn from the run's seed; see `randlora.bases.draw_basis`."""
+        return draw_basis(basis, name, rows, columns, sparsity, size, seed=self.seed, device=self.device)
+
+
+class Method:
+    """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
+
+    Only `updates` must be given. The other calls are for methods that ask more of a trainer; the trainer knows
+    these names and no method's name.
+    """
+
+    @property
+    def name(self) -> str:
+        """What records call the method."""
+        return type(self).__name__.lower()
+
+    def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
+        """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
+        raise NotImplementedError
+
+    def unfreezes(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of the model's own parameters, of those `names`, are trained too, beside the updates."""
+        return []
+
+    def parameter_groups(self, trained: Mapping[str, nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
+        """The optimiser's groups, as torch.optim takes them.
+
+        Args:
+            trained: every trained tensor by name, as `Adaptation.trained` gives them.
+            rate: the run's learning rate.
+            decay: the run's weight decay.
+        """
+        return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
+
+    def penalty(self, updates: Iterable[Update]) -> Tensor | None:
+        """A term to add to the loss of each step, or None."""
+        return None
+
+    def after_backward(self, updates: Iterable[Update], step: int) -> None:
+        """Called when the gradients of a step are complete and clipped, before the optimiser's step."""
+
+    def after_step(self, updates: Iterable[Update], step: int) -> None:
+        """Called after the optimiser's step."""
+
+    def finish(self, updates: Iterable[Update]) -> None:
+        """Called once, after the last step and before the final evaluation."""
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """A method as plain data: its class's import path and its fields."""
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {"class": _path(type(method)), **fields}
+
+
+def method_from(description: Mapping[str, Any]) -> Method:
+    """The method that `describe` described.
+
+    Only subclasses of Method are built. Those of this package are imported by their path; another class must be
+    imported by its user beforehand. Raises SettingsError for a class that is not known then.
+    """
+    settings = dict(description)
+    path = settings.pop("class", "")
+    module = path.partition(":")[0]
+    if module.startswith("randlora.methods."):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise SettingsError(f"unknown method {path}: {error}") from error
+    known = {_path(subclass): subclass for subclass in _subclasses(Method)}
+    if path not in known:
+        raise SettingsError(f"unknown method {path}: import the module that defines it first")
+    return known[path](**settings)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _subclasses(cls: type[Method]) -> list[type[Method]]:
+    return [each for direct in cls.__subclasses__() for each in (direct, *_subclasses(direct))]

@@ -1,0 +1,244 @@
+"""Step time and memory of the methods' layers beside their peers, in one process.
+
+A step is forward, backward (with the gradient of the input, as inside a network) and AdamW. Variants take turns, round
+by round. A figure is the median of the rounds, in CPU time (in the device's time with CUDA); only ratios carry over to
+other machines. PEFT is optional.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from randlora.adapters import adapt, cached, merged, save_adapter, unload
+from randlora.analysis.timing import interleaved
+from randlora.analysis.workloads import Workload
+from randlora.bases import Basis
+from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.records.memory import PeakMemory
+
+try:
+    import peft
+except ImportError:
+    peft = None  # type: ignore[assignment]
+
+MIB = 2**20
+RANK = 6  # of RandLoRA, as in the paper's B/32 runs
+Figures = dict[str, dict[str, float]]  # by variant and measure
+
+MethodFor = Callable[[nn.Module, Sequence[str]], Method]
+
+
+class Variant(NamedTuple):
+    """A way to adapt a workload's model: `build` gives the model to be stepped, from the model and its targets."""
+
+    build: Callable[[nn.Module, Sequence[str]], nn.Module]
+    cached: bool = False  # stepped inside `cached`: W' is kept from forward to backward
+    ours: bool = True  # whether it is evaluated inside `merged`
+
+
+def _ours(method: Method | MethodFor, cached: bool = False) -> Variant:
+    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
+        adapt(model, method if isinstance(method, Method) else method(model, targets), targets)
+        return model
+
+    return Variant(build, cached)
+
+
+def _peft(config: str, **settings: int) -> Variant:
+    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
+        names = sorted({target.rpartition(".")[2] for target in targets})
+        rank = settings.get("r") or lora_rank(model, targets)
+        return peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **settings | {"r": rank}))
+
+    return Variant(build, ours=False)
+
+
+def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
+    """The rank at which LoRA trains as many parameters as RandLoRA does."""
+    report = adapt(model, RandLoRA(rank=RANK), targets)
+    unload(model)
+    return round(report.trainable_parameters / sum(s.out_features + s.in_features for s in report.sites))
+
+
+VARIANTS = {
+    "frozen": Variant(lambda model, _: model.requires_grad_(False)),  # the floor: nothing is trained
+    "full": _ours(FullFineTuning(train="targets")),
+    "lora": _ours(lambda model, targets: LoRA(rank=lora_rank(model, targets))),
+    "randlora": _ours(RandLoRA(rank=RANK)),
+    "randlora_bf16": _ours(RandLoRA(rank=RANK, delta_dtype="bfloat16")),
+    "randlora_cached": _ours(RandLoRA(rank=RANK), cached=True),
+    "randlora_kronecker": _ours(RandLoRA(rank=RANK, basis="kronecker")),
+    "randlora_kronecker_bf16": _ours(RandLoRA(rank=RANK, basis="kronecker", delta_dtype="bfloat16")),
+    "vera": _ours(VeRA(rank=1024)),
+    "vera_kronecker": _ours(VeRA(rank=1024, basis="kronecker")),
+    "nola": _ours(NoLA(rank=1, num_bases=1024)),
+    "nola_kronecker": _ours(NoLA(rank=1, num_bases=1024, basis="kronecker")),
+}
+if peft is not None:
+    VARIANTS |= {
+        "peft_lora": _peft("LoraConfig"),
+        "peft_vera": _peft("VeraConfig", r=1024),
+        "peft_randlora": _peft("RandLoraConfig", r=RANK, randlora_alpha=2 * RANK),
+    }
+
+
+class Trial:
+    """A model under one variant, ready to be stepped."""
+
+    def __init__(self, workload: Workload, variant: Variant, device: torch.device):
+        torch.manual_seed(0)
+        self.model = variant.build(workload.build().to(device), workload.targets)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4) if self.trained else None
+        self.x = torch.randn(workload.shape, device=device).requires_grad_(True)
+        self.gradient = torch.randn_like(self.model(self.x))
+        self.peft = peft is not None and isinstance(self.model, peft.PeftModel)
+
+    def step(self) -> None:
+        """Forward, backward and the optimiser's step."""
+        self.model(self.x).backward(self.gradient)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.x.grad = None
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """A forward pass as an evaluation would do it: ours merged, PEFT's as it is."""
+        self.model(self.x)
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps between forward and backward, beside parameters, buffers and the input."""
+        held = [*self.model.parameters(), *self.model.buffers(), self.x]
+        known = {tensor.untyped_storage().data_ptr() for tensor in held}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = self.model(self.x)
+        del y
+        return sum(saved.values())
+
+    def peak_bytes(self) -> int:
+        """The most memory held during a step above what was held before it."""
+        gc.collect()
+        if self.x.is_cuda:
+            start = torch.cuda.memory_allocated()
+        else:
+            if platform.system() == "Linux":
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            start = _resident_bytes()
+        peak = PeakMemory(self.x.device)
+        self.step()
+        return max(0, peak.bytes() - start)
+
+    def basis_bytes(self) -> int:
+        """Of the fixed matrices, each counted once."""
+        if self.peft:
+            buffers = [b for name, b in self.model.named_buffers() if "randlora_" in name or "vera_" in name]
+        else:
+            buffers = [b for module in self.model.modules() if isinstance(module, Basis) for b in module.buffers()]
+        return sum({b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in buffers}.values())
+
+    def file_bytes(self) -> int:
+        """Of the adapter as each library saves it by default."""
+        if not self.trained:
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            if self.peft:
+                self.model.save_pretrained(folder)
+                return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith("adapter"))
+            return save_adapter(self.model, folder)
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch.device) -> Figures:
+    """Trained parameters, seconds and bytes of the variants of these `names`; medians over the rounds."""
+    trials = {name: Trial(workload, VARIANTS[name], device) for name in names}
+    with ExitStack() as contexts:
+        for name, trial in trials.items():
+            if VARIANTS[name].cached:
+                contexts.enter_context(cached(trial.model))
+        step_seconds = interleaved(device, {name: trial.step for name, trial in trials.items()}, rounds)
+        figures: Figures = {
+            name: {
+                "trained": sum(p.numel() for p in trial.trained),
+                "step_seconds": step_seconds[name],
+                "saved_bytes": trial.saved_bytes(),
+                "peak_bytes": trial.peak_bytes(),
+                "basis_bytes": trial.basis_bytes(),
+                "file_bytes": trial.file_bytes(),
+            }
+            for name, trial in trials.items()
+        }
+        for name, trial in trials.items():
+            if VARIANTS[name].ours:
+                contexts.enter_context(merged(trial.model))
+        forward_seconds = interleaved(device, {name: trial.evaluate for name, trial in trials.items()}, rounds)
+    for name in trials:
+        figures[name]["evaluation_seconds"] = forward_seconds[name]
+    return figures
+
+
+COLUMNS = (
+    "trained",
+    "ms",
+    "× frozen",
+    "× LoRA",
+    "PEFT / this",
+    "saved",
+    "peak",
+    "bases",
+    "file",
+    "evaluation × frozen",
+)
+
+
+def rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """A table's cells, the variants in order; sizes in MiB, ratios of step times."""
+
+    def ratio(name: str, to: str, key: str = "step_seconds") -> str:
+        return f"{figures[name][key] / figures[to][key]:.2f}" if name in figures and to in figures else ""
+
+    return [
+        [
+            name,
+            f"{figure['trained']:,}",
+            f"{1e3 * figure['step_seconds']:.1f}",
+            ratio(name, "frozen"),
+            ratio(name, "lora"),
+            ratio("peft_randlora", name),
+            *(f"{figure[key] / MIB:.2f}" for key in ("saved_bytes", "peak_bytes", "basis_bytes", "file_bytes")),
+            ratio(name, "frozen", "evaluation_seconds"),
+        ]
+        for name, figure in figures.items()
+    ]
+
+
+def markdown(workloads: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The figures of every workload as a table under its name; sizes in MiB."""
+    head = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    return "\n\n".join(
+        "\n".join([f"{name}\n", *head, *(f"| {' | '.join(row)} |" for row in rows(figures))])
+        for name, figures in workloads.items()
+    )

@@ -1,0 +1,97 @@
+"""The objects of one run, built from its settings and checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from randlora.adapters import Report, adapt
+from randlora.config import build
+from randlora.errors import SettingsError, check_choice, check_count
+from randlora.methods import Method
+from randlora.models.base import Backbone, Model
+from randlora.records.record import Logger
+from randlora.records.signature import signature
+from randlora.tasks.base import Bound, Budget, Task
+from randlora.training import Optimizer, Trainer
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one run is made of; making it is quick and checks every setting that can be checked without loading.
+
+    Args:
+        method, model, task, trainer, optimizer: One object of each of these groups of settings.
+        loggers: Mirrors of the record, such as dashboards.
+        patterns: Of the module names that are adapted.
+        budget: How much of the training set is used, and the seed.
+        config: All settings, as plain data.
+    """
+
+    method: Method
+    model: Model
+    task: Task
+    trainer: Trainer
+    optimizer: Optimizer
+    loggers: Sequence[Logger]
+    patterns: Sequence[str]
+    budget: Budget
+    config: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Experiment:
+        """From composed settings; SettingsError with one sentence for whatever is wrong."""
+        method, model, task, trainer, optimizer = (
+            _part(config, name, base)
+            for name, base in (
+                ("method", Method), ("model", Model), ("task", Task), ("trainer", Trainer), ("optimizer", Optimizer),
+            )
+        )  # fmt: skip
+        check_count("seed", config["seed"], 0)
+        check_choice("resume", config["resume"], (True, False))
+        check_choice("dry_run", config["dry_run"], (True, False, "json"))
+        budget = Budget(config["seed"], config["shots"], config["fraction"])
+        patterns = model.patterns(config["targets"])
+        task.check_model(model)
+        loggers = [_part(config["logger"], name, Logger) for name in config["logger"]]
+        if not config["dry_run"]:
+            model.check()
+            task.check()
+            optimizer.check(trainer.weight_decay)
+        task.training_size(budget)  # refuses shots where there are no classes
+        return cls(method, model, task, trainer, optimizer, loggers, patterns, budget, config)
+
+    @property
+    def folder(self) -> Path:
+        """run_root/task/model/method/signature."""
+        names = (self.task.name, self.model.name, self.method.name, signature(self.config, self.task.version))
+        return Path(self.config["run_root"]).joinpath(*names)
+
+    def adapt(self, backbone: Backbone) -> Report:
+        """Puts the method's updates into the backbone's module, in place."""
+        return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
+
+    def bind(self, backbone: Backbone) -> Bound:
+        """The adapted model with the task's head.
+
+        SettingsError where it has none and the settings give one a rate, and where nothing at all is trained.
+        """
+        bound, rate = self.task.bind(backbone), self.trainer.head_learning_rate
+        if bound.head is None and rate is not None:
+            raise SettingsError(
+                f"trainer.head_learning_rate={rate}: task {self.task.name} on {self.model.name} trains no head; use "
+                "null, or trainer.learning_rate for the updates"
+            )
+        bound.trained()
+        return bound
+
+
+def _part(config: Mapping[str, Any], name: str, base: type) -> Any:
+    """The object that the settings `name` describe; SettingsError unless it is a `base`."""
+    part = build(config[name])
+    if not isinstance(part, base):
+        target = config[name].get("_target_") if isinstance(config[name], Mapping) else config[name]
+        raise SettingsError(f"{name}: {target!r} is not a {base.__name__}")
+    return part

@@ -1,0 +1,11 @@
+"""PEFT's adapter format, both ways: `adapter_config.json` beside `adapter_model.safetensors`; never a pickle.
+
+LoRA, VeRA and RandLoRA are exchanged. A site's tensors are named `base_model.model.<module>.<tensor>`; bases that all
+sites share, `base_model.vera_A` and so on. RandLoRA's λ is stored (r, n), its A (r, 1, small) and its B (large, n, r),
+whose columns come in an order of PEFT's own (see `randlora.bases.peft`).
+"""
+
+from randlora.peft.reading import from_peft
+from randlora.peft.writing import to_peft
+
+__all__ = ["from_peft", "to_peft"]

@@ -1,0 +1,153 @@
+"""Reads PEFT's files onto a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, unload
+from randlora.adapters.interface import Method
+from randlora.bases import DenseBasis
+from randlora.bases.peft import columns_by_basis
+from randlora.errors import SettingsError
+from randlora.methods.lora import LoRA
+from randlora.methods.randlora import RandLoRA
+from randlora.methods.vera import VeRA
+from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
+
+# What changes the mathematics of an adapter, with the only value that is understood here.
+_PLAIN: dict[str, Any] = {
+    "use_dora": False, "use_qalora": False, "use_bdlora": None, "lora_bias": False, "rank_pattern": {},
+    "alpha_pattern": {}, "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
+    "target_parameters": None, "alora_invocation_tokens": None, "bias": "none", "sparse": False, "very_sparse": False,
+}  # fmt: skip
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
+# PEFT's names of the tensors of a site, and ours.
+_TRAINED = {
+    "lora_A": "A", "lora_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d", "randlora_lambda": "lambda_",
+    "randlora_gamma": "gamma",
+}  # fmt: skip
+_REPEATED = ("randlora_A", "randlora_B")  # PEFT repeats the bases at every site
+
+
+def from_peft(model: nn.Module, folder: str | Path) -> Report:
+    """Adapts `model` with the adapter that PEFT saved in `folder`.
+
+    Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
+    drawn again, `save_adapter` refuses and `to_peft` writes them.
+
+    Raises:
+        SettingsError: for pickles, unknown types and variants such as DoRA, and for modules that the model does not
+            have; the model is then as it was.
+    """
+    folder = Path(folder)
+    settings, tensors = _read(folder)
+    method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
+    by_site = _by_site(tensors, folder)
+    targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
+    report = adapt(model, method, targets, seed)
+    try:
+        adaptation = require_adaptation(model)
+        _fill(adaptation, by_site, folder)
+        _replace_bases(adaptation, tensors, folder)
+    except SettingsError:
+        unload(model)
+        raise
+    return report
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors in `folder`."""
+    if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
+        raise SettingsError(f"{folder / PICKLE} is a pickle, which can run code: save it with safe_serialization=True")
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SettingsError(f"no PEFT adapter can be read from {folder}: {error}") from error
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{folder / CONFIG} is not a JSON object of settings")
+    return settings, tensors
+
+
+def _method(settings: dict[str, Any], folder: Path) -> Method:
+    """Our method of these settings; SettingsError for what changes the mathematics or the weights under it."""
+    strange = [name for name, plain in _PLAIN.items() if settings.get(name, plain) not in (plain, None)]
+    strange += [name for name, value in settings.items() if name.endswith("_config") and value and name != "eva_config"]
+    if settings.get("init_lora_weights", True) not in _STARTS:
+        strange.append("init_lora_weights")
+    if strange:
+        raise SettingsError(
+            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
+            "merge it with PEFT and load the plain model"
+        )
+    peft_type = settings.get("peft_type")
+    try:
+        if peft_type == "LORA":
+            scale = math.sqrt(settings["r"]) if settings.get("use_rslora") else 1.0
+            return LoRA(settings["r"], settings["lora_alpha"] * scale, settings.get("lora_dropout", 0.0))
+        if peft_type == "VERA":
+            return VeRA(settings["r"], settings.get("d_initial", 0.1), settings.get("vera_dropout", 0.0), basis="peft")
+        if peft_type == "RANDLORA":
+            dropout = settings.get("randlora_dropout", 0.0)
+            return RandLoRA(settings["r"], settings["randlora_alpha"], basis="peft", dropout=dropout)
+    except KeyError as error:
+        raise SettingsError(f"{folder / CONFIG} has no {error.args[0]}") from error
+    raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
+
+
+def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each site by their own names."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        if key.startswith(PREFIX):
+            module, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            by_site.setdefault(module, {})[name] = tensors[key]
+    if not by_site:
+        raise SettingsError(f"{folder / TENSORS} has no tensor of the form {PREFIX}<module>.<tensor>")
+    return by_site
+
+
+@torch.no_grad()
+def _fill(adaptation: Adaptation, by_site: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Copies the stored parameters into the updates."""
+    for site, update in adaptation.updates.items():
+        strange = set(by_site[site]) - {*_TRAINED, *_REPEATED}
+        if strange:
+            raise SettingsError(f"{folder / TENSORS}: {site} has {min(strange)}, which is not understood here")
+        stored = {_TRAINED[name]: tensor for name, tensor in by_site[site].items() if name in _TRAINED}
+        for name, parameter in update.named_parameters():
+            value = stored.get(name)
+            value = value.T if value is not None and name == "lambda_" else value
+            if value is None or value.shape != parameter.shape:
+                shape = None if value is None else tuple(value.shape)
+                raise SettingsError(f"{folder / TENSORS}: {site} needs {name} {tuple(parameter.shape)}, found {shape}")
+            parameter.copy_(value)
+
+
+def _replace_bases(adaptation: Adaptation, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Puts the stored bases, if any, in the place of the drawn ones, unless they are the same."""
+    name = "vera" if isinstance(adaptation.method, VeRA) else "randlora"
+    if f"{SHARED}{name}_A" not in tensors:
+        return
+    A, B = tensors[f"{SHARED}{name}_A"].float(), tensors[f"{SHARED}{name}_B"].float()
+    replaced: dict[int, DenseBasis] = {}
+    for update in adaptation.updates.values():
+        n = len(update.lambda_) if B.dim() == 3 else 0  # type: ignore[arg-type]
+        stored = {"basis_A": A[:, 0] if n else A, "basis_B": columns_by_basis(B, n) if n else B}
+        for attribute, matrix in stored.items():
+            drawn = getattr(update, attribute)
+            if drawn.matrix.shape != matrix.shape:
+                raise SettingsError(f"{folder / TENSORS}: bases of shape {tuple(matrix.shape)} do not fit these sites")
+            matrix = matrix.to(drawn.matrix.device)
+            if not torch.equal(drawn.matrix, matrix):
+                basis = replaced.setdefault(id(drawn), DenseBasis(drawn.name, matrix, reproducible=False))
+                setattr(update, attribute, basis)

@@ -1,0 +1,197 @@
+"""Writes an adapter as PEFT's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from randlora.adapters.attention import UnfusedAttention
+from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
+from randlora.adapters.interface import Site, Update
+from randlora.bases import PEFT, Basis, DenseBasis
+from randlora.bases.peft import columns_as_peft
+from randlora.errors import SettingsError
+from randlora.methods.lora import LoRA, LoRAUpdate
+from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
+from randlora.methods.vera import VeRA, VeRAUpdate
+from randlora.peft.layout import CONFIG, PREFIX, SHARED, TENSORS
+
+AnyUpdate = TypeVar("AnyUpdate", bound=Update)
+
+
+class Contents(NamedTuple):
+    """What a method writes: settings of its own for the configuration, and its tensors."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
+    """Writes the adapter of `model` for PEFT.
+
+    PEFT's own files hold the bases once more for every site; on loading it warns that these copies are missing, and
+    does without them.
+
+    Args:
+        model: an adapted model.
+        folder: made if missing.
+        bases: False leaves the fixed matrices out; PEFT then draws its own, so the method needs ``basis=peft``.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        SettingsError: for methods and sites that PEFT does not have: slices of fused matrices, attention modules
+            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes.
+    """
+    adaptation = require_adaptation(model)
+    _check_sites(model, adaptation)
+    method = adaptation.method
+    if isinstance(method, LoRA):
+        settings, tensors = _lora(method, adaptation)
+    elif isinstance(method, VeRA):
+        settings, tensors = _vera(method, adaptation, bases)
+    elif isinstance(method, RandLoRA):
+        settings, tensors = _randlora(method, adaptation, bases)
+    else:
+        raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
+    names = [site.name for site in adaptation.sites]
+    settings |= {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "bias": "none",
+        "fan_in_fan_out": all(layer.transposed for layer in adapted_layers(model).values()),
+        "inference_mode": True,
+        "target_modules": "|".join(map(re.escape, names)),  # a pattern is matched whole, a list at the end of names
+        "task_type": None,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / TENSORS, metadata={"format": "pt"})
+    return sum((folder / name).stat().st_size for name in (CONFIG, TENSORS))
+
+
+def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
+    whole = set(adapted_layers(model))
+    for site in adaptation.sites:
+        if site.name not in whole:
+            raise SettingsError(f"{site.name} is a slice of a fused matrix, which PEFT cannot adapt: merge instead")
+        if isinstance(model.get_submodule(site.name.rpartition(".")[0]), UnfusedAttention):
+            raise SettingsError(f"{site.name} lies inside nn.MultiheadAttention, unlike in PEFT: merge instead")
+    if adaptation.unfrozen:
+        raise SettingsError("the method trains parameters beside its updates, which PEFT's file does not hold")
+
+
+def _number(value: float) -> float | int:
+    """As PEFT writes it: a whole number without its point."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _lora(method: LoRA, adaptation: Adaptation) -> Contents:
+    alpha = 2 * method.rank if method.alpha is None else method.alpha
+    settings = {"peft_type": "LORA", "r": method.rank, "lora_alpha": _number(alpha), "lora_dropout": method.dropout}
+    tensors: dict[str, Tensor] = {}
+    for site, update in _updates(adaptation, LoRAUpdate):
+        tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.A
+        tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.B
+    return Contents(settings, tensors)
+
+
+def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
+    settings = {
+        "peft_type": "VERA", "r": method.rank, "d_initial": method.d_initial, "vera_dropout": method.dropout,
+        "projection_prng_key": adaptation.seed, "save_projection": bases,
+    }  # fmt: skip
+    updates = _updates(adaptation, VeRAUpdate)
+    tensors: dict[str, Tensor] = {}
+    if bases:
+        A = _shared_matrix([update.basis_A for _, update in updates], method.basis)
+        B = _shared_matrix([update.basis_B for _, update in updates], method.basis)
+        tensors |= {f"{SHARED}vera_A": A, f"{SHARED}vera_B": B}
+    else:
+        _check_peft_draws([update.basis_A for _, update in updates], method.basis)
+    for site, update in updates:
+        tensors[f"{PREFIX}{site.name}.vera_lambda_b"] = update.b
+        tensors[f"{PREFIX}{site.name}.vera_lambda_d"] = update.d * update.scale
+    return Contents(settings, tensors)
+
+
+def _randlora(method: RandLoRA, adaptation: Adaptation, bases: bool) -> Contents:
+    rank, alpha = method.rank, 2 * method.rank if method.alpha is None else method.alpha
+    settings = {
+        "peft_type": "RANDLORA", "r": rank, "randlora_alpha": _number(alpha), "randlora_dropout": method.dropout,
+        "projection_prng_key": adaptation.seed, "save_projection": bases,
+    }  # fmt: skip
+    updates = _updates(adaptation, RandLoRAUpdate)
+    tensors: dict[str, Tensor] = {}
+    for site, update in updates:
+        missing = math.ceil(site.small / rank) - len(update.lambda_)
+        if missing < 0:
+            raise SettingsError(f"{site.name} has {len(update.lambda_)} bases; PEFT has at most {site.small} / {rank}")
+        pad = (0, 0, 0, missing)  # PEFT rounds up: bases that we lack do nothing there
+        scaled = update.lambda_ * (update.scale * rank / alpha)  # what PEFT's α / r has not: 1/√n
+        tensors[f"{PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(scaled, pad).T
+        tensors[f"{PREFIX}{site.name}.randlora_gamma"] = nn.functional.pad(update.gamma, pad)
+    if bases:
+        tensors[f"{SHARED}randlora_A"], tensors[f"{SHARED}randlora_B"] = _randlora_bases(rank, updates)
+    else:
+        _check_peft_draws([update.basis_A for _, update in updates], method.basis)
+    return Contents(settings, tensors)
+
+
+def _randlora_bases(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> tuple[Tensor, Tensor]:
+    """A (r, 1, small) and B (large, n, r) as PEFT allocates and orders them."""
+    outputs, inputs = (max(sizes) for sizes in zip(*(site.shape for site, _ in updates), strict=True))
+    small, large = min(outputs, inputs), max(outputs, inputs)
+    A, B = torch.zeros(rank, 1, small), torch.zeros(large, math.ceil(small / rank), rank)
+    written: dict[tuple[int, int], Tensor] = {}
+    for site, update in updates:
+        fixed = update.fixed()
+        n = math.ceil(site.small / rank)
+        A[:, 0, : site.small] = fixed.A.float().cpu()
+        matrix = nn.functional.pad(fixed.B.matrix().float().cpu(), (0, n * rank - fixed.B.columns))
+        B[: site.large, :n] = written[site.large, n] = columns_as_peft(matrix, n)
+    for (rows, n), block in written.items():
+        if not torch.equal(B[:rows, :n], block):
+            raise SettingsError(
+                "PEFT's order of B's columns depends on a matrix's smaller side, and the sites have several: "
+                "train with method.basis=peft, or merge the model and save it whole"
+            )
+    return A, B
+
+
+def _updates(adaptation: Adaptation, expected: type[AnyUpdate]) -> list[tuple[Site, AnyUpdate]]:
+    """The sites with their updates, all of the class that their method builds."""
+    pairs = []
+    for site in adaptation.sites:
+        update = adaptation.updates[site.name]
+        if not isinstance(update, expected):
+            raise SettingsError(f"PEFT has no {type(update).__name__}: merge the model and save it whole")
+        pairs.append((site, update))
+    return pairs
+
+
+def _shared_matrix(bases: list[Basis], basis: str) -> Tensor:
+    """The one dense matrix of all sites."""
+    first = bases[0]
+    if any(other is not first for other in bases) or not isinstance(first, DenseBasis):
+        raise SettingsError(
+            f"PEFT has one dense matrix for all sites, unlike basis={basis}: merge the model and save it"
+        )
+    return first.block(*first.matrix.shape)
+
+
+def _check_peft_draws(bases: list[Basis], basis: str) -> None:
+    """SettingsError unless PEFT can draw these bases from the seed."""
+    if basis != PEFT or not bases[0].reproducible:
+        raise SettingsError(
+            f"PEFT cannot draw the bases of basis={basis}: write them (bases=True) or train with basis=peft"
+        )

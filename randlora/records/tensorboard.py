@@ -1,0 +1,42 @@
+"""TensorBoard as a mirror of the record."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from randlora.errors import SettingsError
+from randlora.records.result import Result
+
+
+@dataclass
+class TensorBoard:
+    """Event files in the run's folder, for ``tensorboard --logdir RUN_ROOT``; SettingsError without the package.
+
+    Args:
+        folder: Where they lie inside the run's folder.
+    """
+
+    folder: str = "tensorboard"
+    _writer: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise SettingsError("logger=tensorboard: the package is not installed: pip install tensorboard")
+
+    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / self.folder))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, result: Result) -> None:
+        if self._writer is not None:
+            self._writer.add_text("result", f"{result.status}: {result.headline.name} {result.headline.value}")
+            self._writer.close()

@@ -1,0 +1,80 @@
+"""Scores of a model on a split, whoever asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from randlora.adapters.core import merged
+from randlora.data.loader import Split, evaluation_keys, loader
+from randlora.tasks.base import Batch, Task
+from randlora.training.precision import attention_rule, autocast
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    split: Split,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """The task's metrics over all examples of a split, by name; every process takes its share of them.
+
+    Updates are merged meanwhile, and the model is left in evaluation mode on the accelerator's device.
+
+    Args:
+        task: Knows what to predict and how to score it.
+        model: Bound to the task; adapted or not, and not wrapped for several processes.
+        split: What is scored; an empty one has no metrics.
+        accelerator: The device and the processes.
+        batch_size: Examples at a time, per process.
+        workers: Processes that read and decode; 0 for none beside this one.
+        precision: fp32, or bf16 for autocast.
+        say: Hears of examples that cannot be read.
+
+    Raises:
+        Unreadable: When more of them cannot be read than the task allows.
+    """
+    if not len(split):
+        return {}
+    device, columns = accelerator.device, dict[str, list]()
+    model.to(device).eval()
+    share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
+    with merged(model), attention_rule(device.type, precision), autocast(device.type, precision):
+        for batch in share:
+            for key, values in task.predict(model, batch).items():
+                columns.setdefault(key, []).extend(values)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        shares = gather_object([columns])  # the first has rows, whatever the split's size
+        columns = {key: [value for share in shares for value in share.get(key, [])] for key in shares[0]}
+    return task.score(columns)
+
+
+def once(
+    split: Split, device: torch.device, batch_size: int, workers: int, say: Callable[[str], None], rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+    """Every example of process `rank`'s share of a split, once, in batches on the device."""
+    keys = evaluation_keys(split.by_length, batch_size, rank, world)
+    return (to_device(batch, device) for batch in chain.from_iterable(loader(split, keys, workers, say)))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return {key: to_device(value, device) for key, value in batch.items()} if isinstance(batch, dict) else batch

@@ -1,0 +1,126 @@
+"""The settings of a training, checked, and what follows from them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from randlora.data.loader import Split
+from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.tasks.base import Task
+from randlora.training.evaluate import evaluate
+from randlora.training.schedule import check_schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Observer(Protocol):
+    """What is told of a training while it goes."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """What is known after `step` steps, by name."""
+
+    def say(self, text: str) -> None:
+        """A sentence for a person."""
+
+    def progress(self, step: int, steps: int, text: str) -> None:
+        """`step` of `steps` are done."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training that all methods share; the optimiser's own are in `Optimizer`.
+
+    Args:
+        epochs: The length, in passes over the training set, where `max_steps` is not given.
+        max_steps: The length, in steps of the optimiser.
+        min_steps_per_epoch: An epoch of a small set is repeated up to this.
+        batch_size: Examples of a step, over all processes.
+        micro_batch_size: Examples at a time, per process; None: all of a step at once.
+        evaluation_batch_size: Examples at a time where the model is scored, per process.
+        learning_rate: Of the updates.
+        head_learning_rate: Of the task's head; None: the same.
+        weight_decay: Of all that is trained; how it acts is the optimiser's.
+        schedule: cosine, linear or constant, from the rate to `final_rate` times the rate.
+        warmup: A part of the steps below 1, a number of steps from 1 on.
+        final_rate: See `schedule`.
+        max_grad_norm: Gradients are clipped to this norm, all together; None: not at all.
+        precision: fp32, or bf16 for autocast; trained tensors stay float32.
+        evaluate_every: Steps between scores on the validation set; None: none while training.
+        save_every: Steps between checkpoints; None: one when interrupted.
+        log_every: Steps between lines of the log.
+        device: auto, cpu or cuda.
+        workers: Processes that read and decode; 0 for none beside this one.
+    """
+
+    epochs: float = 10
+    max_steps: int | None = None
+    min_steps_per_epoch: int = 0
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    evaluation_batch_size: int = 256
+    learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    final_rate: float = 0.01
+    max_grad_norm: float | None = 1.0
+    precision: str = "fp32"
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    device: str = "auto"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("trainer.epochs", self.epochs)
+        for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
+            if getattr(self, name) is not None:
+                check_count(f"trainer.{name}", getattr(self, name))
+        check_count("trainer.min_steps_per_epoch", self.min_steps_per_epoch, 0)
+        for name in ("batch_size", "evaluation_batch_size", "log_every"):
+            check_count(f"trainer.{name}", getattr(self, name))
+        check_count("trainer.workers", self.workers, 0)
+        check_positive("trainer.learning_rate", self.learning_rate)
+        if self.head_learning_rate is not None:
+            check_positive("trainer.head_learning_rate", self.head_learning_rate)
+        if self.max_grad_norm is not None:
+            check_positive("trainer.max_grad_norm", self.max_grad_norm)
+        check_range("trainer.weight_decay", self.weight_decay, 0)
+        check_schedule(self.schedule, self.warmup, self.final_rate)
+        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
+        check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
+
+    def steps(self, examples: int) -> int:
+        """The optimiser's steps over a training set of this size."""
+        per_epoch = max(examples / self.batch_size, self.min_steps_per_epoch)
+        return self.max_steps or max(1, round(self.epochs * per_epoch))
+
+    def accelerator(self) -> Accelerator:
+        """The devices and processes of this run."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # The buffers are the fixed bases, which every process draws alike.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
+        if self.batch_size % accelerator.num_processes:
+            raise SettingsError(
+                f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"
+            )
+        return accelerator
+
+    def evaluate(
+        self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
+    ) -> dict[str, float]:
+        """`randlora.training.evaluate.evaluate` with these settings."""
+        return evaluate(
+            task, model, split, accelerator, batch_size=self.evaluation_batch_size, workers=self.workers,
+            precision=self.precision, say=observer.say,
+        )  # fmt: skip
