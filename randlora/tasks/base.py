@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from randlora.adapters.core import require_adaptation
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
 from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
@@ -53,6 +54,14 @@ class Bound(NamedTuple):
         """The head's parameters by the names that they are saved under; empty without a head."""
         named = self.head.named_parameters() if self.head is not None else ()
         return {f"head.{name}": parameter for name, parameter in named}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name in `model`; SettingsError when there is nothing."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not trained:
+            method = require_adaptation(self.model).method.name
+            raise SettingsError(f"method {method} has nothing to train here: this model gets no head")
+        return trained
 
 
 @dataclass(frozen=True)
