@@ -203,7 +203,7 @@ def test_save_load_and_merge_keep_the_outputs(method: Method, tmp_path) -> None:
 
 
 @every_method
-def test_a_low_precision_base_trains_float32_numbers(method: Method) -> None:
+def test_a_low_precision_base_trains_float32_parameters(method: Method) -> None:
     torch.manual_seed(0)
     model = Toy().bfloat16()
     randlora.adapt(model, method, TOY_TARGETS)
