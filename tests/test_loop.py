@@ -124,8 +124,9 @@ def nola(W: Tensor, p: dict[str, Tensor], update: Any) -> Tensor:
     (out, into), n, r = W.shape, len(p["alpha"]), 2
     A = update.bank_A.matrix.double()[:, : r * into].view(n, r, into)
     B = update.bank_B.matrix.double()[:, : r * out].view(n, out, r)
-    combined_A = sum(p["alpha"][j] * A[j] for j in range(n)) / math.sqrt(n) / math.sqrt(3 * into)
-    combined_B = sum(p["beta"][j] * B[j] for j in range(n)) / math.sqrt(n)
+    fixed_A = update.fixed_A.matrix.double() / math.sqrt(3 * into)
+    combined_A = fixed_A + sum(p["alpha"][j] * A[j] for j in range(n)) / math.sqrt(3 * n)
+    combined_B = sum(p["beta"][j] * B[j] for j in range(n)) / math.sqrt(3 * n)
     return W + 2 * combined_B @ combined_A
 
 

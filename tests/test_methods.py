@@ -21,6 +21,7 @@ METHODS = [
     VeRA(rank=16, basis="kronecker"),
     VeRA(rank=30, basis="very_sparse"),
     NoLA(num_bases=32, rank=2),
+    NoLA(num_bases=32, rank=2, start="ones"),
     NoLA(num_bases=32, rank=2, basis="kronecker"),
     NoLA(num_bases=32, rank=2, basis="binary"),
     RandLoRA(rank=5),
@@ -286,7 +287,8 @@ def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
     [
         (LoRA, {"rank": 0}), (LoRA, {"rank": 2.5}), (LoRA, {"alpha": 0}), (LoRA, {"dropout": 1.0}),
         (LoRA, {"rank": True}),
-        (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}), (NoLA, {"basis": "x"}),
+        (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}),
+        (NoLA, {"basis": "x"}), (NoLA, {"start": "x"}),
         (RandLoRA, {"rank": 0}), (RandLoRA, {"num_bases": "round"}), (RandLoRA, {"num_bases": 0}),
         (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),
     ],

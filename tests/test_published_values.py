@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import randlora
+from randlora.adapters.interface import describe, method_from
 from randlora.data.images import image_transform
-from randlora.methods import LoRA, Method, RandLoRA, VeRA
+from randlora.methods import LoRA, Method, NoLA, RandLoRA, VeRA
 from randlora.models import TextEncoder
 from randlora.models.base import Pixels
 
@@ -139,3 +140,39 @@ def test_mean_pooling_leaves_padding_out() -> None:
     states = module(**inputs).last_hidden_state
     for row, length in enumerate(lengths):
         torch.testing.assert_close(pooled[row], sum(states[row, i] for i in range(length)) / length)
+
+
+def test_nola_starts_as_in_its_authors_code() -> None:
+    """github.com/UCDvision/NOLA: a fixed Kaiming A (U(±1/√in)), zero coefficients, bases U(-1, 1) over √num_bases."""
+    linear, update = update_of(NoLA(rank=300, num_bases=64, alpha=300))
+    assert not update.alpha.any()
+    assert not update.beta.any()
+    A, B = update.factors(OUT, INTO)
+    assert A.abs().max() <= 1 / math.sqrt(INTO)
+    assert A.std().item() == pytest.approx(1 / math.sqrt(3 * INTO), rel=0.03)
+    assert not B.any()
+    start = A.clone()
+    with torch.no_grad():
+        update.alpha[5] = update.beta[5] = 1.0
+    A, B = update.factors(OUT, INTO)
+    for moved, count in ((A - start, 300 * INTO), (B, 300 * OUT)):
+        # One basis of U(-1, 1) over √64: within 1/8, of variance 1/3 · 1/64.
+        assert moved.numel() == count
+        assert moved.abs().max() <= 1 / 8 + 1e-6
+        assert moved.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.03)
+    torch.testing.assert_close(update.delta(linear.weight), B @ A)
+
+
+def test_nola_starts_as_in_the_randlora_authors_code() -> None:
+    """Their vision code: both coefficients 1/num_bases, banks of deviation 1, so that ΔW is not zero at the start."""
+    linear, update = update_of(NoLA(rank=1, num_bases=64, alpha=1, start="reciprocal"))
+    A = update.bank_A.matrix[:, :INTO].mean(0)
+    B = update.bank_B.matrix[:, :OUT].mean(0)
+    torch.testing.assert_close(update.delta(linear.weight), torch.outer(B, A), rtol=1e-4, atol=1e-5)
+    assert update.bank_A.matrix.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_adapters_of_nola_from_before_its_start_was_a_setting_keep_their_meaning() -> None:
+    description = describe(NoLA(num_bases=8, start="ones"))
+    del description["start"]
+    assert method_from(description) == NoLA(num_bases=8, start="ones")
