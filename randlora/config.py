@@ -7,17 +7,22 @@ import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from randlora.errors import SettingsError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_PACKAGE = Path(__file__).resolve().parent
+# Beside the package in a clone, inside it where a wheel is installed.
+CONFIGS = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "train.yaml").is_file())
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
 
 
 def register_resolvers() -> None:
-    """What the YAML files compute: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise."""
-    from omegaconf import DictConfig, OmegaConf
+    """What the YAML files evaluate: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise."""
+    from omegaconf import OmegaConf
 
     def epochs(few: float, all_: float, *, _root_: DictConfig) -> float:
         return all_ if _root_.get("shots") is None else few
@@ -26,10 +31,13 @@ def register_resolvers() -> None:
 
 
 def settings(*overrides: str) -> dict[str, Any]:
-    """The settings of ``python train.py OVERRIDES`` as plain data; SettingsError where they do not compose."""
+    """The settings of ``randlora OVERRIDES`` as plain data.
+
+    Config folders of one's own are found with the override ``hydra.searchpath=[FOLDER]``. Raises SettingsError
+    where the overrides do not compose.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from randlora.overrides import explain
@@ -37,38 +45,57 @@ def settings(*overrides: str) -> dict[str, Any]:
     register_resolvers()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("train", overrides=list(overrides))
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+            return plain(compose("train", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(explain(error)) from error
 
 
-def build(config: Any) -> Any:
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed config as dicts, lists and scalars, interpolations resolved.
+
+    Raises OmegaConf's errors where an interpolation cannot be resolved or a value is missing.
+    """
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def build(config: object) -> Any:
     """The object of a plain config: mappings with a `_target_` are called with their other keys, innermost first.
 
-    Only targets under randlora (and the prefixes in $RANDLORA_ALLOW) are called: a config is data, and must not be
-    able to run just anything. Raises SettingsError for other targets, unknown keys and missing ones.
+    A config is data, and must not be able to run just anything: a target is a class under randlora, or under one of
+    the prefixes in $RANDLORA_ALLOW.
+
+    Args:
+        config: what `settings` returns, or a part of it.
+
+    Returns:
+        An instance of the class that `_target_` names; lists and mappings without one as they are, their items built.
+
+    Raises:
+        SettingsError: for other targets, unknown keys and missing ones, and for what the class itself refuses.
     """
     if isinstance(config, list):
         return [build(item) for item in config]
     if not isinstance(config, Mapping):
         return config
-    settings = {key: build(value) for key, value in config.items() if key != "_target_"}
+    arguments = {key: build(value) for key, value in config.items() if key != "_target_"}
     if "_target_" not in config:
-        return settings
-    made = _find(config["_target_"])
-    if dataclasses.is_dataclass(made):
-        known = [f.name for f in dataclasses.fields(made) if f.init]
-        for key in settings:
-            if key not in known:
-                raise SettingsError(f"{made.__name__} has no setting {key!r}; it has {', '.join(known)}")
+        return arguments
+    cls = _class(config["_target_"])
+    if dataclasses.is_dataclass(cls):
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]
+        for key in arguments:
+            if key not in fields:
+                raise SettingsError(f"{cls.__name__} has no setting {key!r}; it has {', '.join(fields)}")
     try:
-        return made(**settings)
+        return cls(**arguments)
     except TypeError as error:
         raise SettingsError(f"{config['_target_']}: {error}") from error
 
 
-def _find(target: str) -> Any:
+def _class(target: object) -> type:
+    """The class of an allowed dotted name; SettingsError for any other."""
     allowed = ("randlora.", *(prefix for prefix in os.environ.get(ALLOW, "").split(",") if prefix))
     if not isinstance(target, str) or not target.startswith(allowed):
         raise SettingsError(
@@ -76,9 +103,9 @@ def _find(target: str) -> Any:
         )
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"_target_={target!r} cannot be imported: {error}") from error
-    if not isinstance(found, type):
+    if not isinstance(cls, type):
         raise SettingsError(f"_target_={target!r} is not a class")
-    return found
+    return cls

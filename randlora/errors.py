@@ -1,7 +1,7 @@
 """The one error a user can cause, and how a program ends."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 FINISHED, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 85  # exit codes
 
@@ -22,10 +22,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return WRONG_SETTINGS
 
 
-def check_choice(name: str, value: object, allowed: object) -> None:
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raises SettingsError unless `value` is one of the `allowed` names."""
     if value not in allowed:
-        raise SettingsError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")  # type: ignore[call-overload]
+        raise SettingsError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -74,13 +74,17 @@ class Experiment:
         return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
 
     def bind(self, backbone: Backbone) -> Bound:
-        """The model with the task's head; SettingsError where it has none and the settings give one a rate."""
+        """The adapted model with the task's head.
+
+        SettingsError where it has none and the settings give one a rate, and where nothing at all is trained.
+        """
         bound, rate = self.task.bind(backbone), self.trainer.head_learning_rate
         if bound.head is None and rate is not None:
             raise SettingsError(
                 f"trainer.head_learning_rate={rate}: task {self.task.name} on {self.model.name} trains no head; use "
                 "null, or trainer.learning_rate for the updates"
             )
+        bound.trained()
         return bound
 
 

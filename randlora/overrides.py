@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -11,40 +12,42 @@ def explain(error: BaseException) -> str:
     """Hydra's and OmegaConf's errors, which run over several lines, as one sentence with the remedy."""
     cause = error.__cause__ or error
     text = str(error)
-    group = re.search(r"Could not find '([\w/]+?)/([\w.-]+)'\n\nAvailable options in '[\w/]+':\n((?:\t\S+\n?)+)", text)
-    if group:
-        options = [option for option in group[3].split() if not option.startswith("_")]
-        return f"{group[1]}={group[2]}: choose one of {', '.join(options)}{_did_you_mean(group[2], options)}"
+    option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
+    if option:
+        names = options(option[1], map(Path, re.findall(r"path=file://(.+)", text)))
+        if names:
+            return f"{option[1]}={option[2]}: choose one of {_near(option[2], names)}{_did_you_mean(option[2], names)}"
     key = re.search(r"Key '(\w+)' is not in struct", f"{text}\n{cause}")
     if key:
         parent = getattr(cause, "parent_node", None)
         full_key = str(getattr(cause, "full_key", None) or key[1])
-        known = [str(name) for name in parent if name != "_target_"] if parent is not None else []
+        names = [str(name) for name in parent or () if name not in ("_target_", "hydra")]
         where = full_key.rpartition(".")[0] or "the command line"
-        return f"{full_key}: no such setting; {where} has {', '.join(known)}{_did_you_mean(key[1], known)}"
+        return f"{full_key}: no such setting; {where} has {', '.join(names)}{_did_you_mean(key[1], names)}"
     missing = re.search(r"Missing mandatory value: ([\w.]+)", f"{text}\n{cause}")
     if missing:
         return f"{missing[1]} must be given: add {missing[1]}=VALUE"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
 
 
-def usage(configs: Path) -> str:
-    """The help text: how to ask, the options of each group, and every setting with its default."""
-    groups = {
-        group: sorted(path.stem for path in (configs / group).glob("**/*.yaml") if not path.stem.startswith("_"))
-        for group in ("method", "model", "task", "trainer", "logger", "experiment")
-    }
-    options = "\n".join(f"  {name}=  {', '.join(found)}" for name, found in groups.items())
-    return (
-        "python train.py [GROUP=OPTION …] [KEY=VALUE …]    one run\n"
-        "python train.py -m GROUP=OPTION,OPTION …          a sweep; finished runs are skipped\n"
-        "python train.py … dry_run=true                    what would be trained; nothing is loaded\n"
-        "python train.py … --cfg job                       every setting of that run, and its value\n\n"
-        f"Groups\n{options}\n\nSettings of any run (configs/train.yaml)\n"
-        + "\n".join(f"  {line}" for line in (configs / "train.yaml").read_text().splitlines() if "  #" in line)
-    )
+def options(group: str, folders: Iterable[Path]) -> list[str]:
+    """The options of a group in config folders, those in its own folders too: `clip_b32/lora`.
+
+    Files whose name begins with an underscore are parts of others, and no options.
+    """
+    paths = {path.relative_to(folder / group) for folder in folders for path in (folder / group).rglob("[!_]*.yaml")}
+    return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
-def _did_you_mean(word: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(word, options, n=1)
+def _near(option: str, names: list[str]) -> str:
+    """The names in the folder of `option`, or else all; those of a deeper folder as `folder/…`."""
+    folder = option[: option.rfind("/") + 1]
+    inside = [name for name in names if name.startswith(folder)]
+    if not inside:
+        folder, inside = "", names
+    return ", ".join(dict.fromkeys(folder + re.sub("/.*", "/…", name[len(folder) :]) for name in inside))
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""

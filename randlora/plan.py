@@ -128,8 +128,8 @@ def _leave_meta(model: nn.Module) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for module in model.modules():  # each once: a second time fails for one that several updates share
-        module.to_empty(device="cpu", recurse=False)
+    for part in model.modules():  # each once: a second time fails for one that several updates share
+        part.to_empty(device="cpu", recurse=False)
     for first, *others in names.values():
         for other in others:
             module, _, leaf = other.rpartition(".")

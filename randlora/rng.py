@@ -1,7 +1,7 @@
-"""Random numbers that depend on their name alone.
+"""Random integers that depend on their key alone.
 
-A stream is a key (any mix of strings and integers) fed to the counter-based generator Philox-4x64
-(Salmon et al., SC 2011), whose raw integers NumPy keeps stable. Everything random that has to be the
+A key (any mix of strings and integers) seeds the counter-based generator Philox-4x64 (Salmon et al.,
+SC 2011), whose raw integers NumPy keeps stable. Everything random that has to be the
 same on every machine is drawn here: fixed bases, initial factors, few-shot subsets, the order of the
 data. Nothing touches torch's or NumPy's global generators.
 """
@@ -21,7 +21,7 @@ def _philox_key(key: tuple[Key, ...]) -> np.ndarray:
 
 
 def random_uint32(count: int, *key: Key, row: int = 0) -> np.ndarray:
-    """The first `count` 32-bit words of row `row` of the stream `key`, uint32 (count,).
+    """The first `count` random integers of 32 bits of row `row` of `key`, uint32 (count,).
 
     Rows are far apart in the generator's counter, and a shorter request is a prefix of a longer one:
     a slice of a matrix never depends on how large the whole was made.

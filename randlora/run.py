@@ -48,8 +48,8 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     config = experiment.config
     accelerator = experiment.trainer.accelerator()
     record = Record(experiment.folder, config, experiment.loggers, Console(), writes=accelerator.is_main_process)
-    done = record.result()
-    if done is not None and done.status == "finished" and config["resume"]:
+    done = record.result() if config["resume"] else None
+    if done is not None and done.status == "finished":
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)

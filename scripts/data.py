@@ -3,21 +3,19 @@
 python scripts/data.py check cars dtd --root data     what is there, what is missing, where to get it; all tasks if none
 python scripts/data.py prepare dtd --from FOLDER --root data
     writes data/dtd/train.parquet and so on from the publisher's archive, unpacked in FOLDER (the layouts are in
-    randlora/data/archives.py); files are stored as they are, nothing is encoded anew that was a file
+    randlora/data/archives/); files are stored as they are, nothing is encoded anew that was a file
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from randlora.config import CONFIGS, build, settings
-from randlora.data.archives import READERS, Archive, Image, read
+from randlora.data.archives import READERS, read
+from randlora.data.archives.parquet import write
 from randlora.data.sources import Hub
 from randlora.errors import SettingsError, exit_code
 from randlora.tasks import ImageClassification
@@ -60,34 +58,6 @@ def prepare(name: str, archive_folder: Path, root: Path) -> list[Path]:
     return written
 
 
-def write(archive: Archive, split: str, file: Path) -> None:
-    """One split as a parquet file with columns image (bytes, path) and label, the class names in its schema."""
-    import datasets
-
-    datasets.disable_progress_bars()
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for image, label in archive.splits[split]:
-            name = image.name if isinstance(image, Path) else None
-            yield {"image": {"bytes": encoded(image), "path": name}, "label": label}
-
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=archive.names)})
-    partial = file.with_suffix(".partial")
-    # A cache of its own: the library's knows the paths, not what is in the files, and would give old images again.
-    with tempfile.TemporaryDirectory(dir=file.parent) as cache:
-        datasets.Dataset.from_generator(rows, features=features, cache_dir=cache).to_parquet(str(partial))
-    partial.replace(file)  # so that a broken run leaves no half file
-
-
-def encoded(image: Image) -> bytes:
-    """A file's bytes as they are; a made image as PNG."""
-    if isinstance(image, Path):
-        return image.read_bytes()
-    stream = io.BytesIO()
-    image().save(stream, "PNG")
-    return stream.getvalue()
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -95,17 +65,17 @@ def main(arguments: Sequence[str]) -> int:
     checking.add_argument("tasks", nargs="*", help="all image tasks if none")
     preparing.add_argument("task")
     preparing.add_argument("--from", dest="archive", type=Path, required=True, help="the unpacked archive")
-    for one in (checking, preparing):
-        one.add_argument("--root", type=Path, required=True, help="the data root, as train.py's data_root")
+    for command in (checking, preparing):
+        command.add_argument("--root", type=Path, required=True, help="the data root, as train.py's data_root")
     options = parser.parse_args(arguments)
     if options.command == "prepare":
         for file in prepare(options.task, options.archive, options.root):
             print(file)
         return 0
-    found = [check(name, options.root) for name in options.tasks or image_tasks()]
-    for _, sentence in found:
+    answers = [check(name, options.root) for name in options.tasks or image_tasks()]
+    for _, sentence in answers:
         print(sentence)
-    return 0 if all(complete for complete, _ in found) else 1
+    return 0 if all(complete for complete, _ in answers) else 1
 
 
 if __name__ == "__main__":

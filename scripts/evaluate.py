@@ -66,7 +66,10 @@ def say(text: str) -> None:
 
 def finished(run: Path) -> dict[str, Any]:
     """The settings of a finished run."""
-    result = Result.read(run / "result.json")
+    try:
+        result = Result.read(run / "result.json")
+    except SettingsError as error:
+        raise SettingsError(f"{run} is not the folder of a run: {error}") from error
     if result.status != "finished":
         raise SettingsError(f"{run}: this run is {result.status}; give its command again to finish it")
     return modern(result.config)

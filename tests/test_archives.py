@@ -19,13 +19,13 @@ from scipy.io import savemat
 
 from conftest import REPOSITORY, settings
 from randlora.config import build
-from randlora.data.archives import EUROSAT, READERS, VOC, read
+from randlora.data.archives import READERS, read
+from randlora.data.archives.arrays import VOC
+from randlora.data.archives.files import EUROSAT
+from randlora.data.archives.parquet import write
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import Budget, ImageClassification
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from data import write
 
 Expected = tuple[list[str], dict[str, int]]  # class names, images by split
 

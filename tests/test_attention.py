@@ -88,7 +88,7 @@ def test_dropout_is_on_in_training_alone() -> None:
     assert not torch.equal(opened(x, x, x, need_weights=False)[0], opened(x, x, x, need_weights=False)[0])
 
 
-def test_closed_again_it_is_the_original() -> None:
+def test_fused_again_it_is_the_original() -> None:
     model = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, dropout=0.1))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unfuse_attention(model)
@@ -101,7 +101,7 @@ def test_closed_again_it_is_the_original() -> None:
         assert torch.equal(tensor, state[name])
 
 
-def test_what_cannot_be_opened_stays() -> None:
+def test_what_cannot_be_unfused_stays() -> None:
     model = nn.ModuleList(
         [
             nn.MultiheadAttention(WIDTH, HEADS, kdim=10, vdim=10),

@@ -129,18 +129,18 @@ def test_ternary_bases_are_stored_as_bytes() -> None:
     assert torch.equal(basis.block(33, 65), draw(33, 65, "golden", 7, distribution="ternary"))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "ternary", "sparse products", "kronecker"])
+@pytest.mark.parametrize("name", ["uniform", "ternary", "sparse products", "kronecker"])
 @pytest.mark.parametrize(("rows", "columns"), [(24, 24), (48, 24), (61, 24), (23, 23), (24, 61)])
 @pytest.mark.parametrize("less", [0, 3])
-def test_maps_multiply_as_their_matrix_does(kind: str, rows: int, columns: int, less: int) -> None:
+def test_maps_multiply_as_their_matrix_does(name: str, rows: int, columns: int, less: int) -> None:
     """Oracle: the matrix itself, in float64; `less` cuts the smaller side, as few bases do."""
-    if kind == "kronecker":
+    if name == "kronecker":
         basis = KroneckerBasis("m", rows, columns, seed=0)
-    elif kind == "sparse products":
+    elif name == "sparse products":
         basis = DenseBasis.drawn("m", rows, columns, seed=0, distribution="ternary", sparsity=20.0)
         assert isinstance(basis(rows, columns), SparseMap)
     else:
-        basis = DenseBasis.drawn("m", rows, columns, seed=0, distribution=kind)
+        basis = DenseBasis.drawn("m", rows, columns, seed=0, distribution=name)
     rows, columns = (rows, columns - less) if rows >= columns else (rows - less, columns)
     B = basis(rows, columns)
     matrix = B.matrix(torch.float64)

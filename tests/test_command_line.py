@@ -1,8 +1,8 @@
 """python train.py from outside: what is wrong is said in one sentence, with exit code 2 and no traceback."""
 
+import dataclasses
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import REPOSITORY
-from randlora.errors import WRONG_SETTINGS
+from conftest import REPOSITORY, settings
+from randlora.cli import main
+from randlora.errors import FINISHED, WRONG_SETTINGS
+from randlora.training import Trainer
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "train.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None:
+    """Makes this process one that was started with these arguments in this folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which main sets, and later tests should not find set
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["randlora", *arguments])
 
 
 WRONG = {
@@ -37,6 +47,10 @@ WRONG = {
     "trainer.precision=fp8": "choose one of fp32, bf16",
     "trainer.device=cuda": "trainer.device=cuda: torch sees no CUDA device",
     "-m method=lora,nosuch": "method=nosuch: choose one of",
+    "experiment=clip_b32/nolla": "choose one of clip_b32/full, .*, clip_b32/vera; did you mean clip_b32/nola",
+    "experiment=nosuch": "experiment=nosuch: choose one of clip_b32/…, .*, pretrain_clip_tiny, ",
+    "logger=[wandb,nosuch]": "logger=nosuch: choose one of none, ",
+    "--config-dir nosuch": "Additional config directory '.*nosuch' not found",
     "nonsense": "nonsense",
     "run_root=README.md": r"run_root=README.md: README.md/digits/.* cannot be written \(Not a directory\)",
     "dry_run=true task=cifar10 model=vit_s14 task.prompts=ensemble": "prompts=ensemble: model=vit_s14 has a linear",
@@ -56,12 +70,8 @@ WRONG = {
 def test_wrong_settings(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which train.py sets, and later tests should not find set
-    monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path("train.py", run_name="__main__")
-    assert end.value.code == WRONG_SETTINGS
+    command(monkeypatch, REPOSITORY, *line.split())
+    assert main() == WRONG_SETTINGS
     said = capfd.readouterr().err
     assert len(said.strip().splitlines()) == 1, said
     assert re.search(WRONG[line], said), said
@@ -77,17 +87,117 @@ def test_a_wrong_setting_exits_with_2(line: str) -> None:
     assert re.search(WRONG[line], done.stderr), done.stderr
 
 
-def test_help_names_the_groups() -> None:
-    done = train("--help")
-    assert done.returncode == 0
-    for word in ("method", "randlora", "clip_tiny", "digits"):
-        assert word in done.stdout
+CONFIGS = REPOSITORY / "configs"
+OPTIONS = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("[!_]*.yaml") if path.parent != CONFIGS]
+
+
+def test_help_lists_every_option_and_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A paragraph `group=folder/ option, …` for each folder of configs; a line for each key of every run."""
+    command(monkeypatch, REPOSITORY, "--help")
+    assert main() == FINISHED
+    text = capsys.readouterr().out
+    paragraphs = dict(re.findall(r"^  (\w+=[\w/]*) ((?:.*\n)(?: {10}.*\n)*)", text, re.MULTILINE))
+    listed = {name: re.split(r",\s+", options.strip()) for name, options in paragraphs.items()}
+    for path in OPTIONS:
+        group, *folders = path.parent.parts
+        assert path.stem in listed[f"{group}=" + "".join(f"{folder}/" for folder in folders)], path
+    for key in settings().keys() - {path.parts[0] for path in OPTIONS}:
+        assert re.search(rf"^  {key}=\S+ +\w", text, re.MULTILINE), key
+    for field in dataclasses.fields(Trainer):
+        assert field.name == "betas" or re.search(rf"^  trainer.{field.name}=\S+ +\w", text, re.MULTILINE), field.name
+
+
+METHOD = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from randlora.adapters import Update
+from randlora.methods import Method
+
+
+@dataclass(frozen=True)
+class Scaled(Method):
+    start: float = 0.0
+
+    def updates(self, sites, context):
+        return {site.name: Scale(site.out_features, self.start) for site in sites}
+
+
+class Scale(Update):
+    def __init__(self, rows, start):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((rows,), start))
+
+    def delta(self, weight):
+        return self.scale[:, None] * weight
+"""
+OWN = {
+    "own_scaled.py": METHOD,
+    "mine/method/scaled.yaml": "_target_: own_scaled.Scaled\nstart: 0.0\n",
+    "mine/task/eights.yaml": (
+        "# @package _global_\ndefaults: [digits]\ntask: {name: eights}\ntrainer: {batch_size: 8}\n"
+    ),
+    "mine/experiment/scaled_eights.yaml": (
+        "# @package _global_\ndefaults: [override /method: scaled, override /task: eights]\ntrainer: {max_steps: 7}\n"
+    ),
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a method's module, and with configs for it, for a task and for an experiment."""
+    for name, text in OWN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("RANDLORA_ALLOW", "own_scaled.")
+    monkeypatch.delitem(sys.modules, "own_scaled", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("search", [("--config-dir", "mine"), ("hydra.searchpath=[mine]",)])
+def test_configs_and_code_of_ones_own(
+    search: tuple[str, ...], own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """clip_tiny's rows: six blocks of 576, 768 and 192, three of 192, 256 and 64."""
+    command(monkeypatch, own, *search, "experiment=scaled_eights", "dry_run=json")
+    assert main() == FINISHED
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trainable_parameters"] == 6 * (576 + 768 + 192) + 3 * (192 + 256 + 64)
+    assert plan["steps"] == 7
+    command(monkeypatch, own, *search, "method=scaled", "task=eights", "dry_run=true")
+    assert main() == FINISHED
+    said = capsys.readouterr().out
+    path = "mine/task/eights.yaml"
+    assert re.search(rf"^trainer.batch_size +8 +{path}, over 32 in task/digits.yaml, 128 in ", said, re.MULTILINE), said
+
+
+def test_help_lists_options_of_ones_own(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command(monkeypatch, own, "--config-dir", "mine", "--help")
+    assert main() == FINISHED
+    assert re.search(r"method=.*\bscaled\b", capsys.readouterr().out)
+
+
+def test_code_of_ones_own_has_to_be_allowed(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("RANDLORA_ALLOW")
+    command(monkeypatch, own, "--config-dir", "mine", "method=scaled", "dry_run=json")
+    assert main() == WRONG_SETTINGS
+    assert "own_scaled.Scaled" in (said := capsys.readouterr().err)
+    assert "$RANDLORA_ALLOW" in said
 
 
 def test_dry_run_as_json_is_alone_on_stdout() -> None:
     done = train("dry_run=json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
+    assert {"sites", "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes", "steps"} <= set(
+        plan
+    )
     assert plan["trainable_parameters"] == sum(site["trainable_parameters"] for site in plan["sites"])
 
 

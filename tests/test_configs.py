@@ -18,10 +18,10 @@ from randlora.records.signature import modern, signature
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group, those in its folders too: clip_b32/lora."""
+    """The choices of a group, those in its folders too (clip_b32/lora), without those that ask for a setting."""
     folder = REPOSITORY / "configs" / group
-    found = (path for path in folder.rglob("*.yaml") if not path.stem.startswith("_"))
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
+    paths = (p for p in folder.rglob("*.yaml") if not p.stem.startswith("_") and "???" not in p.read_text())
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
 TASK_OF = {"clip": "cifar10", "vision": "cifar10", "text": "mrpc", "causal_lm": "arc_easy"}

@@ -1,5 +1,6 @@
 """Data: order, subsets, splits, sources and images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -61,6 +62,22 @@ def test_augmentation_depends_on_the_position_alone(workers: int) -> None:
     again = torch.cat([batch["value"] for (batch,) in loader(split, iter(keys[2:]), 0)])
     assert torch.equal(drawn[6:], again)
     assert not torch.equal(drawn[:6] % 1, drawn[6:] % 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_of_a_billion_positions_begins_at_once(workers: int) -> None:
+    """Counted, not timed: what has been drawn when the first batch is there."""
+    drawn = 0
+
+    def counted() -> Iterator[list[tuple[int, int]]]:
+        nonlocal drawn
+        for keys in training_keys(6, 5, range(200_000_000), seed=0):
+            drawn += 1
+            yield keys
+
+    split = Split(ArrayImages(np.zeros((6, 4, 4), np.uint8), np.arange(6)), np.arange(6), Noise(), augment_seed=3)
+    assert len(next(loader(split, counted(), workers))) == 1
+    assert drawn <= 1 + 4 * workers
 
 
 def test_few_shot_is_balanced_seeded_and_nested() -> None:
@@ -173,8 +190,8 @@ def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
         "I16.png": Image.fromarray(grey.astype(np.uint16) * 257),
         "I16.tiff": Image.fromarray(grey.astype(np.uint16) * 257),
     }
-    for name, made in stored.items():
-        made.save(tmp_path / name)
+    for name, image_of_mode in stored.items():
+        image_of_mode.save(tmp_path / name)
         with Image.open(tmp_path / name) as read:
             assert np.abs(np.asarray(_to_rgb(read)).astype(int) - expected).max() <= 1, name
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY, settings
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
+from randlora.records import Headline, Result
 from randlora.run import run
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -31,6 +32,14 @@ def finished(root: Path, *overrides: str) -> tuple[Path, dict[str, float]]:
     return experiment.folder, json.loads((experiment.folder / "result.json").read_text())["metrics"]
 
 
+def write_result(folder: Path, status: str) -> None:
+    """A record without a run."""
+    Result(
+        task="digits", model="clip_tiny", method="lora", shots=None, fraction=None, seed=0, signature="0" * 12,
+        headline=Headline("test/accuracy", None), config=settings(), status=status,
+    ).write(folder / "result.json")  # fmt: skip
+
+
 def part(metrics: dict[str, float], name: str) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if key.startswith(f"{name}/")}
 
@@ -42,6 +51,15 @@ def test_a_run_scores_what_it_recorded(tmp_path: Path) -> None:
     assert scores(folder, zero_shot=True) == pytest.approx(part(metrics, "zero_shot"), rel=1e-6)
     again = scores(folder, ["task=digits", "task.test_size=60", "trainer.evaluation_batch_size=7"])
     assert again == pytest.approx(part(metrics, "test"), rel=1e-5)
+
+
+def test_a_record_of_before_optimizers_were_a_choice_is_scored(tmp_path: Path) -> None:
+    folder, metrics = finished(tmp_path, "task.test_size=60")
+    result = json.loads((folder / "result.json").read_text())
+    result["config"]["trainer"]["betas"] = result["config"].pop("optimizer")["betas"]
+    result["config"]["logger"] = None
+    (folder / "result.json").write_text(json.dumps(result))
+    assert scores(folder) == pytest.approx(part(metrics, "test"), rel=1e-6)
 
 
 def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
@@ -65,14 +83,14 @@ def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    (tmp_path / "result.json").write_text('{"status": "finished", "config": {"task": {"name": "digits"}}}')
+    write_result(tmp_path, "finished")
     with pytest.raises(SettingsError) as caught:
         scores(tmp_path, overrides)
     assert sentence in str(caught.value)
 
 
 def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text('{"status": "interrupted", "config": {}}')
+    write_result(tmp_path, "interrupted")
     other = tmp_path / "other"
     other.mkdir()
     (other / "result.json").write_text("[]")

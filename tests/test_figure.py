@@ -1,30 +1,36 @@
-"""The figure of committed records shows what their numbers are."""
+"""The figure of committed results shows what they say."""
 
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import REPOSITORY
+from randlora.records import Headline, Result, read
+from randlora.studies.figures import draw, panels
+from randlora.studies.groups import Cell, select
 
-RECORDS = REPOSITORY / "experiments" / "image_protocol" / "records"
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from figure import draw, panels  # noqa: E402 - scripts are no package
-from table import read  # noqa: E402
+STUDY = REPOSITORY / "experiments" / "image_protocol"
+CELL = Cell("clip_tiny", "cifar10", 16, None)
 
 
-def test_points_are_the_records_means() -> None:
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return select(read(STUDY), ["collection=records"])
+
+
+def test_points_are_the_results_means(results: list[Result]) -> None:
     """Oracle: statistics over the scores of the runs, method by method."""
-    runs = read(RECORDS)
-    points = {point.method: point for point in panels(runs)["cifar10", "clip_tiny", "16"]}
+    points = {point.method: point for point in panels(results)[CELL]}
     assert sorted(points) == ["full", "lora", "nola", "randlora", "vera"]
     for method, point in points.items():
         scores = [
-            100 * run.result["headline"]["value"]
-            for run in runs
-            if run.cell == ("cifar10", "clip_tiny", method) and run.budget == (16, None)
+            100 * result.metrics["test/accuracy"]
+            for result in results
+            if (result.task, result.model, result.method, result.shots) == ("cifar10", "clip_tiny", method, 16)
         ]
         assert len(scores) == 5
         assert point.mean == pytest.approx(statistics.mean(scores))
@@ -32,35 +38,45 @@ def test_points_are_the_records_means() -> None:
     assert points["lora"].parameters == 150_528
 
 
-def test_a_figure_is_the_same_every_time(tmp_path: Path) -> None:
+def test_a_figure_is_the_same_every_time(results: list[Result], tmp_path: Path) -> None:
+    """In another process, too, and from the command line."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'randlora[figures]'")
-    made = []
-    for name in ("one.svg", "two.svg"):
-        command = [sys.executable, "scripts/figure.py", str(RECORDS), "--out", str(tmp_path / name)]
-        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=120)
-        made.append((tmp_path / name).read_text())
-    assert made[0] == made[1]
-    for text in ("cifar10, clip_tiny", "16 shots", "randlora", "accuracy, %"):
-        assert text in made[0]
+    draw(select(results, ["task=cifar10", "shots=16"]), tmp_path / "one.svg")
+    options = [
+        str(STUDY),
+        "--only",
+        "collection=records",
+        "task=cifar10",
+        "shots=16",
+        "--out",
+        str(tmp_path / "two.svg"),
+    ]
+    subprocess.run([sys.executable, "scripts/figure.py", *options], cwd=REPOSITORY, check=True, timeout=120)
+    text = (tmp_path / "one.svg").read_text()
+    assert (tmp_path / "two.svg").read_text() == text
+    for part in ("cifar10, clip_tiny", "16 shots", "randlora", "accuracy, %"):
+        assert part in text
 
 
-def test_an_unfinished_run_changes_no_figure(tmp_path: Path) -> None:
+def test_an_unfinished_run_changes_no_figure(results: list[Result], tmp_path: Path) -> None:
     """It has no score before training either, and must not take that line from its panel."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'randlora[figures]'")
-    runs = [run for run in read(RECORDS) if run.cell[:2] == ("cifar10", "clip_tiny")]
-    stopped = runs[0]._replace(result=runs[0].result | {"status": "interrupted", "metrics": {}})
-    made = []
-    for name, shown in (("one.svg", runs), ("two.svg", [*runs, stopped])):
-        draw(shown, tmp_path / name)
-        made.append((tmp_path / name).read_text())
-    assert made[0] == made[1]
+    shown = select(results, ["task=cifar10", "model=clip_tiny"])
+    stopped = replace(shown[0], status="interrupted", metrics={})
+    texts = []
+    for name, runs in (("one.svg", shown), ("two.svg", [*shown, stopped])):
+        draw(runs, tmp_path / name)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("command", ["figure.py --out one.svg", "table.py --seeds", "table.py --best method.rank"])
 def test_runs_that_did_not_finish_are_a_sentence(command: str, tmp_path: Path) -> None:
-    folder = tmp_path / "cifar10" / "vit" / "lora" / "x"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text('{"status": "failed", "config": {}}')
+    failed = Result(
+        task="cifar10", model="vit", method="lora", shots=None, fraction=None, seed=0, signature="x", config={},
+        headline=Headline("test/accuracy", None),
+    )  # fmt: skip
+    failed.write(tmp_path / "result.json")
     script, *options = command.split()
     run = [sys.executable, REPOSITORY / "scripts" / script, tmp_path, *options]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -28,7 +28,7 @@ def edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_file_is_the_trained_numbers_and_under_4_kb(toy: Toy, tmp_path: Path) -> None:
+def test_a_file_is_the_trained_parameters_and_under_4_kb(toy: Toy, tmp_path: Path) -> None:
     report = randlora.adapt(toy, RandLoRA(rank=4), TOY_TARGETS)
     size = randlora.save_adapter(toy, tmp_path)
     assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -84,7 +84,16 @@ def test_a_users_method_loads_where_it_is_imported(tmp_path: Path) -> None:
     assert isinstance(adaptation_of(other).method, Mine)  # type: ignore[union-attr]
 
 
-def test_trained_numbers_are_kept_per_name_in_site_order(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["randlora.methods.nowhere:LoRA", "randlora.methods.lora:Nothing", "os:system", ""])
+def test_a_class_that_is_no_method_is_refused(path: str, folder: Path) -> None:
+    settings = json.loads((folder / "adapter.json").read_text())
+    settings["method"]["class"] = path
+    (folder / "adapter.json").write_text(json.dumps(settings))
+    with pytest.raises(SettingsError, match="unknown method"):
+        randlora.load_adapter(Toy(), folder)
+
+
+def test_trained_parameters_are_kept_per_name_in_site_order(toy: Toy, tmp_path: Path) -> None:
     randlora.adapt(toy, LoRA(rank=2), ["square", "tall"])
     randlora.save_adapter(toy, tmp_path)
     tensors = load_file(tmp_path / "adapter.safetensors")

@@ -28,7 +28,7 @@ def vera(blocks: int, width: int, rank: int) -> int:
     return blocks * (3 * rank + 8 * width)
 
 
-# Trained numbers: LoRA's and NoLA's are those of the published shapes, RandLoRA's with the paper's floor(d / rank)
+# Trained parameters: LoRA's and NoLA's are those of the published shapes, RandLoRA's with the paper's floor(d / rank)
 # bases, at three matrices of every block; of both towers of CLIP, of its image tower alone, and of DINOv2.
 COUNTS = {
     "clip_b32": (
@@ -77,14 +77,14 @@ def test_steps_and_epochs_of_the_grid(family: str) -> None:
 
 
 def test_half_the_rank_at_equal_parameters() -> None:
-    """Table 2: RandLoRA-6, its half-rank and its low-rank ablation have about as many numbers; LoRA has more."""
-    found = {}
+    """Table 2: RandLoRA-6, its half-rank and its low-rank ablation have about as many parameters; LoRA has more."""
+    trained = {}
     for name in ("randlora", "randlora_b", "randlora_a", "lora"):
         plan = counts(Experiment.from_config(settings("dry_run=true", f"experiment=table2/{name}")))
-        found[name] = plan["trainable_parameters"]
-    assert found["randlora_b"] == pytest.approx(found["randlora"], rel=0.01)
-    assert found["randlora"] * 0.98 < found["randlora_a"] <= found["randlora"]
-    assert found["lora"] > 1.3 * found["randlora"]
+        trained[name] = plan["trainable_parameters"]
+    assert trained["randlora_b"] == pytest.approx(trained["randlora"], rel=0.01)
+    assert trained["randlora"] * 0.98 < trained["randlora_a"] <= trained["randlora"]
+    assert trained["lora"] > 1.3 * trained["randlora"]
 
 
 FIGURE_1 = [("clip_lora", "b", "lora"), ("clip_randlora", "b", "randlora")] + [
@@ -104,7 +104,7 @@ def test_ranks_of_figure_1_have_its_parameters(name: str, panel: str, method: st
 
 
 # Table 15's percentages that ours differ from in the last printed digit, and ours. VeRA's authors train rank + out
-# numbers at a matrix; the paper's code has rank + in, which gives the printed ones. LLaMA-3's RandLoRA-60 is printed
+# parameters at a matrix; the paper's code has rank + in, which gives the printed ones. LLaMA-3's RandLoRA-60 is printed
 # 0.36 after 15k and 0.35 after 170k examples. No rounding of d / rank gives Phi-3's RandLoRA, nor its LoRA-64.
 DIFFERENT = {
     ("llama3_8b", "vera_1024", "0.014"): 0.012, ("phi3_mini", "vera_1024", "0.015"): 0.027,

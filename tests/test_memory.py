@@ -9,7 +9,7 @@ from test_models import needs
 from conftest import DATA, MODELS, settings
 from randlora.adapters import adapt
 from randlora.experiment import Experiment
-from randlora.plan import memory_plan, saved
+from randlora.plan import counts, memory_plan, saved
 
 SMALL = [
     ["model=clip_tiny", "task=cifar10", "trainer.batch_size=4"],
@@ -91,6 +91,16 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(overrides: list[str]) 
     assert plans[1]["activations"] < 0.6 * plans[0]["activations"]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_asks_the_optimizer_for_its_bytes() -> None:
+    """A gradient, and what each optimiser is known to keep: for SGD its momentum, for Adafactor rows and columns."""
+    line = ("model=clip_tiny_vision", "task=cifar10", "trainer.batch_size=1", "method=full")
+    sgd, plain = experiment(*line, "optimizer=sgd"), experiment(*line, "optimizer=sgd", "optimizer.momentum=0")
+    trained = counts(sgd)["trainable_parameters"] + counts(sgd)["head_parameters"]
+    assert memory_plan(sgd)["optimizer"] == 8 * trained
+    assert memory_plan(plain)["optimizer"] == 4 * trained
+    assert 4 * trained < memory_plan(experiment(*line, "optimizer=adafactor"))["optimizer"] < 4.2 * trained
 
 
 def test_bf16_weights_and_full_training_are_in_the_plan() -> None:

@@ -35,6 +35,7 @@ METHODS = [
     VeRA(rank=16, basis="kronecker"),
     VeRA(rank=30, basis="very_sparse"),
     NoLA(num_bases=32, rank=2),
+    NoLA(num_bases=32, rank=2, start="ones"),
     NoLA(num_bases=32, rank=2, basis="kronecker"),
     NoLA(num_bases=32, rank=2, basis="binary"),
     RandLoRA(rank=5),
@@ -267,7 +268,7 @@ def test_save_load_and_merge_keep_the_outputs(method: Method, tmp_path) -> None:
 
 
 @every_method
-def test_a_low_precision_base_trains_float32_numbers(method: Method) -> None:
+def test_a_low_precision_base_trains_float32_parameters(method: Method) -> None:
     model = plain(method).bfloat16()
     randlora.adapt(model, method, targets_of(method))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -353,7 +354,8 @@ def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
     [
         (LoRA, {"rank": 0}), (LoRA, {"rank": 2.5}), (LoRA, {"alpha": 0}), (LoRA, {"dropout": 1.0}),
         (LoRA, {"rank": True}),
-        (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}), (NoLA, {"basis": "x"}),
+        (VeRA, {"rank": -1}), (VeRA, {"d_initial": 0}), (NoLA, {"num_bases": 0}),
+        (NoLA, {"basis": "x"}), (NoLA, {"start": "x"}),
         (RandLoRA, {"rank": 0}), (RandLoRA, {"num_bases": "round"}), (RandLoRA, {"num_bases": 0}),
         (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),
         (EDoRA, {"rank": 0}), (EDoRA, {"start": -1.0}), (MoRA, {"compression": "cut"}), (MoRA, {"surplus": "cut"}),

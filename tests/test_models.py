@@ -1,4 +1,4 @@
-"""Models: opened CLIP equals open_clip, transforms equal open_clip's, and the real small models work."""
+"""Models: CLIP with unfused attention equals open_clip, so do transforms; the real small models work."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def needs(package: str) -> None:
         pytest.skip(f"the Python package {package} is not installed: make offline")
 
 
-def test_opened_and_closed_clip_equal_open_clips_own_forward() -> None:
+def test_clip_with_unfused_attention_equals_open_clips_own_forward() -> None:
     torch.manual_seed(0)
     module = CLIP.load().module.eval()
     images, texts = torch.randn(3, 3, 64, 64), open_clip.get_tokenizer("clip_tiny")(["a cat", "two dogs and a bird"])
@@ -67,7 +67,10 @@ def test_an_adapted_clip_merges_into_open_clips_state_dict() -> None:
 def test_the_papers_clips_equal_open_clips_own_forward_before_and_after_export(
     architecture: str, layers: int, tmp_path: Path
 ) -> None:
-    """Oracle: the same module before it was opened, in float64; real sizes, of the larger two two blocks a tower."""
+    """Oracle: the same module before its attention was unfused, in float64.
+
+    Real sizes, of the larger two two blocks a tower.
+    """
     config = open_clip.get_model_config(architecture)
     config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = layers
     (tmp_path / f"{architecture}-{layers}.json").write_text(json.dumps(config))
@@ -228,7 +231,7 @@ def test_the_image_tower_alone_gives_clips_image_embedding() -> None:
 
 
 def test_timms_dinov2_is_transformers_with_its_projections_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: transformers' Dinov2Model with the same numbers, at the real width and two blocks."""
+    """Oracle: transformers' Dinov2Model with the same weights, at the real width and two blocks."""
     import timm
     from transformers import Dinov2Config, Dinov2Model
 
@@ -316,3 +319,32 @@ def test_real_smollm2_prefers_english_to_its_shuffle() -> None:
     with torch.no_grad():
         english, nonsense = (backbone.module(x, labels=x).loss.item() for x in (ids, shuffled))
     assert english < 4 < 6 < nonsense
+
+
+def folder_of(kind: str, folder: Path) -> Path:
+    """A tiny transformer of random weights, saved as its users save it."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    more = TINY.get(kind) or {"vocab_size": 64, "num_hidden_layers": 2, **TINY_LM[kind]}
+    config = AutoConfig.for_model(kind, **more)
+    (AutoModel if kind in TINY else AutoModelForCausalLM).from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sites"),
+    [
+        ("defaults: [_encoder]\nweights: {bert}", 12),
+        ("defaults: [_causal]\nweights: {llama}", 10),
+        ("defaults: [_clip]\narchitecture: ViT-S-32-alt", 3 * (12 + 10)),
+    ],
+)
+def test_to_add_a_known_model_takes_one_yaml(yaml: str, sites: int, tmp_path: Path) -> None:
+    """The file alone, in a folder of the user's: its target set finds the layers, with and without weights."""
+    folders = {kind: folder_of(kind, tmp_path / kind) for kind in ("bert", "llama") if kind in yaml}
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "mine.yaml").write_text(yaml.format(**folders) + "\nname: mine\n")
+    model = build(settings("model=mine", f"hydra.searchpath=[file://{tmp_path}/configs]")["model"])
+    for backbone in (model.meta_model(), model.load()):
+        report = randlora.adapt(backbone.module, RandLoRA(rank=4), model.patterns("all"))
+        assert len(report.sites) == sites

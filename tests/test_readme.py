@@ -1,4 +1,4 @@
-"""The README is true: its commands compose, and what it names exists."""
+"""The README is true, and the pages' commands compose."""
 
 import re
 import shlex
@@ -7,8 +7,22 @@ import pytest
 
 from conftest import REPOSITORY, settings
 
-TEXT = (REPOSITORY / "README.md").read_text()
-COMMANDS = re.findall(r"^python train\.py(.*)$", TEXT, re.MULTILINE)
+PAGES = {
+    path.name: path.read_text() for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+}
+TEXT = PAGES["README.md"]
+BASH = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^(?:\w+=\S+ )*(?:python|accelerate launch .*|torchrun .*) ?train\.py(.*?)&?$", re.MULTILINE)
+# Those with files of a reader's own are run, in test_docs.py.
+COMMANDS = sorted(
+    {
+        command.strip()
+        for text in PAGES.values()
+        for block in BASH.findall(text)
+        for command in COMMAND.findall(block)
+        if "my_lab" not in command
+    }
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -17,32 +31,39 @@ def test_commands_compose(command: str) -> None:
     settings(*(re.sub(r"=([^\[]*?),.*", r"=\1", word) if "[" not in word else word for word in words))
 
 
-def test_the_methods_example_keeps_the_contract() -> None:
-    """The code under "Adding a method", run as it stands."""
-    import torch
-    from torch import nn
-
-    import randlora
-    from conftest import Toy
-
-    (code,) = re.findall(r"```python\n(@dataclass.*?)```", TEXT, re.DOTALL)
-    prelude = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\n"
-    scope: dict = {}
-    exec(prelude + "from randlora.adapters import Update\nfrom randlora.methods import Method\n" + code, scope)
-    model, x = Toy(), torch.randn(2, 5, 24)
-    before = model(x)
-    report = randlora.adapt(model, scope["Scaled"](), ["square", "tall", "c_attn[q]"])
-    assert report.trainable_parameters == 24 + 60 + 24
-    torch.testing.assert_close(model(x), before)
-    nn.init.constant_(model.square.updates[0].g, 1.0)
-    changed = model(x)
-    assert not torch.allclose(changed, before, atol=1e-3)
-    randlora.merge(model)
-    torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-4)
-
-
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 5
+    assert len(COMMANDS) >= 20
+
+
+def test_the_result_is_what_the_records_say() -> None:
+    """Mean and deviation of every method, and Student's interval of RandLoRA's differences, from the study's runs."""
+    from statistics import mean, stdev
+
+    from scipy.stats import ttest_rel
+
+    from randlora.records import read
+
+    scores: dict[str, dict[int, float]] = {}
+    parameters: dict[str, int | None] = {}
+    for result in read(REPOSITORY / "experiments" / "image_protocol"):
+        if (result.collection, result.task, result.model, result.shots) == ("records", "cifar10", "vit_s14", 16):
+            assert result.headline.value is not None
+            scores.setdefault(result.method, {})[result.seed] = 100 * result.headline.value
+            parameters[result.method] = result.trainable_parameters
+    ours = scores["randlora"]
+    rows = []
+    for name in ("RandLoRA", "LoRA", "VeRA", "NoLA", "full fine-tuning"):
+        method = name.split()[0].lower()
+        values = scores[method]
+        assert sorted(values) == sorted(ours) == [0, 1, 2, 3, 4]
+        difference = ""
+        if method != "randlora":
+            low, high = ttest_rel([ours[seed] for seed in values], list(values.values())).confidence_interval(0.95)
+            gap = mean(ours.values()) - mean(values.values())
+            difference = f"{gap:+.1f} ({low:.1f} to {high:.1f}) "
+        cell = f"{mean(values.values()):.1f} ± {stdev(values.values()):.1f}"
+        rows.append(f"| {name} | {parameters[method]:,} | {cell} | {difference}|")
+    assert "\n".join(rows) in TEXT
 
 
 def test_the_speed_page_shows_its_figures() -> None:

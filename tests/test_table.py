@@ -1,34 +1,54 @@
-"""Tables of records: paired differences and their intervals."""
+"""Tables of results: paired differences and their intervals."""
 
-import json
-import subprocess
+import contextlib
+import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pytest
 from scipy.stats import ttest_rel
 
 from conftest import REPOSITORY
+from randlora.errors import exit_code
+from randlora.records import Headline, Result
+from randlora.studies.statistics import holm
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from table import main
 
 ONE, OTHER = [0.61, 0.64, 0.60, 0.66], [0.60, 0.60, 0.61, 0.62]
 
 
-def record(root: Path, seed: int, basis: str, score: float, model: str = "vit") -> None:
-    folder = root / "cifar10" / model / "randlora" / f"{basis}{seed}"
+def record(
+    root: Path, seed: int, basis: str, score: float, model: str = "vit", metrics: Mapping[str, float] | None = None
+) -> None:
+    folder = root / f"{model}{basis}{seed}"  # names say nothing
     folder.mkdir(parents=True)
-    result = {
-        "status": "finished",
-        "seed": seed,
-        "trainable_parameters": 1234,
-        "headline": {"name": "test/accuracy", "value": score},
-        "config": {"method": {"basis": basis}, "shots": 16, "fraction": None, "seed": seed},
-    }
-    (folder / "result.json").write_text(json.dumps(result))
+    result = Result(
+        task="cifar10", model=model, method="randlora", shots=16, fraction=None, seed=seed,
+        signature=f"{basis}{seed}", config={"method": {"basis": basis}, "seed": seed}, status="finished",
+        headline=Headline("test/accuracy", score), metrics=metrics or {}, trainable_parameters=1234,
+    )  # fmt: skip
+    result.write(folder / "result.json")
 
 
-def table(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/table.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+class Printed(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def table(*arguments: str) -> Printed:
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = exit_code(lambda: main(arguments))
+    return Printed(code, output.getvalue(), errors.getvalue())
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.split("|")[1:-1]]
 
 
 def test_paired_differences_are_scipys(tmp_path: Path) -> None:
@@ -38,15 +58,32 @@ def test_paired_differences_are_scipys(tmp_path: Path) -> None:
         record(tmp_path, seed, "uniform", other)
     record(tmp_path, 9, "uniform", 0.1)
     record(tmp_path, 0, "uniform", 0.1, model="clip")  # nothing to compare there
-    expected = ttest_rel(100 * np.array(ONE), 100 * np.array(OTHER)).confidence_interval()
+    expected = ttest_rel(100 * np.array(ONE), 100 * np.array(OTHER))
+    low, high = expected.confidence_interval()
     row = table(str(tmp_path), "--paired", "method.basis=kronecker,uniform").stdout.splitlines()[-1]
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:3] == ["cifar10", "vit", "16"]
-    assert cells[5:] == [
+    assert cells(row)[:4] == ["kronecker - uniform", "cifar10", "vit", "16"]
+    assert cells(row)[6:] == [
         f"{100 * np.mean(np.subtract(ONE, OTHER)):+.2f}",
-        f"{expected[0]:+.2f} to {expected[1]:+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
         "4",
+        f"{expected.pvalue:.3f}",
     ]
+
+
+def test_several_differences_are_corrected_for_their_number(tmp_path: Path) -> None:
+    """Two equal comparisons: Holm doubles the smaller p, and the larger is no smaller than that."""
+    for seed, (one, other) in enumerate(zip(ONE, OTHER, strict=True)):
+        for basis, score in (("kronecker", one), ("uniform", other), ("normal", other)):
+            record(tmp_path, seed, basis, score)
+    rows = table(str(tmp_path), "--paired", "method.basis=kronecker,uniform,normal").stdout.splitlines()[2:]
+    assert [cells(row)[0] for row in rows] == ["kronecker - uniform", "kronecker - normal"]
+    assert {cells(row)[-1] for row in rows} == {f"{2 * ttest_rel(ONE, OTHER).pvalue:.3f}"}
+
+
+def test_holms_correction() -> None:
+    """By hand: 4 × 0.005, 3 × 0.01, 2 × 0.03, and 0.04 raised to the one before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_ours_beside_the_papers(tmp_path: Path) -> None:
@@ -63,10 +100,8 @@ def test_ours_beside_the_papers(tmp_path: Path) -> None:
 
 def test_every_metric_with_the_score_before_training(tmp_path: Path) -> None:
     """A metric that only some of a task's runs have is left blank in the others' rows."""
-    for seed, (model, extra) in enumerate((("vit", {}), ("clip", {"test/nist": 8.5, "zero_shot/accuracy": 0.25}))):
-        record(tmp_path, seed, "uniform", 0.5, model=model)
-        path = tmp_path / "cifar10" / model / "randlora" / f"uniform{seed}" / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"test/accuracy": 0.5, **extra}}))
+    for model, extra in (("vit", {}), ("clip", {"test/nist": 8.5, "zero_shot/accuracy": 0.25})):
+        record(tmp_path, 0, "uniform", 0.5, model, {"test/accuracy": 0.5, **extra})
     assert table(str(tmp_path), "--metrics").stdout.splitlines() == [
         "| task | model | shots | method | accuracy | nist | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -79,12 +114,38 @@ def test_every_metric_with_the_score_before_training(tmp_path: Path) -> None:
 def test_a_search_ends_with_the_best_validation_score(tmp_path: Path) -> None:
     """The test scores say the opposite, and take no part."""
     for basis, test, validation in (("uniform", 0.9, 0.5), ("normal", 0.1, 0.7), ("binary", 0.8, 0.6)):
-        record(tmp_path, 0, basis, test)
-        path = tmp_path / "cifar10" / "vit" / "randlora" / f"{basis}0" / "result.json"
-        result = json.loads(path.read_text()) | {"metrics": {"validation/accuracy": validation}}
-        path.write_text(json.dumps(result))
+        record(tmp_path, 0, basis, test, metrics={"validation/accuracy": validation})
     row = table(str(tmp_path), "--best", "method.basis,method.alpha").stdout.splitlines()[-1]
     assert row == "| cifar10 | vit | randlora | 16 | 3 | normal |  | 70.0 | 60.0 |"
+
+
+def test_some_of_the_runs(tmp_path: Path) -> None:
+    for seed, basis in enumerate(("uniform", "normal", "binary")):
+        record(tmp_path, seed, basis, 0.5, metrics={"test/accuracy": 0.5})
+    options = "--only", "method.basis=uniform,binary", "seed=2", "--columns", "seed,method.basis,test/accuracy"
+    assert table(str(tmp_path), *options).stdout.splitlines()[2:] == ["| 2 | binary | 0.5 |"]
+    done = table(str(tmp_path), "--only", "method.basis=sparse")
+    assert done.returncode == 2
+    assert "of 'method.basis' there is binary, normal, uniform" in done.stderr
+
+
+def test_a_partial_record_is_a_row(tmp_path: Path) -> None:
+    """A run that failed before its parameters were counted."""
+    record(tmp_path, 0, "uniform", 0.5)
+    (tmp_path / "failed").mkdir()
+    failed = Result(
+        task="dtd", model="vit", method="lora", shots=None, fraction=None, seed=0, signature="a", config={},
+        headline=Headline("test/accuracy", None), error="no memory",
+    )  # fmt: skip
+    failed.write(tmp_path / "failed" / "result.json")
+    done = table(str(tmp_path))
+    assert done.returncode == 0
+    assert "failed" in next(line for line in done.stdout.splitlines() if "dtd" in line)
+    for options in (["--seeds"], ["--metrics"], ["--published"], ["--best", "method.rank"]):
+        done = table(str(tmp_path), *options)
+        assert done.returncode == 0
+        assert done.stderr == "1 of 2 runs have not finished\n"
+        assert "dtd" not in done.stdout
 
 
 def test_one_sentence_for_what_cannot_be_paired(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,8 @@ class Method:
     these names and no method's name.
     """
 
+    implied: ClassVar[Mapping[str, Any]] = {}  # what adapter files older than a field meant by its absence
+
     @property
     def name(self) -> str:
         """What records call the method."""
@@ -169,7 +171,7 @@ def method_from(description: Mapping[str, Any]) -> Method:
     known = {_path(subclass): subclass for subclass in _subclasses(Method)}
     if path not in known:
         raise SettingsError(f"unknown method {path}: import the module that defines it first")
-    return known[path](**settings)
+    return known[path](**(known[path].implied | settings))
 
 
 def _path(cls: type) -> str:

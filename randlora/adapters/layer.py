@@ -48,6 +48,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The frozen bias, (out,), or None."""
         return self.base.bias  # type: ignore[return-value]
 
     @property
@@ -57,10 +58,12 @@ class AdaptedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
+        """Rows of W0."""
         return self.weight.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of W0."""
         return self.weight.shape[1]
 
     def segments(self) -> list[Segment]:
@@ -76,11 +79,13 @@ class AdaptedLinear(nn.Module):
         return segments
 
     def frozen(self, rows: slice) -> Frozen:
+        """The frozen map of these rows."""
         if rows == slice(0, self.out_features):
             return Frozen(self.weight, self.bias)
         return Frozen(self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x W'ᵀ + b, (..., out), for x (..., in)."""
         if self._merged is not None:
             return F.linear(x, self._merged, self.bias)
         outputs = []
@@ -107,6 +112,7 @@ class AdaptedLinear(nn.Module):
             self._merged = self.merged_weight()
 
     def drop_merged(self) -> None:
+        """Ends what `stash_merged` began."""
         self._merged = None
 
     @torch.no_grad()

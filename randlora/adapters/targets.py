@@ -34,6 +34,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
+        """Of a target as users write it."""
         sliced = _SLICED.fullmatch(text)
         return cls(sliced[1], sliced[2]) if sliced else cls(text, None)
 

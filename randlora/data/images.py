@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from randlora.errors import check_choice
 
 if TYPE_CHECKING:
+    import PIL.Image
     from torch import Tensor
 
     from randlora.models.base import Pixels
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "clip", "strong")
 
-Transform = Callable[[Any], "Tensor"]  # PIL image -> float32 (3, size, size)
+Transform: TypeAlias = "Callable[[PIL.Image.Image], Tensor]"  # to float32 (3, size, size)
 
 
 def check_augmentation(name: str) -> None:
+    """Raises SettingsError unless `name` is one of AUGMENTATIONS."""
     check_choice("augmentation", name, AUGMENTATIONS)
 
 
 def image_transform(pixels: Pixels, augmentation: str) -> Transform:
-    """From a PIL image; the random ones draw from torch's generator.
+    """What makes a tensor of an image; the random ones draw from torch's generator.
+
+    Args:
+        pixels: the size and normalisation that the model wants.
+        augmentation: one of these.
+
+    Augmentations:
 
     * ``none``: short side to `size`, central square: CLIP's transform for evaluation.
     * ``crop``: RandomResizedCrop with scale 0.5 to 1, bicubic; for digits and signs, which a flip would change.
@@ -49,7 +57,7 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     return T.Compose([*steps, *finish])
 
 
-def _to_rgb(image: Any) -> Any:
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Grey, palette, CMYK and 16-bit images as RGB, before anything is interpolated: a palette's indices cannot be."""
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         from PIL import Image

@@ -25,14 +25,15 @@ class Encoder:
 
     @staticmethod
     def length(item: Item) -> int:
-        """By which items are put together, so that little is padded; all alike where nothing is."""
+        """By which items are put together, so that little is padded; 0 for all where nothing is."""
         return 0
 
     def __call__(self, example: Item) -> Item:
+        """The item of one example; SettingsError for an example that the settings refuse."""
         raise NotImplementedError
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        """A batch. Tensors in it are moved to the device; here every field is stacked."""
+        """A batch of items with the same fields, each stacked to (B, …). Tensors are moved to the device later."""
         return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
 
 
@@ -48,9 +49,14 @@ class Skipped(NamedTuple):
 
 
 class Split(Dataset):
-    """Chosen rows of a table, encoded when read. A key is (row, position in the run).
+    """Chosen rows of a table, encoded when read. A key is (index into `rows`, position in the run).
 
-    `tolerance` is the largest share of the rows that may be unreadable; they are left out of their batches.
+    Args:
+        table: the examples.
+        rows: int64 (N,), which of them and in which order.
+        encode: from an example to an item.
+        augment_seed: with the position, the seed of what `encode` draws; None where it draws nothing.
+        tolerance: the largest share of the rows that may be unreadable; they are left out of their batches.
     """
 
     def __init__(
@@ -78,17 +84,16 @@ class Split(Dataset):
             return Skipped(index, error)
 
     def collate(
-        self, items: Sequence[Item | Skipped], most: int | None = None
+        self, items: Sequence[Item | Skipped], size: int | None = None
     ) -> tuple[list[dict[str, Any]], list[Skipped]]:
-        """Batches of `most` of the items that could be read (None: one of all), and the items that could not.
+        """The items of a step as batches of `size` (None: one of all), and the examples that could not be read.
 
         Items of like length share a batch; which items come together in a step does not change.
         """
         skipped = [item for item in items if isinstance(item, Skipped)]
         readable = sorted((item for item in items if not isinstance(item, Skipped)), key=self.encode.length)
-        size = most or max(1, len(readable))
-        batches = [self.encode.collate(readable[i : i + size]) for i in range(0, len(readable), size)]
-        return batches, skipped
+        size = size or max(1, len(readable))
+        return [self.encode.collate(readable[i : i + size]) for i in range(0, len(readable), size)], skipped
 
     @cached_property
     def by_length(self) -> Sequence[int]:
@@ -99,17 +104,19 @@ class Split(Dataset):
         lengths = [0 if isinstance(item, Skipped) else self.encode.length(item) for item in items]
         return sorted(range(len(self)), key=lambda position: -lengths[position])
 
-    def skip(self, one: Skipped, say: Callable[[str], None]) -> None:
-        """Notes an unreadable example, aloud the first time; Unreadable when there are too many.
+    def skip(self, example: Skipped, say: Callable[[str], None]) -> None:
+        """Notes an example that is left out, aloud the first time.
 
-        SettingsError for one that the settings refuse.
+        Raises:
+            Unreadable: there are too many of them.
+            SettingsError: the settings refuse the example.
         """
-        if isinstance(one.reason, SettingsError):
-            raise one.reason
-        if one.row in self.skipped:
+        if isinstance(example.reason, SettingsError):
+            raise example.reason
+        if example.row in self.skipped:
             return
-        self.skipped[one.row] = one.reason
-        sentence = f"example {one.row} cannot be read ({one.reason})"
+        self.skipped[example.row] = example.reason
+        sentence = f"example {example.row} cannot be read ({example.reason})"
         if len(self.skipped) > self.tolerance * len(self):
             raise Unreadable(
                 f"{sentence}: {len(self.skipped)} of {len(self):,}, more than task.unreadable={self.tolerance} allows"
@@ -128,10 +135,18 @@ class Split(Dataset):
 def training_keys(
     count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """This process's share of (row, position), step after step.
+    """This process's share of the keys (row, position) of a split, a list per step.
 
     Epochs follow each other without a seam: step s has positions s·batch_size to (s + 1)·batch_size, position p is
     entry p mod count of the permutation of epoch p div count. Every step is full.
+
+    Args:
+        count: the rows of the split.
+        batch_size: of a step, over all processes.
+        steps: which steps of the run.
+        seed: of the permutations.
+        rank: of this process.
+        world: how many processes share a step.
     """
     order = lru_cache(maxsize=2)(lambda epoch: permutation(count, "order", seed, epoch))
     for step in steps:
@@ -142,7 +157,7 @@ def training_keys(
 def evaluation_keys(
     order: Sequence[int], batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """This process's share of every row once, in the order given."""
+    """This process's share of the rows `order`, each once and in that order, as keys (row, row) in batches."""
     rows = order[rank::world]
     for start in range(0, len(rows), batch_size):
         yield [(row, row) for row in rows[start : start + batch_size]]
@@ -155,14 +170,25 @@ def loader(
     say: Callable[[str], None] = print,
     micro_batch_size: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For every entry of `keys` its batches of `micro_batch_size` (None: one), without unreadable examples.
+    """For every entry of `keys` its batches, without unreadable examples.
 
-    `say` hears of those; Unreadable if too many are.
+    Keys are drawn as batches are read, no more than four steps a worker ahead: a run's length costs nothing.
+
+    Args:
+        split: what the keys are of.
+        keys: the keys of a step or a batch, one list after the other.
+        workers: processes that read and encode; 0 for this one.
+        say: hears of examples that cannot be read.
+        micro_batch_size: the examples of a batch; None for all of a step.
+
+    Raises:
+        Unreadable: too many examples cannot be read, or none of a step.
+        SettingsError: the settings refuse an example.
     """
     batches = DataLoader(
         split,
-        batch_sampler=list(keys),
-        collate_fn=partial(split.collate, most=micro_batch_size),
+        batch_sampler=keys,
+        collate_fn=partial(split.collate, size=micro_batch_size),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
@@ -175,9 +201,9 @@ def loader(
 def _readable(
     split: Split, batches: Iterator[tuple[list[dict[str, Any]], list[Skipped]]], say: Callable[[str], None]
 ) -> Iterator[list[dict[str, Any]]]:
-    for micro, skipped in batches:
-        for one in skipped:
-            split.skip(one, say)
-        if not micro:
+    for step, skipped in batches:
+        for example in skipped:
+            split.skip(example, say)
+        if not step:
             raise Unreadable(f"a whole batch cannot be read, such as example {skipped[0].row}")
-        yield micro
+        yield step

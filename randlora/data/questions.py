@@ -18,7 +18,7 @@ _PATTERNS = {"answer": 5, "ending": 4, "solution": 2, "option": 2}
 
 
 class Question(NamedTuple):
-    """An instruction, the words it lets choose from, and the right one."""
+    """An instruction, the choices that it names, and the right one of them."""
 
     text: str
     choices: list[str]
@@ -26,7 +26,7 @@ class Question(NamedTuple):
 
     @property
     def recognised(self) -> list[str]:
-        """The words that count as an answer in a response."""
+        """What counts as an answer in a response."""
         stem = self.choices[0].rstrip("0123456789")
         return [f"{stem}{i}" for i in range(1, _PATTERNS[stem] + 1)] if stem in _PATTERNS else self.choices
 
@@ -35,16 +35,18 @@ def question(row: Mapping[str, Any]) -> Question:
     """LLM-Adapters' text where the row has it, and the same made from a public row.
 
     A row's set is known by its columns: ARC, OpenBookQA, BoolQ, PIQA, Social IQa, HellaSwag, WinoGrande.
-    SettingsError for others.
+
+    Raises:
+        SettingsError: the row is of none of these.
     """
     if "instruction" in row:
         text = row["instruction"]
         if _FORMAT not in text:
             raise SettingsError(f"an instruction without {_FORMAT!r}: {text[:60]!r}")
         return Question(text, text.rpartition(_FORMAT)[2].strip().split("/"), row["answer"])
-    for columns, made in _PUBLIC.items():
+    for columns, question_of in _PUBLIC.items():
         if columns <= row.keys():
-            return made(row)
+            return question_of(row)
     raise SettingsError(f"a row with the columns {', '.join(row)} is of no data set that is known here")
 
 
@@ -126,10 +128,15 @@ SETS = {
 
 @dataclass(frozen=True)
 class QuestionSets:
-    """The public sets of these names, one after the other; every example says in `set` which it is from.
+    """Public sets of questions, one after the other; every example says in `set` which it is from.
 
-    Read from ``root/commonsense/FOLDER/SPLIT.parquet`` or ``.json`` (LLM-Adapters' own files), else from the hub. Of
-    WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does. Only `splits` need to be there.
+    Of WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does.
+
+    Args:
+        names: of SETS.
+        root: the data root, with ``commonsense/FOLDER/SPLIT.parquet`` or ``.json`` (LLM-Adapters' own files); None
+            for the hub.
+        splits: those that need to be there.
     """
 
     names: Sequence[str]
@@ -156,19 +163,22 @@ class QuestionSets:
                 raise SettingsError(f"{name}: the {split} split has {len(tables[name])} rows, expected {expected}")
         return Joined(tables)
 
-    def class_names(self) -> list[str]:
-        raise SettingsError("questions have no classes")
+    def available(self) -> list[str]:
+        return list(self.splits)
+
+    def class_names(self) -> None:
+        """Questions have no classes."""
 
     def _part(self, name: str, configuration: str | None = None) -> Hub:
-        one = SETS[name]
+        published = SETS[name]
         return Hub(
-            folder=f"commonsense/{one.folder}",
-            repository=one.repository,
-            configuration=configuration or one.configurations[-1],
-            revision=one.revision,
+            folder=f"commonsense/{published.folder}",
+            repository=published.repository,
+            configuration=configuration or published.configurations[-1],
+            revision=published.revision,
             root=self.root,
             splits={split: split for split in self.splits},
-            hub_splits={"test": one.test_split},
+            hub_splits={"test": published.test_split},
         )
 
     def _all_sizes(self, name: str) -> Joined:

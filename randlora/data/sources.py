@@ -1,15 +1,19 @@
-"""Where examples come from: parquet or image folders under a data root, or the public source."""
+"""Where examples come from: files or image folders under a data root, or the public source."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from randlora.errors import SettingsError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Table(Protocol):
@@ -28,18 +32,34 @@ class Source(Protocol):
     def check(self) -> None:
         """Raises SettingsError when the data are known to be missing, without opening them."""
 
-    def open(self, split: str) -> Table: ...
+    def available(self) -> list[str]:
+        """The splits that there are."""
 
-    def class_names(self) -> list[str]: ...
+    def open(self, split: str) -> Table:
+        """The examples of a split, with labels that mean the same in all splits."""
+
+    def class_names(self) -> list[str] | None:
+        """The names that the data give to the labels 0, 1, …; None where they give none."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set as ``root/folder/SPLIT.parquet``, ``SPLIT.json`` (a list of rows) or ``SPLIT/CLASS/image``, else from
-    the public hub.
+    """A data set in files under a data root or, for a published set without a root, on the public hub.
 
-    `splits` maps our names to the source's: files under the root, splits of `repository` on the hub. `columns` renames
-    the hub's columns to ours where they differ. With a root, the hub is never asked.
+    A split is ``root/folder/SPLIT`` with one of the endings in `FILES`, or a folder ``SPLIT/CLASS/image``. With a root,
+    the hub is never asked.
+
+    Args:
+        folder: where the files are, below the root.
+        repository: the set's name on the hub; None for a set that is not there.
+        configuration: of the set on the hub.
+        revision: of the set on the hub.
+        root: the data root; None for the hub.
+        splits: the source's name of a split by ours: files under the root, splits of `repository` on the hub.
+        hub_splits: the hub's names of splits where they differ from the files'.
+        optional: the splits (our names) that may be missing.
+        columns: our names by the source's, in files and on the hub; a column that has our name already stays.
+        origin: where the publisher's archive is, for sets that scripts/data.py prepares.
     """
 
     folder: str
@@ -48,74 +68,126 @@ class Hub:
     revision: str | None = None
     root: str | None = None
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
-    hub_splits: Mapping[str, str] = field(default_factory=dict)  # where the hub's names differ from the files'
-    columns: Mapping[str, str] = field(default_factory=dict)
-    origin: str = ""  # where the publisher's archive is, for data that scripts/data.py prepares
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    optional: Sequence[str] = ()
+    columns: Mapping[str, str] | None = None
+    origin: str = ""
 
     def check(self) -> None:
         if self.root is None:
             if self.repository is None:
                 raise SettingsError(f"{self.folder} is on no hub: give data_root{self._advice()}")
             return
-        base = Path(self.root) / self.folder
-        missing = [name for name in self.splits.values() if not self._local(name)]
-        if missing:
-            raise SettingsError(
-                f"data_root={self.root}: {base} has no {missing[0]}.parquet, no {missing[0]}.json and no image folder "
-                f"{missing[0]}/; put the data there{', or leave data_root out to fetch it' if self.repository else ''}"
-                f"{self._advice()}"
-            )
+        for split, name in self.splits.items():
+            if self._path(name) is None and split not in self.optional:
+                endings = f"no {name}.parquet, no {name}.json, {', '.join(FILES[2:])} and no image folder {name}/"
+                raise SettingsError(
+                    f"data_root={self.root}: {Path(self.root) / self.folder} has {endings} for the {split} split; "
+                    f"{self._remedy(split)}{self._advice()}"
+                )
+
+    def available(self) -> list[str]:
+        """The splits, without optional ones that are not there."""
+        return [
+            split
+            for split, name in self.splits.items()
+            if split not in self.optional or (self.root is not None and self._path(name) is not None)
+        ]
 
     def open(self, split: str) -> Table:
-        self.check()
-        return HubTable(self._load(split))
+        """Raises SettingsError for missing or damaged data, or columns that are not there."""
+        dataset = self._dataset(split)
+        names = _label_names(dataset)
+        training = self.class_names() if names is not None and "train" in self.splits else None
+        if names is None or training is None or names == training:
+            return HubTable(dataset)
+        unknown = [name for name in names if name not in training]
+        if unknown:
+            raise SettingsError(f"{self.folder}: class {unknown[0]!r} of {split} is not in train ({len(unknown)} such)")
+        return Relabelled(HubTable(dataset), {label: training.index(name) for label, name in enumerate(names)})
 
-    def class_names(self) -> list[str]:
-        """The names that the labels' column has, in their order; SettingsError when it has none."""
-        self.check()
-        feature = self._load("train").features.get("label")
-        names = getattr(feature, "names", None)
-        if names is None:
-            raise SettingsError(f"the labels of {self.folder} have no names: give task.class_names, or prepare it anew")
-        return list(names)
+    def class_names(self) -> list[str] | None:
+        return _label_names(self._dataset("train"))
+
+    def _remedy(self, split: str) -> str:
+        if self.repository:
+            return "put the data there, or leave data_root out to fetch it"
+        if split == "test":
+            return "put rows there that are in no other split: they alone give the result"
+        return "put the data there"
 
     def _advice(self) -> str:
         return f"; from {self.origin}, by scripts/data.py prepare" if self.origin else ""
 
-    def _local(self, name: str) -> Path | None:
+    def _path(self, name: str) -> Path | None:
         base = Path(self.root or ".") / self.folder
-        return next((path for end in (".parquet", ".json", "") if (path := base / f"{name}{end}").exists()), None)
+        paths = [path for ending in (*FILES, "") if (path := base / f"{name}{ending}").exists()]
+        if len(paths) > 1:
+            raise SettingsError(f"{base} has both {paths[0].name} and {paths[1].name}: keep the one that is meant")
+        return paths[0] if paths else None
 
-    def _load(self, split: str) -> Any:
+    @cached_property
+    def _datasets(self) -> dict[str, Dataset]:
+        """The splits that have been opened: counting, naming and reading ask for the same ones."""
+        return {}
+
+    def _dataset(self, split: str) -> Dataset:
+        if split not in self._datasets:
+            self.check()
+            self._datasets[split] = self._renamed(self._local(split) if self.root is not None else self._fetched(split))
+        return self._datasets[split]
+
+    def _local(self, split: str) -> Dataset:
+        path = self._path(self.splits[split])
+        assert path is not None  # check() and available() have been here
+        return _read(path)
+
+    def _fetched(self, split: str) -> Dataset:
         import datasets
 
         datasets.disable_progress_bars()
-        name = self.splits[split]
-        if self.root is not None:
-            path = self._local(name)
-            assert path is not None  # check() has been here
-            return _read(path)
+        name = self.hub_splits.get(split, self.splits[split])
         try:
-            dataset = datasets.load_dataset(
-                self.repository, self.configuration, split=self.hub_splits.get(split, name), revision=self.revision
-            )
+            return datasets.load_dataset(self.repository, self.configuration, split=name, revision=self.revision)
         except Exception as error:  # the hub client raises many kinds
             raise SettingsError(
                 f"cannot fetch {self.repository}: {type(error).__name__}: {str(error).splitlines()[0]}; "
                 f"with data_root=FOLDER it is read from FOLDER/{self.folder}"
             ) from error
-        return dataset.rename_columns({hub: ours for hub, ours in self.columns.items() if hub in dataset.column_names})
+
+    def _renamed(self, dataset: Dataset) -> Dataset:
+        for theirs, ours in (self.columns or {}).items():
+            if theirs in dataset.column_names:
+                if ours in dataset.column_names:
+                    raise SettingsError(
+                        f"task.source.columns={{{theirs}: {ours}}}: {self.folder} has both columns; rename one of them"
+                    )
+                dataset = dataset.rename_column(theirs, ours)
+            elif ours not in dataset.column_names:
+                raise SettingsError(
+                    f"task.source.columns={{{theirs}: {ours}}}: {self.folder} has neither; its columns are "
+                    f"{', '.join(dataset.column_names)}"
+                )
+        return dataset
 
 
-def _read(path: Path) -> Any:
-    """The datasets.Dataset of a file or of a folder of images; SettingsError for one that is damaged."""
+FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv")
+
+
+def _read(path: Path) -> Dataset:
+    """A file, or a folder of images; SettingsError for one that is damaged."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=False)
-        if path.suffix == ".json":
+        if path.suffix in (".json", ".jsonl"):
             return datasets.Dataset.from_json(str(path))
+        if path.suffix in (".csv", ".tsv"):
+            # Without pandas' default, by which a text such as "NA" or "null" is a missing one.
+            separator = "\t" if path.suffix == ".tsv" else ","
+            return datasets.Dataset.from_csv(str(path), sep=separator, keep_default_na=False)
         return datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # of Arrow's, of JSON's, of datasets'
         cause = error.__cause__ or error
@@ -123,10 +195,15 @@ def _read(path: Path) -> Any:
         raise SettingsError(f"{path} cannot be read ({reason}); if it is damaged, get it again") from error
 
 
+def _label_names(dataset: Dataset) -> list[str] | None:
+    names = getattr(dataset.features.get("label"), "names", None)
+    return None if names is None else list(names)
+
+
 class HubTable:
     """A datasets.Dataset as a Table; images are decoded when an example is read."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -136,9 +213,47 @@ class HubTable:
         return self.dataset[int(index)]
 
     def column(self, name: str) -> np.ndarray:
-        if name not in self.dataset.column_names:
-            raise SettingsError(f"the data have no column {name!r}; they have {', '.join(self.dataset.column_names)}")
+        self.check_column(name)
         return np.asarray(self.dataset.select_columns([name]).with_format("numpy")[:][name])
+
+    def check_column(self, name: str) -> None:
+        """Raises SettingsError for a column that the data lack."""
+        if name not in self.dataset.column_names:
+            raise SettingsError(
+                f"the data have no column {name!r}; they have {', '.join(self.dataset.column_names)}: name the one "
+                f"that is meant by task.source.columns={{THEIRS: {name}}}"
+            )
+
+
+def check_columns(tables: Mapping[str, Table], names: Sequence[str]) -> None:
+    """Raises SettingsError for a column that one of the splits lacks, where they are files."""
+    for table in tables.values():
+        for name in names:
+            if isinstance(table, HubTable):
+                table.check_column(name)
+
+
+class Relabelled:
+    """A table with other labels.
+
+    Args:
+        table: the examples.
+        labels: the new label of every old one.
+    """
+
+    def __init__(self, table: Table, labels: Mapping[Any, int]):
+        self.table, self.labels = table, labels
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        example = self.table[index]
+        return {**example, "label": self.labels[example["label"]]}
+
+    def column(self, name: str) -> np.ndarray:
+        values = self.table.column(name)
+        return np.array([self.labels[value] for value in values.tolist()]) if name == "label" else values
 
 
 class Joined:
@@ -168,13 +283,16 @@ class Joined:
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 × 8 grey: the data set that is always there.
 
-    It has no split of its own; the writers come one after the other, so the last 397 images are the test set.
+    It has no split of its own; the writers come one after the other, so the last `test` images are the test set.
     """
 
     test: int = 397
 
     def check(self) -> None:
         """It ships with scikit-learn."""
+
+    def available(self) -> list[str]:
+        return ["train", "test"]
 
     def class_names(self) -> list[str]:
         return [str(digit) for digit in range(10)]

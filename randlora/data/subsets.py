@@ -1,4 +1,4 @@
-"""Which examples are used: a carved validation set, few-shot and fractional training sets. Labels are enough."""
+"""Which examples are used: a validation split out of the training split, few-shot and fractional subsamples."""
 
 from __future__ import annotations
 
@@ -9,28 +9,49 @@ from randlora.rng import permutation
 
 
 def check_budget(shots: int | None, fraction: float | None) -> None:
-    """Raises SettingsError unless the training budget makes sense."""
+    """Raises SettingsError unless one of `shots` (of every class) and `fraction` (of all), or neither, makes sense."""
     if shots is not None and fraction is not None:
         raise SettingsError(f"shots={shots} and fraction={fraction}: give one of them")
     if shots is not None:
         check_count("shots", shots)
     if fraction is not None and (isinstance(fraction, bool) or not 0 < fraction <= 1):
-        raise SettingsError(f"fraction={fraction!r}: must be above 0 and at most 1")
+        raise SettingsError(f"fraction={fraction!r}: must be above 0, and 1 is all")
 
 
 def split_validation(count: int, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (train, validation) of a set without a validation split; the same for every seed and method."""
+    """Splits a training split in two, the same way for every seed and method.
+
+    Args:
+        count: its rows.
+        size: how many of them become validation.
+        name: the task's, which seeds the draw.
+
+    Returns:
+        Sorted int64 indices: training (count - size,) and validation (size,).
+    """
     order = permutation(count, "validation", name)
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def validation_size_of(count: int, most: int) -> int:
-    """A tenth of the training set, `most` at most (the rule of aTLAS, which the paper follows)."""
-    return min(count // 10, most)
+def validation_size_of(count: int, limit: int) -> int:
+    """A tenth of a training split of `count` rows, no more than `limit` (aTLAS's rule, which the paper follows)."""
+    return min(count // 10, limit)
 
 
 def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Indices of `shots` examples of every class. A larger number of shots contains a smaller one."""
+    """`shots` examples of every class; those of fewer shots are among those of more.
+
+    Args:
+        labels: (N,), whole numbers.
+        shots: how many of every class.
+        seed: of the draw.
+
+    Returns:
+        Sorted int64 indices (classes · shots,).
+
+    Raises:
+        SettingsError: a class has fewer examples than that.
+    """
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -41,12 +62,12 @@ def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
 
 
 def fractional(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Indices of a part of the training set; a larger part contains a smaller one."""
+    """Sorted int64 indices of `fraction` of `count` rows, one row or more; a smaller part is within a larger one."""
     return np.sort(permutation(count, "fraction", seed)[: max(1, round(count * fraction))])
 
 
 def subsample(count: int, size: int | None, name: str) -> np.ndarray:
-    """All indices, or a fixed random `size` of them."""
+    """Sorted int64 indices of `count` rows, all of them or a random `size` that `name` seeds."""
     if size is None or size >= count:
         return np.arange(count)
     return np.sort(permutation(count, "subset", name)[:size])

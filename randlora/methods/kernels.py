@@ -61,9 +61,9 @@ def choose_plan(
     """The plan that costs least for this many tokens, forward and backward, beyond the frozen (out, in) layer's own.
 
     Costs are in multiply-adds of a float32 matrix product. A product of T tokens with M is T·N·d, with B T·c where c
-    is B's for one vector; W' takes d·c and passes over its D·d numbers. A product that serves twice counts once, and
+    is B's for one vector; W' takes d·c and passes over its D·d entries. A product that serves twice counts once, and
     so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
-    dearer small products (of Kronecker factors) and sparse ones are, how much cheaper low precision, what a pass costs.
+    more small products (of Kronecker factors) and sparse ones cost, how much less low precision, and what a pass costs.
     """
     rate, tall, small = COSTS.get(device_type, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0

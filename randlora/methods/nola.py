@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +13,35 @@ from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.bases import Basis, check_basis
-from randlora.errors import check_count
+from randlora.errors import check_choice, check_count
 from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale, sharing
+
+STARTS = ("authors", "ones", "reciprocal")
 
 
 @dataclass(frozen=True)
 class NoLA(Method):
-    """ΔW = (alpha / rank) · (Σ_j β_j B_j)(Σ_j α_j A_j) with fixed A_j (rank × in), B_j (out × rank).
+    """ΔW = (alpha / rank) · (Σ_j β_j B_j)(A_0 + Σ_j α_j A_j) with A_0, A_j (rank × in) and B_j (out × rank) fixed.
 
-    The 2·num_bases coefficients are trained, whatever the site's shape. β starts at zero, so that ΔW does; α at one.
-    Each basis is divided by √num_bases, as in NoLA's code: then Σ_j α_j A_j starts as a random matrix of LoRA's
-    initial size, and a step of the optimiser moves both factors as far as it would LoRA's. (NoLA's authors reach the
-    same by a fixed A_0 with α = 0; the RandLoRA authors' code starts both at 1/num_bases, away from zero.) One bank
-    of A_j and one of B_j serve all sites, which take leading columns of it. `alpha` defaults to 2·rank. With
-    ``basis=kronecker`` the bank of a site's size is a Kronecker product that is never formed: kilobytes instead of
-    megabytes, and a product with α costs next to nothing.
+    The 2·num_bases coefficients are trained, whatever the site's shape. One bank of A_j and one of B_j serve all sites,
+    which take leading columns of it.
+
+    Args:
+        rank: of ΔW.
+        num_bases: how many A_j and how many B_j.
+        alpha: None for 2·rank. Published: 1 for each rank on CLIP (RandLoRA, Table 8); in NoLA's scripts rank for
+            GPT-2 medium, a quarter of it for GPT-2 large and LLaMA-2.
+        dropout: of the update's input.
+        basis, sparsity: see `randlora.bases`. With ``kronecker`` the bank of a site's size is a Kronecker product that
+            is never formed: kilobytes instead of megabytes.
+        start: ``authors`` as in NoLA's code (github.com/UCDvision/NOLA): A_0 is uniform in ±1/√in like LoRA's A, all
+            coefficients start at zero, and the banks have the variance of U(-1, 1)/√num_bases. ``ones``: no A_0, α
+            starts at one, and the banks are scaled so that A starts with LoRA's variance; a step of the optimiser then
+            moves A √in times less far. ``reciprocal`` as in the RandLoRA authors' code: no A_0, banks of variance 1, α
+            and β at 1/num_bases, so that ΔW does *not* start at zero.
     """
+
+    implied: ClassVar[Mapping[str, Any]] = {"start": "ones"}
 
     rank: int = 1
     num_bases: int = 1024
@@ -35,11 +49,13 @@ class NoLA(Method):
     dropout: float = 0.0
     basis: str = "uniform"
     sparsity: float | None = None
+    start: str = "authors"
 
     def __post_init__(self) -> None:
         check_low_rank(self)
         check_count("NoLA.num_bases", self.num_bases)
         check_basis(self.basis, self.sparsity)
+        check_choice("NoLA.start", self.start, STARTS)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         updates: dict[str, Update] = {}
@@ -48,29 +64,41 @@ class NoLA(Method):
             small = min(widest, tallest)
             A = context.draw(self.basis, "nola.A", self.num_bases, self.rank * widest, self.sparsity, small)
             B = context.draw(self.basis, "nola.B", self.num_bases, self.rank * tallest, self.sparsity, small)
-            updates |= {site.name: NoLAUpdate(self, site, A, B, context.device) for site in group}
+            updates |= {site.name: NoLAUpdate(self, site, A, B, context) for site in group}
         return {site.name: updates[site.name] for site in sites}
 
 
 class NoLAUpdate(Update):
     """The update of one site."""
 
-    def __init__(self, method: NoLA, site: Site, A: Basis, B: Basis, device: torch.device):
+    def __init__(self, method: NoLA, site: Site, A: Basis, B: Basis, context: Context):
         super().__init__()
         self.rank, self.dropout = method.rank, method.dropout
-        self.bank_A, self.bank_B = A, B
-        n = method.num_bases
-        # With both 1/√n in the scale, A has the variance of LoRA's U(±1/√in) at the start.
-        self.scale = relative_scale(method.rank, method.alpha) / (n * math.sqrt(3 * site.in_features))
-        self.alpha = nn.Parameter(torch.ones(n, device=device))
-        self.beta = nn.Parameter(torch.zeros(n, device=device))
+        self.bank_A, self.bank_B, self.fixed_A = A, B, None
+        n, width = method.num_bases, site.in_features
+        lora = 1 / math.sqrt(3 * width)  # the deviation of U(±1/√in)
+        if method.start == "authors":
+            self.fixed_A = context.draw("uniform", f"nola.A0.{site.name}", method.rank, width)
+            self.scale_A0, self.scale_A, self.scale_B = lora, 1 / math.sqrt(3 * n), 1 / math.sqrt(3 * n)
+            alpha, beta = 0.0, 0.0
+        elif method.start == "ones":
+            self.scale_A, self.scale_B = lora / math.sqrt(n), 1 / math.sqrt(n)
+            alpha, beta = 1.0, 0.0
+        else:
+            self.scale_A, self.scale_B = 1.0, 1.0
+            alpha = beta = 1 / n
+        self.scale = relative_scale(method.rank, method.alpha)
+        self.alpha = nn.Parameter(torch.full((n,), alpha, device=context.device))
+        self.beta = nn.Parameter(torch.full((n,), beta, device=context.device))
 
     def factors(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """A (rank × in) and B (out × rank), the scale in A."""
+        """A (rank × in), and B (out × rank) with all scales but A's own in it."""
         r, n = self.rank, self.alpha.shape[0]
-        A = self.bank_A(n, r * in_features).down(self.scale * self.alpha[None])
-        B = self.bank_B(n, r * out_features).down(self.beta[None])
-        return A.view(r, in_features), B.view(out_features, r)
+        A = self.bank_A(n, r * in_features).down(self.scale_A * self.alpha[None]).view(r, in_features)
+        if self.fixed_A is not None:
+            A = A + self.scale_A0 * self.fixed_A(r, in_features).matrix(A.dtype)
+        B = self.bank_B(n, r * out_features).down(self.scale * self.scale_B * self.beta[None])
+        return A, B.view(out_features, r)
 
     def delta(self, weight: Tensor) -> Tensor:
         A, B = self.factors(*weight.shape)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.adapters.targets import match
 from randlora.errors import SettingsError
@@ -30,9 +30,15 @@ class Pixels:
 class Backbone:
     """A loaded model, ready to be adapted and given a head.
 
-    `module` is what is adapted. `kind` decides the head: clip, vision, text or causal_lm. `pixels` is there for image
-    towers; `tokenizer` makes the tokenizer of a text tower when first asked (a dry run never asks). `width` is the
-    length of one feature vector, `features` computes them: (module, inputs) -> (B, width).
+    Args:
+        module: what is adapted.
+        kind: clip, vision, text or causal_lm; it decides the head.
+        width: the length of a feature vector.
+        pixels: what the image tower wants, where there is one.
+        tokenizer: makes the text tower's tokenizer, where there is one; a dry run never asks.
+        features: from (module, inputs) to features (B, width), for tasks that put a head on them.
+        head_dropout: before a text classifier's linear maps, as a probability.
+        head_hidden: whether a hidden layer with tanh comes before the classifier, as RoBERTa's.
     """
 
     module: nn.Module
@@ -40,37 +46,46 @@ class Backbone:
     width: int
     pixels: Pixels | None = None
     tokenizer: Callable[[], Any] | None = None
-    features: Callable[..., Any] | None = None
+    features: Callable[..., Tensor] | None = None
     head_dropout: float = 0.0
-    head_hidden: bool = False  # a hidden layer with tanh before the classifier, as RoBERTa's
+    head_hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Model:
-    """Names a model and its target sets; subclasses say how it is made."""
+    """Names a model and its target sets; subclasses say how it is made.
+
+    Args:
+        name: as in configs and records.
+        architecture: what the library that makes the model calls it.
+        targets: named sets of patterns of module names, of the linear maps that are adapted.
+        gradient_checkpointing: blocks are computed again in backward instead of kept: less memory, more time.
+    """
 
     kind: ClassVar[str]
 
     name: str
     architecture: str | None = None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    gradient_checkpointing: bool = (
-        False  # blocks are computed again in backward instead of kept: less memory, more time
-    )
+    gradient_checkpointing: bool = False
 
     def load(self) -> Backbone:
-        """The real weights. Raises SettingsError when they cannot be had."""
+        """The model with its real weights. Raises SettingsError when they cannot be had."""
         raise NotImplementedError
 
     def meta_model(self) -> Backbone:
-        """The same modules on the meta device: shapes without numbers, disk or network."""
+        """The same modules on the meta device: shapes without values, weights read or a network."""
         raise NotImplementedError
 
     def check(self) -> None:
         """Raises SettingsError for what can be known wrong at once, such as a missing folder."""
 
     def patterns(self, targets: str | Sequence[str]) -> list[str]:
-        """The patterns of a named target set, or the list of patterns given; checked against its module names."""
+        """The patterns of a named target set, or the list of patterns given.
+
+        Raises:
+            SettingsError: there is no such set, or a pattern matches none of the module names where these are known.
+        """
         if isinstance(targets, Sequence) and not isinstance(targets, str):
             patterns = [str(pattern) for pattern in targets]
         elif targets in self.targets:
@@ -95,13 +110,21 @@ class Model:
         return expand(json.loads(path.read_text())) if path.is_file() else None
 
 
-def expand(module_names: Sequence[Sequence[Any]]) -> list[str]:
+def expand(module_names: Sequence[tuple[str, int]]) -> list[str]:
     """Names from [template, count] pairs: ["layers.*.fc", 3] is layers.0.fc, layers.1.fc, layers.2.fc."""
     return [template.replace("*", str(i), 1) for template, count in module_names for i in range(count or 1)]
 
 
 def package_file(location: str, install: str) -> Path:
-    """The path of ``package/file`` inside an installed package; SettingsError with the command to install it."""
+    """The path of a file in an installed Python package.
+
+    Args:
+        location: ``package/path/in/it``.
+        install: the command that installs the package.
+
+    Raises:
+        SettingsError: the package or the file is not there.
+    """
     package, _, inside = location.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

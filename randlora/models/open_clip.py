@@ -21,10 +21,11 @@ EMBEDDED = Path(__file__).parent / "clip_tiny"
 class OpenClip(Model):
     """A CLIP with both towers.
 
-    `architecture` is a name that open_clip knows (clip_tiny, shipped here, is added to them). `pretrained` is one of
-    open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or None for random
-    weights drawn from torch's seed. `patch_dropout` is the share of image patches left out while training (FLIP);
-    None is the architecture's own.
+    Args:
+        architecture: a name that open_clip knows; clip_tiny, shipped here, is added to them.
+        pretrained: one of open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or
+            None for random weights drawn from torch's seed.
+        patch_dropout: the share of image patches left out while training (FLIP); None is the architecture's own.
     """
 
     kind: ClassVar[str] = "clip"

@@ -6,11 +6,11 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,11 @@ from randlora.adapters.quantization import BITS, quantise
 from randlora.errors import SettingsError, check_choice
 from randlora.models.base import ARCHITECTURES, Model, package_file
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,19 +31,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Pretrained(Model):
     """A transformers model by name.
 
-    `weights` is a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder,
-    or a GGUF file, which is converted once). A relative folder is looked for here and in the folders of `search`.
-    None means random weights of the architecture. `architecture` names a JSON shipped in
-    randlora/models/architectures, from which the meta_model is built without the hub; None: the folder's own
-    config.json.
+    Args:
+        architecture: a JSON shipped in randlora/models/architectures, from which the meta model is built without the
+            hub; None for the config.json beside the weights.
+        weights: a folder, a name on the hub, or ``package:NAME/PATH`` inside an installed Python package (a folder, or
+            a GGUF file, which is converted once). None for random weights of the architecture.
+        revision: of the weights on the hub.
+        search: folders in which a relative folder of weights is looked for, besides the current one.
+        install: the command that installs the package of `weights`.
+        dtype: of the frozen weights; one of DTYPES.
+        quantization: int8 or int4 for the frozen linear maps inside the blocks, by torchao; None for `dtype`.
     """
 
     weights: str | None = None
     revision: str | None = None
     search: Sequence[str] = ()
-    install: str = ""  # the command that installs the package of `weights`
+    install: str = ""
     dtype: str = "float32"
-    quantization: str | None = None  # int8 or int4: the frozen linear maps inside the blocks, by torchao
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
@@ -58,15 +68,15 @@ class Pretrained(Model):
         if self.weights.startswith("package:"):
             return str(package_file(self.weights.removeprefix("package:"), self.install))
         folders = [Path(self.weights), *(Path(folder) / self.weights for folder in self.search)]
-        found = next((folder for folder in folders if folder.exists()), None)
-        if found is None and self.search:
+        existing = next((folder for folder in folders if folder.exists()), None)
+        if existing is None and self.search:
             looked = ", ".join(map(str, folders))
             raise SettingsError(
                 f"the weights of {self.name} are in none of {looked}; set model.weights=FOLDER or $RANDLORA_MODELS"
             )
-        return str(found or self.weights)
+        return str(existing or self.weights)
 
-    def configuration(self) -> Any:
+    def configuration(self) -> PretrainedConfig:
         """The transformers configuration, without the hub where an architecture is named."""
         if self.architecture is not None:
             from transformers import AutoConfig
@@ -74,12 +84,12 @@ class Pretrained(Model):
             return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
         return _asked(self.name, lambda: _config(self.folder(), self.revision))
 
-    def empty(self, mapping: Any) -> nn.Module:
-        """The module of `mapping` (a transformers class or auto-mapping) on the meta device."""
+    def empty(self, mapping: _LazyAutoMapping) -> nn.Module:
+        """The model on the meta device, of the class that `mapping` (transformers' own) has for its configuration."""
         with torch.device("meta"):
             return self._prepared(self._random(mapping))
 
-    def pretrained(self, mapping: Any) -> nn.Module:
+    def pretrained(self, mapping: _LazyAutoMapping) -> nn.Module:
         """The same with its weights."""
         module = self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
         if self.quantization:
@@ -93,15 +103,15 @@ class Pretrained(Model):
             enable({"use_reentrant": False})
         return module
 
-    def _random(self, mapping: Any) -> nn.Module:
+    def _random(self, mapping: _LazyAutoMapping) -> nn.Module:
         configuration = self.configuration()
-        cls = mapping[type(configuration)]
+        cls: Any = mapping[type(configuration)]  # its own annotations are wrong
         return cls(configuration, **_without_pooler(cls)).to(DTYPES[self.dtype])
 
-    def _read(self, mapping: Any) -> nn.Module:
+    def _read(self, mapping: _LazyAutoMapping) -> nn.Module:
         folder = self.folder()
         configuration = _asked(self.name, lambda: _config(folder, self.revision))
-        cls = mapping[type(configuration)]
+        cls: Any = mapping[type(configuration)]
         return _asked(
             self.name,
             lambda: cls.from_pretrained(
@@ -109,7 +119,8 @@ class Pretrained(Model):
             ),
         )
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the weights. Raises SettingsError where there are none."""
         from transformers import AutoTokenizer
 
         if self._location is None:
@@ -126,7 +137,7 @@ class Pretrained(Model):
         return str(_converted(Path(location), self.install))
 
 
-def _config(folder: str, revision: str | None) -> Any:
+def _config(folder: str, revision: str | None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, revision=revision)
@@ -137,8 +148,8 @@ def _without_pooler(cls: type) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}  # type: ignore[misc]
 
 
-def _asked(name: str, call: Any) -> Any:
-    """transformers' errors about files and hub as one sentence."""
+def _asked(name: str, call: Callable[[], T]) -> T:
+    """What `call` gives; transformers' errors about files and hub as one SettingsError on the model `name`."""
     try:
         return call()
     except (OSError, ValueError, ImportError) as error:
@@ -163,7 +174,7 @@ def _converted(gguf: Path, install: str) -> Path:
     except ImportError as error:
         raise SettingsError(f"reading {gguf.name} needs the package gguf: {install}") from error
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    # The numbers are unpacked, but transformers calls the model quantised and would not save it.
+    # The weights are unpacked, but transformers calls the model quantised and would not save it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.save_pretrained(draft)

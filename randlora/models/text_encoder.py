@@ -15,9 +15,12 @@ from randlora.models.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class TextEncoder(Pretrained):
-    """Features are the first token's state (``first``) or the mean over the text's tokens (``mean``).
+    """A text encoder, and what its classifier is like.
 
-    `head_hidden` puts a hidden layer with tanh before the classifier, as RobertaForSequenceClassification does.
+    Args:
+        pooling: features are the first token's state (``first``) or the mean over the text's tokens (``mean``).
+        head_hidden: puts a hidden layer with tanh before the classifier, as RobertaForSequenceClassification does.
+        head_dropout: before the classifier's linear maps, as a probability.
     """
 
     kind: ClassVar[str] = "text"

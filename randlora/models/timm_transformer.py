@@ -15,10 +15,13 @@ from randlora.models.base import Backbone, Model, Pixels
 
 @dataclass(frozen=True)
 class TimmTransformer(Model):
-    """Features are the class token after the last norm. Position embeddings are interpolated to `image_size` pixels.
+    """A vision transformer whose features are the class token after the last norm.
 
-    `architecture` is timm's name of a vision transformer, with its tag. `pretrained` is ``hub`` for the weights that
-    timm lists for it, a checkpoint's path, or None for random weights drawn from torch's seed.
+    Args:
+        architecture: timm's name of it, with its tag.
+        pretrained: ``hub`` for the weights that timm lists for it, a checkpoint's path, or None for random weights
+            drawn from torch's seed.
+        image_size: the side of the images in pixels; position embeddings are interpolated to it.
     """
 
     kind: ClassVar[str] = "vision"

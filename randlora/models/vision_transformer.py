@@ -16,12 +16,18 @@ from randlora.models.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class VisionTransformer(Pretrained):
-    """Features are the class token after the last norm. Position embeddings are interpolated to `image_size` pixels."""
+    """A vision transformer whose features are the class token after the last norm.
+
+    Args:
+        image_size: the side of the images in pixels; position embeddings are interpolated to it.
+        mean: of the pixels' red, green and blue, from 0 to 1; ImageNet's unless the model was trained with others.
+        std: of the same.
+    """
 
     kind: ClassVar[str] = "vision"
 
     image_size: int = 224
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:

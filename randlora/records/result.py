@@ -117,7 +117,7 @@ class Result:
         for key, hint in _HINTS.items():
             if key not in content and key not in _REQUIRED:
                 continue
-            value = _numbers(content.get(key)) if key != "config" else content.get(key)
+            value = _floats(content.get(key)) if key in _MEASURED else content.get(key)
             if not _fits(value, hint):
                 raise SettingsError(f"{path}: {key!r} is {content.get(key, 'missing')!r:.60}; {_REMEDY}")
             content = {**content, key: value}
@@ -142,6 +142,7 @@ class Result:
 
 _REMEDY = "remove the file, or make it again by the run's command"
 _HINTS = {key: hint for key, hint in get_type_hints(Result).items() if key not in ("path", "collection")}
+_MEASURED = ("headline", "metrics", "train_seconds", "seconds_per_step")  # what may be NaN or infinite
 _REQUIRED = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING} | {"status"}
 
 
@@ -178,10 +179,10 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
 
 
-def _numbers(value: Any) -> Any:
-    """The value with the texts that `finite` made turned into numbers again."""
+def _floats(value: Any) -> Any:
+    """The value with NaN and infinity for the texts that `finite` made of them."""
     if isinstance(value, Mapping):
-        return {key: _numbers(item) for key, item in value.items()}
+        return {key: _floats(item) for key, item in value.items()}
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
@@ -194,11 +195,11 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Writes a file that appears whole or not at all, whatever ends the process."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w") as file:
-        file.write(text)
+    with draft.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

@@ -1,7 +1,7 @@
 """results.jsonl: the results of a study, one a line, without what they share.
 
 The first line is ``{"common": {"all": …, "task": {name: …}, "model": {name: …}, "method": {name: …}}}``: the settings
-and versions that all runs share, and beyond these those that all runs of a task, a model or a method share. Each other
+and versions that all runs share, and beyond these what all runs of a task, of a model or of a method share. Each other
 line is a result with its `collection` and what is its own of `config` and `versions`; merged over the common ones it
 is the result.json of the run, key by key.
 """
@@ -32,8 +32,8 @@ def expand(file: Path) -> list[Result]:
                 common = content["common"]
                 continue
             blocks = [common["all"], *(common[group].get(content[group], {}) for group in _GROUPS)]
-            content = reduce(_merged, [*blocks, content])
-            results.append(Result.from_json(content, file, content.pop("collection")))
+            collection = content.pop("collection")
+            results.append(Result.from_json(reduce(_merged, [*blocks, content]), file, collection))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, SettingsError) else f"{type(error).__name__} {error}"
             raise SettingsError(f"{file}, line {number}: {reason}; collect the runs again") from error
@@ -43,19 +43,20 @@ def expand(file: Path) -> list[Result]:
 def compress(results: Sequence[Result], file: Path) -> None:
     """Writes a study's results.jsonl, such that `expand` gives the results back."""
     contents = [result.to_json() for result in results]
-    rest = [{key: content[key] for key in _SHARED} for content in contents]
-    every = reduce(_intersection, rest)
-    rest = [_difference(content, every) for content in rest]
-    common: dict[str, Any] = {"all": every}
+    # Sorted, so that the file does not depend on the order of the settings.
+    shared = [json.loads(json.dumps({key: content[key] for key in _SHARED}, sort_keys=True)) for content in contents]
+    common: dict[str, Any] = {"all": reduce(_intersection, shared)}
+    shared = [_difference(content, common["all"]) for content in shared]
     for group in _GROUPS:
-        members: dict[str, list[int]] = {}
-        for index, content in enumerate(contents):
-            members.setdefault(content[group], []).append(index)
-        common[group] = {name: reduce(_intersection, [rest[i] for i in indices]) for name, indices in members.items()}
-        rest = [_difference(part, common[group][content[group]]) for part, content in zip(rest, contents, strict=True)]
+        members: dict[str, list[dict[str, Any]]] = {}
+        for content, own in zip(contents, shared, strict=True):
+            members.setdefault(content[group], []).append(own)
+        common[group] = {name: reduce(_intersection, members[name]) for name in sorted(members)}
     lines: list[dict[str, Any]] = [{"common": common}]
-    for result, content, own in zip(results, contents, rest, strict=True):
-        lines.append({"collection": result.collection} | {k: v for k, v in content.items() if k not in _SHARED} | own)
+    for result, content, own in zip(results, contents, shared, strict=True):
+        own = _difference(own, reduce(_merged, [common[group][content[group]] for group in _GROUPS]))
+        rest = {key: value for key, value in content.items() if key not in _SHARED}
+        lines.append({"collection": result.collection, **rest, **own})
     write(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from randlora.adapters.core import require_adaptation
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
 from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
@@ -54,16 +55,30 @@ class Bound(NamedTuple):
         named = self.head.named_parameters() if self.head is not None else ()
         return {f"head.{name}": parameter for name, parameter in named}
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name in `model`; SettingsError when there is nothing."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not trained:
+            method = require_adaptation(self.model).method.name
+            raise SettingsError(f"method {method} has nothing to train here: this model gets no head")
+        return trained
+
 
 @dataclass(frozen=True)
 class Task(ABC):
     """A data set and its score; the model decides the head.
 
-    `sizes` are the rows of the source's splits as published (or a list of them, where reduced copies are known to go
-    round); they are checked against what is loaded, and the first lets a dry run count steps without data. A set
-    without a validation split has one carved from its training set: a tenth, `validation_size` rows at most.
-    `test_size` bounds the test set where all of it takes too long; such a number is not comparable with published
-    ones, and the record's config shows it.
+    A set without a validation split gives a tenth of its training split for one, no more than `validation_size` rows.
+
+    Args:
+        name: as in configs and records.
+        source: where the examples are.
+        sizes: the rows of the source's splits as published (or a list of them, where reduced copies are known to go
+            round); they are checked against what is loaded, and the first lets a dry run count steps without data.
+            None for data that are not published: the splits that are there are counted.
+        validation_size: the most rows that validation uses; 0 trains on all where there is no validation split.
+        test_size: the most rows of the test split that are used, None for all; scores on fewer are not comparable with
+            published ones, and the record's config shows it.
     """
 
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
@@ -73,7 +88,7 @@ class Task(ABC):
 
     name: str
     source: Source
-    sizes: Mapping[str, int | Sequence[int]]
+    sizes: Mapping[str, int | Sequence[int]] | None = None
     validation_size: int = 5000
     test_size: int | None = None
 
@@ -89,9 +104,12 @@ class Task(ABC):
             )
 
     def training_size(self, budget: Budget) -> int:
-        """The rows of the training split, from the published sizes."""
-        count = _published(self.sizes["train"])[0]
-        if "validation" not in self.sizes:
+        """The training examples of a run, from the published sizes or, without them, from the data."""
+        if self.sizes is None:
+            count, splits = len(self.source.open("train")), self.source.available()
+        else:
+            count, splits = _published(self.sizes["train"])[0], list(self.sizes)
+        if "validation" not in splits:
             count -= validation_size_of(count, self.validation_size)
         if budget.shots is not None:
             return budget.shots * self.class_count()
@@ -103,14 +121,15 @@ class Task(ABC):
 
     def open(self) -> dict[str, Table]:
         """The source's splits. Raises SettingsError when they are missing or have another size than published."""
-        tables = {split: self.source.open(split) for split in self.sizes}
-        for split, sizes in self.sizes.items():
-            found = len(tables[split])
-            if found not in _published(sizes):
-                expected = " or ".join(map(str, _published(sizes)))
+        sizes = self.sizes or {}
+        tables = {split: self.source.open(split) for split in (sizes or self.source.available())}
+        for split, published in sizes.items():
+            count = len(tables[split])
+            if count not in _published(published):
+                expected = " or ".join(map(str, _published(published)))
                 raise SettingsError(
-                    f"{self.name}: the {split} split has {found} rows, expected {expected}; for data of your own give "
-                    f"task.sizes.{split}={found}"
+                    f"{self.name}: the {split} split has {count} rows, expected {expected}; for data of your own give "
+                    f"task.sizes.{split}={count}, or task.sizes=null to count them"
                 )
         return tables
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.images import check_augmentation, image_transform
+from randlora.data.labels import Names, check_names, class_names, described, labelled
 from randlora.data.loader import Encoder, Item
-from randlora.data.sources import Table
-from randlora.errors import SettingsError, check_choice, check_count, check_range
+from randlora.data.sources import Table, check_columns
+from randlora.errors import SettingsError, check_choice, check_range
 from randlora.models.base import Backbone, Model, Pixels
 from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.mixins import FrozenFeatures, KnownShapes
@@ -25,7 +26,8 @@ from randlora.tasks.mixins import FrozenFeatures, KnownShapes
 class ImageClassification(KnownShapes, FrozenFeatures, Task):
     """Columns `image` and `label`; top-1 accuracy.
 
-    `class_names` are in the order of the labels; a number is how many the data must name themselves.
+    `class_names` are in the order of the labels; a number is how many the data must name themselves, None takes the
+    data's (see randlora.data.labels).
     CLIP's prompts are made from `templates` or, with ``prompts=ensemble``, from those published for the data set; {}
     stands for the class name, and several are averaged on the unit sphere. `classes` says what a training step
     compares an image with: the classes of its micro-batch (``batch``, the paper's loss, cheaper when there are many),
@@ -38,7 +40,7 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
     headline: ClassVar[str] = "accuracy"
     zero_shot: ClassVar[bool] = True
 
-    class_names: Sequence[str] | int = ()
+    class_names: Names = None
     templates: Sequence[str] = ("An image of {}",)
     ensemble: Sequence[str] = ()
     prompts: str = "templates"
@@ -53,12 +55,13 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
         check_choice("task.classes", self.classes, ("batch", "all"))
         check_choice("task.logit_scale", self.logit_scale, ("exp", "raw"))
         check_choice("task.prompts", self.prompts, ("templates", "ensemble"))
+        for name in ("templates", "ensemble"):
+            check_templates(f"task.{name}", getattr(self, name))
         if not getattr(self, self.prompts):
             raise SettingsError(f"task.prompts={self.prompts}: task {self.name} lists no templates there")
-        if isinstance(self.class_names, int):
-            check_count("class_names", self.class_names)
-        elif len(set(self.class_names)) != len(self.class_names) or not self.class_names:
-            raise SettingsError(f"task {self.name}: class_names must be different and at least one")
+        check_names(self.name, self.class_names)
+        if self.class_names is not None and not self.class_names:
+            raise SettingsError(f"task {self.name}: class_names must be at least one, or null for the data's own")
 
     def check_model(self, model: Model) -> None:
         super().check_model(model)
@@ -71,19 +74,11 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
                     )
 
     def class_count(self) -> int:
-        return self.class_names if isinstance(self.class_names, int) else len(self.class_names)
+        return self.class_names if isinstance(self.class_names, int) else len(self.names())
 
     def names(self) -> Sequence[str]:
-        """The class names, from the data where the settings have only their number."""
-        if not isinstance(self.class_names, int):
-            return self.class_names
-        names = self.source.class_names()
-        if len(names) != self.class_names or len(set(names)) != len(names):
-            raise SettingsError(
-                f"{self.name}: the data name {len(names)} classes, {len(set(names))} of them different, "
-                f"expected {self.class_names}"
-            )
-        return names
+        """The class names in the order of the labels, from the data where the settings do not list them."""
+        return class_names(self.name, self.source, self.class_names)
 
     def bind(self, backbone: Backbone) -> Bound:
         if backbone.kind == "clip":
@@ -100,15 +95,15 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
 
     def open(self) -> dict[str, Table]:
         tables = super().open()
-        for split, table in tables.items():
-            found = np.unique(table.column("label"))
-            strange = [int(label) for label in found if not 0 <= label < self.class_count()]
-            if strange:
-                raise SettingsError(f"{self.name}: label {strange[0]} in {split}, with {self.class_count()} classes")
-            if split == "train" and len(found) < self.class_count():
-                missing = sorted(set(range(self.class_count())) - set(found.tolist()))
-                raise SettingsError(f"{self.name}: class {missing[0]} has no training image ({len(missing)} such)")
+        check_columns(tables, ["image", "label"])
+        tables = labelled(self.name, self.source, self.class_names, tables)
+        missing = sorted(set(range(self.class_count())) - set(tables["train"].column("label").tolist()))
+        if missing:
+            raise SettingsError(f"{self.name}: class {missing[0]} has no training image ({len(missing)} such)")
         return tables
+
+    def remark(self) -> str | None:
+        return described(self.names()) if self.class_names is None else None
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         assert backbone.pixels is not None
@@ -189,6 +184,19 @@ class ImageClassifier(nn.Module):
             classes: The labels that are compared with, int64 (classes,); None for all.
         """
         return self.classify(self.image_features(images) if features is None else features, classes)  # type: ignore[arg-type]
+
+
+def check_templates(name: str, templates: Sequence[str]) -> None:
+    """Raises SettingsError unless every template is a text with one place for the class name, written {}."""
+    if isinstance(templates, str):
+        raise SettingsError(f"{name}={templates!r}: must be a list of templates")
+    for template in templates:
+        try:
+            parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+        except (TypeError, ValueError):  # no text; a brace alone
+            parts = []
+        if parts != [("", "", None)]:
+            raise SettingsError(f"{name}: {template!r} must be a text with one {{}}, where the class name goes")
 
 
 def _drops(module: nn.Module) -> bool:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.data.labels import Names, check_names, check_real_valued, class_names, described, labelled
 from randlora.data.loader import Encoder, Item
+from randlora.data.sources import Table, check_columns
 from randlora.data.texts import pad_inputs
-from randlora.errors import SettingsError, check_count
-from randlora.models.base import Backbone
+from randlora.errors import SettingsError, check_choice, check_count
+from randlora.models.base import Backbone, Model
 from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.mixins import KnownShapes
 
@@ -64,15 +66,16 @@ METRICS: Mapping[str, Callable[[Sequence[float], Sequence[float]], float]] = {
 
 @dataclass(frozen=True)
 class TextClassification(KnownShapes, Task):
-    """Columns `texts` (one or two) and `label`: a class, or a number where `class_names` is empty.
+    """Columns `texts` (one or two) and `label`: a class, or a real number where `class_names` is empty.
 
-    The first of `metrics` is the headline. Texts are cut at `max_length` tokens.
+    `class_names` are in the order of the labels; None takes the data's own (see randlora.data.labels). The first of
+    `metrics` is the headline. Texts are cut at `max_length` tokens.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("text", "causal_lm")
 
     texts: Sequence[str] = ("sentence",)
-    class_names: Sequence[str] = ()
+    class_names: Names = ()
     metrics: Sequence[str] = ("accuracy",)
     max_length: int = 128
 
@@ -81,16 +84,49 @@ class TextClassification(KnownShapes, Task):
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
             raise SettingsError(f"task.metrics={list(self.metrics)!r}: choose from {', '.join(METRICS)}")
+        check_names(self.name, self.class_names)
+        allowed = ("accuracy", "f1", "matthews") if self.classifies else ("pearson", "spearman")
+        for metric in self.metrics:
+            check_choice("task.metrics", metric, allowed)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are classes, not real numbers."""
+        return self.class_names is None or bool(self.class_names)
+
+    def check_model(self, model: Model) -> None:
+        super().check_model(model)
+        if "f1" in self.metrics and self.class_count() != 2:
+            raise SettingsError(f"task.metrics: f1 is for two classes, {self.name} has {self.class_count()}")
 
     @property
     def headline(self) -> str:
         return self.metrics[0]
 
     def class_count(self) -> int:
-        return len(self.class_names) or super().class_count()
+        return len(self.names()) if self.classifies else super().class_count()
+
+    def names(self) -> Sequence[str]:
+        """The class names in the order of the labels, from the data where the settings do not list them."""
+        return class_names(self.name, self.source, self.class_names)
+
+    def open(self) -> dict[str, Table]:
+        tables = super().open()
+        check_columns(tables, [*self.texts, "label"])
+        for split, table in tables.items():
+            for column in self.texts:
+                if not isinstance(text := table[0][column], str):
+                    raise SettingsError(f"{self.name}: column {column!r} of {split} holds {text!r}, which is no text")
+        if self.classifies:
+            return labelled(self.name, self.source, self.class_names, tables)
+        check_real_valued(self.name, tables)
+        return tables
+
+    def remark(self) -> str | None:
+        return described(self.names()) if self.class_names is None else None
 
     def bind(self, backbone: Backbone) -> Bound:
-        model = TextHead(backbone, max(1, len(self.class_names)))
+        model = TextHead(backbone, self.class_count() if self.classifies else 1)
         return Bound(model, model.head)
 
     def encoder(self, backbone: Backbone, training: bool) -> TextEncoder:
@@ -106,19 +142,19 @@ class TextClassification(KnownShapes, Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         outputs = model(batch["inputs"]).float()
-        predicted = outputs.argmax(-1) if self.class_names else outputs.squeeze(-1)
+        predicted = outputs.argmax(-1) if self.classifies else outputs.squeeze(-1)
         losses = self._losses(outputs, batch["label"])
         return {"predicted": predicted.tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
 
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
         label, predicted = columns["label"], columns["predicted"]
-        if self.class_names:
+        if self.classifies:
             label = [int(value) for value in label]
         scores = {metric: float(METRICS[metric](label, predicted)) for metric in self.metrics}
         return scores | {"loss": sum(columns["loss"]) / len(label)}
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        if self.class_names:
+        if self.classifies:
             return F.cross_entropy(outputs.float(), labels.long(), reduction="none")
         return F.mse_loss(outputs.float().squeeze(-1), labels, reduction="none")
 

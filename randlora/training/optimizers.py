@@ -60,7 +60,7 @@ class Optimizer:
     def state_bytes(self, parameters: Iterable[Tensor], weight_decay: float = 0.0) -> int:
         """Bytes of what the optimiser keeps beside float32 parameters of these shapes, after a step on the meta device.
 
-        Scalars, such as the number of steps, are left out.
+        What is counted for a whole parameter, such as the number of steps, is left out.
         """
         copies = [nn.Parameter(torch.empty(p.shape, dtype=torch.float32, device="meta")) for p in parameters]
         for copy in copies:
@@ -74,8 +74,12 @@ class Optimizer:
             raise SettingsError(
                 f"optimizer={self.algorithm}: cannot take a step on dense gradients alone ({reason})"
             ) from error
-        kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return sum(value.numel() * value.element_size() for value in kept if value.dim())
+        return sum(
+            value.numel() * value.element_size()
+            for parameter, state in optimizer.state.items()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.is_meta and value.dim() >= min(1, parameter.dim())
+        )
 
 
 _TRAINERS = ("lr", "weight_decay")  # arguments that come from the trainer

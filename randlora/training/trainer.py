@@ -89,16 +89,14 @@ class Loop:
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
         self.adaptation = require_adaptation(bound.model)
         self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
-        self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        self.trained = bound.trained()
         # What a checkpoint holds: also the updates' fixed tensors that no seed gives again.
         self.kept = self.trained | {name: t for name, t in self.adaptation.saved().items() if not t.requires_grad}
-        method = self.adaptation.method
-        if not self.trained:
-            raise SettingsError(f"method {method.name} has nothing to train here: this model gets no head")
-        groups = method.parameter_groups(self.adaptation.trained(), trainer.learning_rate, trainer.weight_decay)
+        updates, rate, decay = self.adaptation.trained(), trainer.learning_rate, trainer.weight_decay
+        groups = self.adaptation.method.parameter_groups(updates, rate, decay)
         if bound.head is not None:
-            rate = trainer.head_learning_rate or trainer.learning_rate
-            groups.append({"params": [*bound.head.parameters()], "lr": rate, "weight_decay": trainer.weight_decay})
+            rate = trainer.head_learning_rate or rate
+            groups.append({"params": [*bound.head.parameters()], "lr": rate, "weight_decay": decay})
         self.optimizer = optimizer.over(group | {"initial_lr": group["lr"]} for group in groups)
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
@@ -124,7 +122,6 @@ class Loop:
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
         settings, batches = self.settings, self.batches(start)
-        due = lambda every, done: bool(every) and done % every == 0 and done < self.steps  # noqa: E731
         for step in range(start, self.steps):
             began, done = time.perf_counter(), step + 1
             # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
@@ -135,13 +132,13 @@ class Loop:
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, factor * settings.learning_rate)
-            if due(settings.evaluate_every, done):
+            if self._due(settings.evaluate_every, done):
                 validation = self.splits.validation
                 scores = settings.evaluate(self.task, self.plain, validation, self.observer, self.accelerator)
                 scores = prefixed("validation", scores) | norms(self.plain)
                 self.observer.log(scores, done)
                 self.observer.say(f"step {done}: {brief(scores)}")
-            if self.stop.came or due(settings.save_every, done):
+            if self.stop.came or self._due(settings.save_every, done):
                 self._save(done, seconds)
             if self.stop.came:
                 raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
@@ -191,6 +188,9 @@ class Loop:
         steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
         keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world)
         return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
+
+    def _due(self, every: int | None, done: int) -> bool:
+        return every is not None and done % every == 0 and done < self.steps
 
     def _report(self, done: int, loss: float, norm: float, rate: float) -> None:
         warning = self.watch.add(loss)

@@ -1,0 +1,89 @@
+"""The composition root: composes the settings of a command line, runs them, and says how it ended.
+
+`randlora method=randlora model=clip task=cifar10` after installation, `python train.py …` in a clone. Exit codes:
+0 finished or skipped, 1 failed, 2 wrong settings, 85 interrupted with a checkpoint to resume. Only Hydra is imported
+before the settings are known to compose, so that --help, --cfg job and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
+from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+
+
+def main() -> int:
+    """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from randlora.usage import usage
+
+        print(usage(sys.argv))
+        return FINISHED
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> float | None:
+        code, objective = execute(config)
+        codes.append(code)
+        if code == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # asked to stop: the rest of a sweep stops too
+        return objective
+
+    register_resolvers()
+    # Hydra would print a traceback's tail and exit with 1; with this it raises, and we can say it in a sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if os.environ.get(ALLOW):
+        sys.path.append(os.getcwd())  # a module of the user's own lies where the command is given
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        from randlora.overrides import explain
+
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return WRONG_SETTINGS
+    finally:
+        _end_process_group()
+    return max(codes, default=FINISHED)
+
+
+def execute(config: DictConfig) -> tuple[int, float | None]:
+    """One run, or its dry run: the exit code, and the validation score, which a sweeper may optimise."""
+    try:
+        settings = plain(config)
+        from randlora.experiment import Experiment
+        from randlora.plan import dry_run, table
+        from randlora.run import run
+
+        experiment = Experiment.from_config(settings)
+        if settings["dry_run"] == "json":
+            print(json.dumps(dry_run(experiment)))
+            return FINISHED, None
+        if settings["dry_run"]:
+            from randlora.origins import differences
+
+            print(table(dry_run(experiment)), differences(config, HydraConfig.get()), sep="\n\n")
+            return FINISHED, None
+        outcome = run(experiment, OmegaConf.to_yaml(config, resolve=True))
+        return outcome.code, outcome.objective
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_SETTINGS, None
+
+
+def _end_process_group() -> None:
+    """The threads of a distributed process group can otherwise abort Python's shutdown after all work is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

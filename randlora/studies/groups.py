@@ -1,0 +1,159 @@
+"""Results in groups that can be compared, and paired differences of two settings within them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from scipy.stats import ttest_1samp
+
+from randlora.errors import SettingsError
+from randlora.records import Result
+
+
+class Cell(NamedTuple):
+    """What a comparison holds fixed: the model, the task and how much of its training set is used."""
+
+    model: str
+    task: str
+    shots: int | None
+    fraction: float | None
+
+    @property
+    def data(self) -> str:
+        """Shots, a percentage, or all."""
+        return str(self.shots or (f"{100 * self.fraction:g} %" if self.fraction else "all"))
+
+    @property
+    def order(self) -> tuple[str, str, float, float]:
+        """Sorts cells by name, and from few training examples to all."""
+        return self.model, self.task, self.shots or float("inf"), self.fraction or 1.0
+
+
+def cell(result: Result) -> Cell:
+    """The cell that a result belongs to."""
+    return Cell(result.model, result.task, result.shots, result.fraction)
+
+
+def percent(result: Result) -> float:
+    """The headline of a finished run, per cent."""
+    if result.headline.value is None:
+        raise SettingsError(f"{result.path}: the run {result.signature} is {result.status} and has no score")
+    return 100 * result.headline.value
+
+
+def finished(results: Sequence[Result]) -> list[Result]:
+    """Those that ended by themselves, the only ones to compare; SettingsError when there is none."""
+    kept = [result for result in results if result.status == "finished"]
+    if not kept:
+        raise SettingsError("none of the runs has finished: the same command goes on with an unfinished one")
+    return kept
+
+
+def value(result: Result, key: str) -> str:
+    """What a result says of `key` as text, "" where it has none.
+
+    Args:
+        key: A metric such as ``test/accuracy``, a field of Result such as ``method`` or ``collection``, or a setting
+            such as ``trainer.learning_rate``.
+    """
+    if "/" in key:
+        content: object = result.metrics.get(key)
+    elif hasattr(result, key):
+        content = getattr(result, key)
+    else:
+        content = result.config
+        for part in key.split("."):
+            content = content.get(part) if isinstance(content, Mapping) else None
+    if isinstance(content, float):
+        return f"{content:.4g}"
+    return "" if content is None else str(content)
+
+
+def select(results: Sequence[Result], conditions: Sequence[str]) -> list[Result]:
+    """The results that meet every condition ``KEY=VALUE,VALUE…``; SettingsError where one leaves none."""
+    kept = list(results)
+    for condition in conditions:
+        key, _, wanted = condition.partition("=")
+        there = sorted({value(result, key) for result in kept})
+        kept = [result for result in kept if value(result, key) in wanted.split(",")]
+        if not kept:
+            raise SettingsError(f"{condition}: no result has it; of {key!r} there is {', '.join(filter(None, there))}")
+    return kept
+
+
+def by_settings(results: Sequence[Result]) -> list[list[Result]]:
+    """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in finished(results):
+        settings = {key: setting for key, setting in result.config.items() if key not in ("seed", "run_root")}
+        names = result.task, result.model, result.method, str(result.task_version)
+        groups.setdefault((*names, json.dumps(settings, sort_keys=True)), []).append(result)
+    return list(groups.values())
+
+
+def spread(scores: Sequence[float], mean: str = ".1f", deviation: str = ".1f") -> str:
+    """Mean ± sample deviation, or the mean alone of a single score."""
+    end = f" ± {statistics.stdev(scores):{deviation}}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):{mean}}{end}"
+
+
+class Pairs(NamedTuple):
+    """Scores of two settings under the same seeds, per cent; their mean difference, its 95 % interval and its p."""
+
+    first: Sequence[float]
+    second: Sequence[float]
+    mean: float
+    low: float
+    high: float
+    p: float  # two-sided, of a mean difference of zero
+
+
+def paired(results: Sequence[Result], key: str, first: str, second: str) -> dict[Cell, Pairs]:
+    """Differences ``first - second`` of the headline, seed by seed, by Student's t; nothing is corrected here.
+
+    Args:
+        results: Finished or not; only seeds that have both values count.
+        key: What the two differ in, as `value` takes it; the method is the same in a pair unless it is this.
+
+    Raises:
+        SettingsError: No cell has finished runs of both, a cell has fewer than two seeds with both, or two runs of a
+            cell have the same seed and value.
+    """
+    groups: dict[tuple[Cell, str], dict[tuple[str, int], float]] = {}
+    for result in finished(results):
+        setting = value(result, key)
+        if setting in (first, second):
+            group = cell(result), "" if key == "method" else result.method
+            scores = groups.setdefault(group, {})
+            if (setting, result.seed) in scores:
+                raise SettingsError(
+                    f"{result.path}: a second run of {key}={setting} with this task, model and seed "
+                    f"({result.signature}); choose with --only"
+                )
+            scores[setting, result.seed] = percent(result)
+    differences = {}
+    for (where, _), scores in sorted(groups.items(), key=lambda group: group[0][0].order):
+        if {setting for setting, _ in scores} == {first, second}:
+            differences[where] = _difference(where, key, scores, first, second)
+    if not differences:
+        raise SettingsError(f"--paired {key}={first},{second}: no task and model has finished runs of both")
+    return differences
+
+
+def _difference(where: Cell, key: str, scores: Mapping[tuple[str, int], float], first: str, second: str) -> Pairs:
+    seeds = sorted(seed for setting, seed in scores if setting == first and (second, seed) in scores)
+    if len(seeds) < 2:
+        raise SettingsError(
+            f"{where.task}, {where.model}: {len(seeds)} seeds have both {key}={first} and {second}; two are needed"
+        )
+    columns = [[scores[setting, seed] for seed in seeds] for setting in (first, second)]
+    points = [score - other for score, other in zip(*columns, strict=True)]
+    mean = statistics.mean(points)
+    if len(set(points)) == 1:  # no deviation to test against
+        return Pairs(columns[0], columns[1], mean, mean, mean, float(mean == 0))
+    test = ttest_1samp(points, 0.0)
+    interval = test.confidence_interval(0.95)
+    return Pairs(columns[0], columns[1], mean, float(interval.low), float(interval.high), float(test.pvalue))

