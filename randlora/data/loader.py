@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from randlora.data.sources import Table
 from randlora.errors import SettingsError
-from randlora.rng import integer, permutation
+from randlora.rng import draws, integer, permutation
 
 Item = Mapping[str, Any]
 
@@ -133,7 +133,7 @@ class Split(Dataset):
 
 
 def training_keys(
-    count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
+    count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1, replacement: bool = False
 ) -> Iterator[list[tuple[int, int]]]:
     """This process's share of the keys (row, position) of a split, a list per step.
 
@@ -147,8 +147,10 @@ def training_keys(
         seed: of the permutations.
         rank: of this process.
         world: how many processes share a step.
+        replacement: whether every entry of an epoch is any row instead, so that some come twice and some not at all.
     """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(count, "order", seed, epoch))
+    draw = draws if replacement else permutation
+    order = lru_cache(maxsize=2)(lambda epoch: draw(count, "order", seed, epoch))
     for step in steps:
         positions = range(step * batch_size + rank, (step + 1) * batch_size, world)
         yield [(int(order(p // count)[p % count]), p) for p in positions]

@@ -1,4 +1,7 @@
-"""Checkpoints: trained tensors and the optimiser's, in safetensors, with a JSON of where the run is."""
+"""Checkpoints: trained tensors and the optimiser's, in safetensors, with a JSON of where the run is.
+
+Beside them is, where the best step is to be selected, the file of the best trained tensors so far.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialised
 from torch import nn
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+from randlora.records.result import write
+
+TENSORS, STATE, BEST = "tensors.safetensors", "state.json", "best.safetensors"
 
 
 def save(
@@ -52,3 +59,27 @@ def restore(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim
         device = "cpu" if key == "step" else trained[name].device
         optimizer.state[trained[name]][key] = value.to(device)
     return json.loads((path / STATE).read_text())
+
+
+def keep_best(folder: Path, step: int, loss: float, trained: dict[str, nn.Parameter]) -> None:
+    """Writes the trained tensors as the best so far, in place of those that were; they appear whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in trained.items()}
+    write(folder / BEST, serialised(tensors, {"step": str(step), "loss": repr(loss)}))
+
+
+def best(folder: Path) -> tuple[int, float] | None:
+    """The step of the best trained tensors so far and its loss; None where there are none."""
+    if not (folder / BEST).is_file():
+        return None
+    with safe_open(folder / BEST, "pt") as file:
+        metadata = file.metadata()
+    return int(metadata["step"]), float(metadata["loss"])
+
+
+@torch.no_grad()
+def restore_best(folder: Path, trained: dict[str, nn.Parameter]) -> None:
+    """Fills the trained tensors from the best so far."""
+    tensors = load_file(folder / BEST)
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[name])

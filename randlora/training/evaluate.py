@@ -12,6 +12,7 @@ from torch import nn
 from randlora.adapters.core import merged
 from randlora.data.loader import Split, evaluation_keys, loader
 from randlora.tasks.base import Batch, Task
+from randlora.tasks.mixins import UnequalExamples
 from randlora.training.precision import attention_rule, autocast
 
 if TYPE_CHECKING:
@@ -62,6 +63,40 @@ def evaluate(
         shares = gather_object([columns])  # the first has rows, whatever the split's size
         columns = {key: [value for share in shares for value in share.get(key, [])] for key in shares[0]}
     return task.score(columns)
+
+
+@torch.no_grad()
+def mean_loss(
+    task: Task,
+    model: nn.Module,
+    split: Split,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    say: Callable[[str], None] = print,
+) -> float:
+    """The task's loss over all examples of a split that is encoded as for training, by its terms; see `evaluate`."""
+    device, sums = accelerator.device, torch.zeros(2, dtype=torch.float64)
+    model.to(device).eval()
+    share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
+    with merged(model), attention_rule(device.type, precision), autocast(device.type, precision):
+        for batch in share:
+            weight = terms(task, batch)
+            sums += torch.tensor([float(task.loss(model, batch)) * weight, weight], dtype=torch.float64)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(device), "sum").cpu()
+    return float(sums[0] / sums[1])
+
+
+def terms(task: Task, batch: Batch) -> int:
+    """How many terms the mean of a batch's loss is over, so that batches add up to the mean of them all."""
+    return task.terms(batch) if isinstance(task, UnequalExamples) else _rows(batch)
+
+
+def _rows(batch: Any) -> int:
+    return len(batch) if isinstance(batch, torch.Tensor) else _rows(next(iter(batch.values())))
 
 
 def once(
