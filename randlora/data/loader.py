@@ -51,6 +51,8 @@ class Skipped(NamedTuple):
 class Split(Dataset):
     """Chosen rows of a table, encoded when read. A key is (index into `rows`, position in the run).
 
+    A batch has what the encoder's collate puts there, and ``row``, each example's in the table, int64 (B,).
+
     Args:
         table: the examples.
         rows: int64 (N,), which of them and in which order.
@@ -93,7 +95,9 @@ class Split(Dataset):
         skipped = [item for item in items if isinstance(item, Skipped)]
         readable = sorted((item for item in items if not isinstance(item, Skipped)), key=self.encode.length)
         size = size or max(1, len(readable))
-        return [self.encode.collate(readable[i : i + size]) for i in range(0, len(readable), size)], skipped
+        parts = [readable[i : i + size] for i in range(0, len(readable), size)]
+        rows = [torch.tensor([item["row"] for item in part]) for part in parts]
+        return [{**self.encode.collate(part), "row": row} for part, row in zip(parts, rows, strict=True)], skipped
 
     @cached_property
     def by_length(self) -> Sequence[int]:
@@ -126,10 +130,10 @@ class Split(Dataset):
     def _read(self, index: int, position: int) -> Item:
         example = self.table[index]
         if self.augment_seed is None:
-            return self.encode(example)
+            return {"row": index, **self.encode(example)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer("augmentation", self.augment_seed, position))
-            return self.encode(example)
+            return {"row": index, **self.encode(example)}
 
 
 def training_keys(

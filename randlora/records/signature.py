@@ -39,7 +39,7 @@ def _first_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def modern(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's settings as today's: `trainer.betas` become the optimiser's, later ones are there, no logger is."""
-    trainer = dict(config["trainer"])
+    trainer = dict(config.get("trainer", {}))
     adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
     later = {key.partition(".")[2]: value for key, value in CAME_LATER.items()}
     return {"optimizer": adamw, "predictions": True, **config, "trainer": later | trainer, "logger": {}}

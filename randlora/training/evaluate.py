@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@torch.no_grad()
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -31,14 +30,34 @@ def evaluate(
     precision: str = "fp32",
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """The task's metrics over all examples of a split, by name; every process takes its share of them.
+    """The task's metrics over all examples of a split, by name; see `predictions`, of which they are the scores."""
+    columns = predictions(
+        task, model, split, accelerator, batch_size=batch_size, workers=workers, precision=precision, say=say
+    )
+    return task.score(columns) if columns else {}
 
-    Updates are merged meanwhile, and the model is left in evaluation mode on the accelerator's device.
+
+@torch.no_grad()
+def predictions(
+    task: Task,
+    model: nn.Module,
+    split: Split,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    say: Callable[[str], None] = print,
+) -> dict[str, list]:
+    """What the task predicts of all examples of a split, by column, and ``row``, which example of the table it is of.
+
+    Every process takes its share of them, and has all in the end. Updates are merged meanwhile, and the model is left
+    in evaluation mode on the accelerator's device.
 
     Args:
         task: Knows what to predict and how to score it.
         model: Bound to the task; adapted or not, and not wrapped for several processes.
-        split: What is scored; an empty one has no metrics.
+        split: What is scored; an empty one has no columns.
         accelerator: The device and the processes.
         batch_size: Examples at a time, per process.
         workers: Processes that read and decode; 0 for none beside this one.
@@ -55,14 +74,15 @@ def evaluate(
     share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
     with merged(model), attention_rule(device.type, precision), autocast(device.type, precision):
         for batch in share:
-            for key, values in task.predict(model, batch).items():
+            rows = batch["row"].tolist()
+            for key, values in ({"row": rows} | task.predict(model, batch)).items():
                 columns.setdefault(key, []).extend(values)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
         shares = gather_object([columns])  # the first has rows, whatever the split's size
         columns = {key: [value for share in shares for value in share.get(key, [])] for key in shares[0]}
-    return task.score(columns)
+    return columns
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from randlora.data.loader import Split
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.tasks.base import Task
-from randlora.training.evaluate import evaluate, mean_loss
+from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.schedule import check_schedule
 
 if TYPE_CHECKING:
@@ -130,6 +130,12 @@ class Settings:
     ) -> dict[str, float]:
         """`randlora.training.evaluate.evaluate` with these settings."""
         return evaluate(task, model, split, accelerator, **self._scoring(), say=observer.say)
+
+    def predictions(
+        self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
+    ) -> dict[str, list]:
+        """`randlora.training.evaluate.predictions` with these settings."""
+        return predictions(task, model, split, accelerator, **self._scoring(), say=observer.say)
 
     def mean_loss(
         self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
