@@ -136,7 +136,11 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer,
     )  # fmt: skip
-    metrics |= scores("validation", "validation") | scores("test", "test")
+    metrics |= scores("validation", "validation")
+    columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
+    metrics |= prefixed("test", task.score(columns))
+    if experiment.config["predictions"]:
+        record.keep_predictions(columns)
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:

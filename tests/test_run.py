@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from randlora.data.sources import ArrayImages
 from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.experiment import Experiment
 from randlora.models import OpenClip
+from randlora.records.predictions import example_scores, read_columns
+from randlora.records.result import Result
 from randlora.records.tensorboard import TensorBoard
 from randlora.run import run
 from randlora.tasks import ImageClassification
@@ -58,6 +61,7 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
+    assert result["selected_step"] is None
     assert lines[-1]["update/relative_norm_max"] >= lines[-1]["update/relative_norm_mean"] > 0
     assert set(result["metrics"]) < set(lines[-1])
     assert (folder / "config.yaml").read_text() == "as: given\n"
@@ -278,3 +282,32 @@ def test_the_embedded_weights_know_what_they_claim() -> None:
     assert sum(p.numel() for p in backbone.module.parameters()) == 6_065_985
     scale = backbone.module.logit_scale.exp().item()  # type: ignore[union-attr, operator]
     assert 5 < scale <= 1000
+
+
+@pytest.mark.parametrize("model", ["clip_tiny", "clip_tiny_vision"])
+def test_a_run_keeps_what_it_predicted_of_every_test_example(model: str, tmp_path: Path) -> None:
+    """Rows and labels are the data's own, with features cached or not, and the headline is their mean."""
+    _, experiment = start(
+        tmp_path, f"model={model}", "method=linearprobe" if model.endswith("vision") else "method=lora"
+    )
+    result = Result.read(experiment.folder / "result.json")
+    columns = read_columns(result)
+    table = experiment.task.open()["test"]
+    assert columns["row"] == sorted(experiment.task.test_rows(table).tolist())
+    assert columns["label"] == table.column("label")[columns["row"]].tolist()
+    assert np.mean(list(example_scores(result).values())) == pytest.approx(result.headline.value)
+    assert np.mean(columns["loss"]) == pytest.approx(result.metrics["test/loss"])
+    _, without = start(tmp_path / "without", f"model={model}", "predictions=false")
+    assert not (without.folder / "predictions.json.gz").exists()
+
+
+def test_the_best_step_is_what_is_scored_and_recorded(tmp_path: Path) -> None:
+    settings = ("trainer.select=best", "trainer.evaluate_every=1", "trainer.learning_rate=0.1")
+    code, experiment = start(tmp_path, *settings)
+    assert code == FINISHED
+    result = result_of(experiment)
+    lines = [json.loads(line) for line in (experiment.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["validation/loss"] for line in lines[:-1] if "validation/loss" in line}
+    assert sorted(losses) == [1, 2, 3]
+    assert result["selected_step"] == min(losses, key=lambda step: losses[step])
+    assert result["metrics"]["validation/loss"] == pytest.approx(min(losses.values()))
