@@ -21,7 +21,7 @@ from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
 from randlora.training import Diverged, Interrupted
 from randlora.training.cached_features import cache_features
-from randlora.training.trainer import brief, norms, prefixed
+from randlora.training.evaluate import brief, norms, prefixed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -34,9 +34,9 @@ from randlora.methods import (
 )
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
 from randlora.training.signals import StopRequest
-from randlora.training.trainer import prefixed
 from randlora.training.watch import LossWatch
 
 
@@ -468,7 +468,7 @@ def test_a_best_step_is_refused_where_nothing_can_choose_it(tmp_path: Path) -> N
         trainer_of(select="best")
     with pytest.raises(SettingsError, match=r"no validation example; raise task.validation_size"):
         fit(model(), tmp_path, data=splits(validation=0), select="best", evaluate_every=2)
-    with pytest.raises(SettingsError, match="scores validation by accuracy, count and has no loss"):
+    with pytest.raises(SettingsError, match="the validation set is scored by accuracy, count and has no loss"):
         select_best(model(), tmp_path, task=TASK)
 
 

@@ -1,7 +1,4 @@
-"""Checkpoints: tensors trained or not to be had again, and the optimiser's, in safetensors, with a JSON of the step.
-
-Beside them is, where the best step is to be selected, the file of the best trained tensors so far.
-"""
+"""Checkpoints: tensors trained or not to be had again, and the optimiser's, in safetensors, with a JSON of the step."""
 
 from __future__ import annotations
 
@@ -11,14 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as serialised
 from torch import Tensor
 
-from randlora.records.result import write
-
-TENSORS, STATE, BEST = "tensors.safetensors", "state.json", "best.safetensors"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save(folder: Path, state: dict[str, float], kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Path:
@@ -58,27 +51,3 @@ def restore(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Optim
         device = "cpu" if key == "step" else kept[name].device
         optimizer.state[kept[name]][key] = value.to(device)
     return json.loads((path / STATE).read_text())
-
-
-def keep_best(folder: Path, step: int, loss: float, trained: Mapping[str, Tensor]) -> None:
-    """Writes the trained tensors as the best so far, in place of those that were; they appear whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in trained.items()}
-    write(folder / BEST, serialised(tensors, {"step": str(step), "loss": repr(loss)}))
-
-
-def best(folder: Path) -> tuple[int, float] | None:
-    """The step of the best trained tensors so far and its loss; None where there are none."""
-    if not (folder / BEST).is_file():
-        return None
-    with safe_open(folder / BEST, "pt") as file:
-        metadata = file.metadata()
-    return int(metadata["step"]), float(metadata["loss"])
-
-
-@torch.no_grad()
-def restore_best(folder: Path, trained: Mapping[str, Tensor]) -> None:
-    """Fills the trained tensors from the best so far."""
-    tensors = load_file(folder / BEST)
-    for name, parameter in trained.items():
-        parameter.copy_(tensors[name])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from randlora.adapters.core import merged
+from randlora.adapters.core import merged, relative_norms
 from randlora.data.loader import Split, evaluation_keys, loader
 from randlora.tasks.base import Batch, Task
 from randlora.tasks.mixins import UnequalExamples
@@ -133,3 +133,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     return {key: to_device(value, device) for key, value in batch.items()} if isinstance(batch, dict) else batch
+
+
+def norms(model: nn.Module) -> dict[str, float]:
+    """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted layers."""
+    values = list(relative_norms(model).values())
+    return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
+
+
+def prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics as records name them, ``split/metric``."""
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
+def brief(metrics: dict[str, float]) -> str:
+    """Metrics on one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from randlora.adapters.core import cached, relative_norms, require_adaptation
+from randlora.adapters.core import cached, require_adaptation
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import checkpoint
-from randlora.training.evaluate import terms, to_device
+from randlora.training.best_step import BestStep
+from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.schedule import rate_factor
@@ -106,8 +107,8 @@ class Loop:
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(self.plain)
         self.steps = trainer.steps(len(splits.train))
-        self.selects = trainer.select == "best"
-        if self.selects and not len(splits.validation):
+        self.best = BestStep(folder, self.trained) if trainer.select == "best" else None
+        if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
         self.stop = StopRequest()
@@ -120,11 +121,11 @@ class Loop:
             state = checkpoint.restore(resumable, self.kept, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
             self.observer.say(f"going on from step {start} of {self.steps}")
-        elif self.accelerator.is_main_process:
-            (self.folder / checkpoint.BEST).unlink(missing_ok=True)  # of an attempt that left no checkpoint
+        elif self.best and self.accelerator.is_main_process:
+            self.best.forget()
         with self.stop:
             seconds = self.train(start, seconds)
-        selected = self.restore_best() if self.selects else None
+        selected = self.restore_best(self.best) if self.best else None
         self.adaptation.method.finish(self.adaptation.updates.values())
         return Fit(self.steps, seconds, seconds / self.steps, selected)
 
@@ -141,7 +142,7 @@ class Loop:
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, factor * settings.learning_rate)
-            if self._due(settings.evaluate_every, done) or (self.selects and done == self.steps):
+            if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
                 self.validate(done)
             if self.stop.came or self._due(settings.save_every, done):
                 self._save(done, seconds)
@@ -153,31 +154,24 @@ class Loop:
         """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
         about = self.observer, self.accelerator
         scores = self.settings.evaluate(self.task, self.plain, self.splits.validation, *about)
-        if self.selects and self.splits.labelled is not None:
+        if self.best and self.splits.labelled is not None:
             scores |= {"loss": self.settings.mean_loss(self.task, self.plain, self.splits.labelled, *about)}
         named = prefixed("validation", scores) | norms(self.plain)
         self.observer.log(named, done)
         self.observer.say(f"step {done}: {brief(named)}")
-        if not self.selects:
-            return
-        if "loss" not in scores:
-            raise SettingsError(
-                f"trainer.select=best: task {self.task.name} scores validation by {', '.join(scores)} and has no loss; "
-                "return one as `loss` from its score, or use last"
-            )
-        best = checkpoint.best(self.folder)
-        if self.accelerator.is_main_process and scores["loss"] < (math.inf if best is None else best[1]):
-            checkpoint.keep_best(self.folder, done, scores["loss"], self.trained)
-        self.accelerator.wait_for_everyone()
+        if self.best:
+            if self.accelerator.is_main_process:
+                self.best.consider(done, scores)
+            self.accelerator.wait_for_everyone()
 
-    def restore_best(self) -> int:
+    def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
-        best = checkpoint.best(self.folder)
-        if best is None:
-            raise Diverged("trainer.select=best: the validation loss was never finite")
-        checkpoint.restore_best(self.folder, self.trained)
-        self.observer.say(f"selected step {best[0]} of {self.steps}, with a validation loss of {best[1]:.4g}")
-        return best[0]
+        try:
+            step, loss = best.restore()
+        except FileNotFoundError as error:
+            raise Diverged("trainer.select=best: the validation loss was never finite") from error
+        self.observer.say(f"selected step {step} of {self.steps}, with a validation loss of {loss:.4g}")
+        return step
 
     def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
@@ -248,19 +242,3 @@ class Loop:
             return list(values)
         reduced: Any = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
         return reduced.tolist()
-
-
-def norms(model: nn.Module) -> dict[str, float]:
-    """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted layers."""
-    values = list(relative_norms(model).values())
-    return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
-
-
-def prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics as records name them, ``split/metric``."""
-    return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
-def brief(metrics: dict[str, float]) -> str:
-    """Metrics on one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
