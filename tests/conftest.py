@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {
@@ -24,8 +27,9 @@ from randlora.models.base import Backbone
 from randlora.tasks import Task
 
 REPOSITORY = Path(__file__).parent.parent
-DATA = REPOSITORY.parent / "shared" / "data"
-MODELS = REPOSITORY.parent / "shared" / "models"
+SHARED = REPOSITORY.parent / "shared"  # copies of public data and models, where a machine has them
+DATA, MODELS = SHARED / "data", SHARED / "models"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 torch.set_num_threads(1)
 
@@ -111,11 +115,33 @@ def toy() -> Toy:
     return Toy()
 
 
+def shared(folder: Path) -> Path:
+    """A folder of SHARED; skips the test where it is not. One line, so that pytest counts these skips in one."""
+    if not folder.is_dir():
+        pytest.skip("public data and models beside the repository (../shared) are not on this machine")
+    return folder
+
+
 @pytest.fixture
 def shared_data() -> Path:
-    if not DATA.is_dir():
-        pytest.skip("the shared copies of the public data sets are not on this machine")
-    return DATA
+    return shared(DATA)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a script with its arguments in this process, which has imported torch; returns its exit code."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which train.py adds the current folder to
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which train.py sets, and later tests should not find set
+
+    def run(script: str | Path, *arguments: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return end.code  # type: ignore[return-value]
+        return 0
+
+    return run
 
 
 def task(name: str, *overrides: str) -> Task:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -331,17 +330,13 @@ def test_labels_out_of_range_and_empty_classes_are_refused(labels: list[int], wh
         task_of("dtd", tmp_path, sizes | {"train": 4}, names).names()
 
 
-def test_the_command_line_says_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/data.py"]
-    done = subprocess.run(
-        [*command, "check", "dtd", "--root", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    assert done.returncode == 1
-    assert "train.parquet" in done.stdout
-    assert "robots.ox.ac.uk" in done.stdout
-    done = subprocess.run(
-        [*command, "prepare", "dtd", "--from", str(tmp_path / "no"), "--root", str(tmp_path)],
-        capture_output=True, text=True, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+def test_the_command_line_says_what_is_missing_and_where_to_get_it(
+    tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    script = REPOSITORY / "scripts/data.py"
+    assert program(script, "check", "dtd", "--root", tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "train.parquet" in said
+    assert "robots.ox.ac.uk" in said
+    assert program(script, "prepare", "dtd", "--from", tmp_path / "no", "--root", tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -2,11 +2,10 @@
 
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +58,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder beside a clone's train.py, and the setting that the page begins with."""
     (tmp_path / "train.py").symlink_to(REPOSITORY / "train.py")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # which the program adds this folder to
     monkeypatch.setenv("RANDLORA_ALLOW", "my_lab.")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the program sets, and later tests should not find set
     yield tmp_path
     for name in [name for name in sys.modules if name.split(".")[0] == "my_lab"]:
         del sys.modules[name]
@@ -73,25 +70,15 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """A line ``python SCRIPT ARGUMENTS`` in this process, which has imported torch; returns its exit code."""
-    python, script, *arguments = shlex.split(command, comments=True)
-    assert python == "python"
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        return end.code  # type: ignore[return-value]
-    return 0
-
-
 @pytest.mark.parametrize("title", EVIDENCE)
 def test_an_addition_works_from_its_files_alone(
-    title: str, lab: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    title: str, lab: Path, program: Callable[..., int], capfd: pytest.CaptureFixture
 ) -> None:
     write(lab, SECTIONS[title].files)
     for command in SECTIONS[title].commands:
-        assert run(command, monkeypatch) == 0, capfd.readouterr().err
+        python, *line = shlex.split(command, comments=True)
+        assert python == "python"
+        assert program(*line) == 0, capfd.readouterr().err
     (path,) = lab.glob("runs/*/*/*/*/result.json")
     result = Result.read(path)
     assert result.status == "finished"

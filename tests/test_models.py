@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import randlora
-from conftest import MODELS, settings
+from conftest import MODELS, settings, shared
 from randlora.adapters import fuse_attention, unfuse_attention
 from randlora.config import build
 from randlora.data.images import image_transform
@@ -301,9 +301,7 @@ def test_real_minilm() -> None:
 
 
 def test_real_vit() -> None:
-    if not MODELS.is_dir():
-        pytest.skip("the local vision transformer is not on this machine")
-    backbone = build(settings("model=vit_s14", f"model.search=[{MODELS}]")["model"]).load()
+    backbone = build(settings("model=vit_s14", f"model.search=[{shared(MODELS)}]")["model"]).load()
     assert sum(p.numel() for p in backbone.module.parameters()) == 22_056_576
     assert backbone.features(backbone.module, torch.randn(1, 3, 112, 112)).shape == (1, 384)
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 
 import pytest
 
@@ -66,14 +67,11 @@ def test_the_result_is_what_the_records_say() -> None:
     assert "\n".join(rows) in TEXT
 
 
-def test_the_speed_page_shows_its_figures() -> None:
+def test_the_speed_page_shows_its_figures(program: Callable[..., int], capsys: pytest.CaptureFixture) -> None:
     """Every table row of the page's last part is what the committed figures give."""
-    import subprocess
-    import sys
-
     folder = REPOSITORY / "experiments" / "speed"
-    command = [sys.executable, "scripts/benchmark.py", "--show", str(folder / "figures.json")]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True).stdout
+    assert program(REPOSITORY / "scripts/benchmark.py", "--show", folder / "figures.json") == 0
+    shown = capsys.readouterr().out
     page = (folder / "README.md").read_text().partition("## Tables")[2]
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert rows == [line for line in page.splitlines() if line.startswith("|")]

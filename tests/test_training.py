@@ -18,7 +18,20 @@ from conftest import REPOSITORY
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.errors import SettingsError
-from randlora.methods import LoRA, RandLoRA
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    FullFineTuning,
+    LoRA,
+    LoRAMini,
+    MELoRA,
+    Method,
+    MoRA,
+    NoLA,
+    RandLoRA,
+    RandLoRAa,
+    VeRA,
+)
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
 from randlora.training.schedule import rate_factor
@@ -60,17 +73,17 @@ class Bars(Task):
         }
 
 
-def splits(count: int = 40, validation: int = 5) -> Splits:
-    generator = np.random.default_rng(0)
-    labels = np.arange(count) % 4
-    images = generator.integers(0, 60, (count, 4, 4)).astype(np.uint8)
-    images[np.arange(count), :, labels] += 190
+def splits(validation: int = 5) -> Splits:
+    """30 examples to train on, `validation` (up to 10) and 60 others to test on."""
+    rows = np.arange(100)
+    labels = rows % 4
+    images = np.random.default_rng(0).integers(0, 60, (100, 4, 4)).astype(np.uint8)
+    images[rows, :, labels] += 190
     table = ArrayImages(images, labels)
-    rows = np.arange(count)
     return Splits(
-        Split(table, rows[:-10], Pixels8(), augment_seed=0),
-        Split(table, rows[-10:][:validation], Pixels8()),
-        Split(table, rows[-5:], Pixels8()),
+        Split(table, rows[:30], Pixels8(), augment_seed=0),
+        Split(table, rows[30:40][:validation], Pixels8()),
+        Split(table, rows[40:], Pixels8()),
     )
 
 
@@ -134,13 +147,26 @@ def numbers(net: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters() if p.requires_grad])
 
 
-def test_it_learns_and_reports(tmp_path: Path) -> None:
+METHODS = [
+    LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
+    EDoRA(rank=4), MoRA(rank=3), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_every_method_learns(method: Method, tmp_path: Path) -> None:
+    net = model(method)
+    before = scores(net)["test/accuracy"]
+    fit(net, tmp_path, max_steps=60)
+    assert before < 0.6 < 0.9 < scores(net)["test/accuracy"]
+
+
+def test_a_run_reports(tmp_path: Path) -> None:
     observer = Quiet()
     net = model(LoRA(rank=3))
     result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=50)
     metrics = scores(net)
-    assert metrics["test/accuracy"] > 0.7
-    assert metrics["validation/count"] == 5
+    assert (metrics["validation/count"], metrics["test/count"]) == (5, 60)
     assert result.steps == 60
     assert 0 < result.seconds_per_step * 60 == pytest.approx(result.train_seconds)
     (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)

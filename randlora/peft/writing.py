@@ -56,8 +56,8 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     Trained further, with ``PeftModel.from_pretrained(..., is_trainable=True)``, the adapter follows the path that it
     would have here, as long as one scale holds at every site: always for LoRA, for VeRA at sites of one input size or
     with ``basis=peft``, for RandLoRA without `divide_by_root` or at sites of one number of bases. Other adapters, and
-    the LoRAs that MELoRA, LoRA-Mini and LoRTA become, are for inference: a warning says so, and INFERENCE_ONLY.txt
-    beside the files.
+    the LoRAs that MELoRA, LoRA-Mini and LoRTA become, are for inference: a warning says so, and
+    INFERENCE_ONLY.txt beside the files.
 
     PEFT's own files hold the bases once more for every site; on loading it warns that these copies are missing, and
     does without them.
