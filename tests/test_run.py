@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import randlora
 from conftest import REPOSITORY, settings
@@ -46,6 +47,26 @@ def start(root: Path, *overrides: str) -> tuple[int, Experiment]:
 
 def result_of(experiment: Experiment) -> dict:
     return json.loads((experiment.folder / "result.json").read_text())
+
+
+def test_each_split_is_scored_under_its_own_name(tmp_path: Path) -> None:
+    """White and black squares; the validation split calls them by their classes, the test split by each other's."""
+    rng = np.random.default_rng(0)
+    for split, count, (white, black) in (("train", 8, "ab"), ("validation", 5, "ab"), ("test", 6, "ba")):
+        for name, level in ((white, 200), (black, 0)):
+            folder = tmp_path / "squares" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = level + rng.integers(0, 55, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    overrides = [
+        "task=own_images", "task.source.folder=squares", f"data_root={tmp_path}", "model=clip_tiny_vision",
+        "trainer.max_steps=5", "trainer.batch_size=8", "trainer.learning_rate=1e-2", f"run_root={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    experiment = Experiment.from_config(settings(*overrides))
+    assert run(experiment, "as: given\n").code == FINISHED
+    metrics = result_of(experiment)["metrics"]
+    assert (metrics["validation/accuracy"], metrics["test/accuracy"]) == (1.0, 0.0)
 
 
 def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
