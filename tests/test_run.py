@@ -115,7 +115,7 @@ def test_a_methods_saved_adapter_gives_the_recorded_score(method: str, tmp_path:
     recorded = result_of(experiment)["metrics"]
     assert scores["accuracy"] == recorded["test/accuracy"]
     assert scores["loss"] == pytest.approx(recorded["test/loss"], rel=1e-4)
-    assert abs(recorded["test/loss"] / recorded["zero_shot/loss"] - 1) > 1e-3
+    assert abs(recorded["test/loss"] / recorded["zero_shot/loss"] - 1) > 1e-4
     assert result_of(experiment)["trainable_parameters"] == counts(experiment)["trainable_parameters"]
 
 

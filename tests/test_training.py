@@ -149,7 +149,7 @@ def numbers(net: nn.Module) -> torch.Tensor:
 
 METHODS = [
     LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
-    EDoRA(rank=4), MoRA(rank=3), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
+    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
 ]  # fmt: skip
 
 
