@@ -50,7 +50,8 @@ class Experiment:
             )
         )  # fmt: skip
         check_count("seed", config["seed"], 0)
-        check_choice("resume", config["resume"], (True, False))
+        for name in ("resume", "predictions"):
+            check_choice(name, config[name], (True, False))
         check_choice("dry_run", config["dry_run"], (True, False, "json"))
         budget = Budget(config["seed"], config["shots"], config["fraction"])
         patterns = model.patterns(config["targets"])

@@ -41,6 +41,11 @@ def permutation(count: int, *key: Key) -> np.ndarray:
     return np.argsort(generator.random_raw(count), kind="stable")
 
 
+def draws(count: int, *key: Key) -> np.ndarray:
+    """`count` independent draws from range(count), int64 (count,)."""
+    return (unit_interval(random_uint32(count, *key)) * count).astype(np.int64)
+
+
 def integer(*key: Key) -> int:
     """One 63-bit integer, for generators that take a seed."""
     return int(np.random.Philox(key=_philox_key(key)).random_raw(1)[0] >> np.uint64(1))

@@ -21,7 +21,7 @@ from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
 from randlora.training import Diverged, Interrupted
 from randlora.training.cached_features import cache_features
-from randlora.training.trainer import brief, norms, prefixed
+from randlora.training.evaluate import brief, norms, prefixed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,7 +136,11 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer,
     )  # fmt: skip
-    metrics |= scores("validation", "validation") | scores("test", "test")
+    metrics |= scores("validation", "validation")
+    columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
+    metrics |= prefixed("test", task.score(columns))
+    if experiment.config["predictions"]:
+        record.keep_predictions(columns)
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:

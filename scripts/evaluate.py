@@ -29,8 +29,7 @@ from randlora.experiment import Experiment
 from randlora.records import Result
 from randlora.records.signature import modern
 from randlora.tasks.base import Bound
-from randlora.training.evaluate import evaluate
-from randlora.training.trainer import prefixed
+from randlora.training.evaluate import evaluate, prefixed
 
 KEPT = ("model", "method", "targets", "seed")
 

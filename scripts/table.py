@@ -5,6 +5,8 @@ python scripts/table.py runs --seeds               one row per method: mean ± s
 python scripts/table.py runs --paired method=randlora,lora,vera
     scores under the first value of a setting less those under each of the others, seed by seed, with the 95 % interval
     of the mean (Student's t) and p corrected for the number of the table's comparisons (Holm)
+python scripts/table.py runs --paired method=randlora,lora --examples
+    the interval over seeds and test examples together (BCa bootstrap; p by flipping signs), from the runs' predictions
 python scripts/table.py runs --best trainer.learning_rate,method.alpha
     of a search: the settings with the best validation score for each task, model, method and budget, and the runner-up
 python scripts/table.py runs --metrics             every metric of the test set in its own unit, and before training
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="runs", type=Path)
     parser.add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help="runs that have one of the values")
+    parser.add_argument("--examples", action="store_true", help="with --paired: over seeds and test examples")
     tables_of = parser.add_mutually_exclusive_group()
     tables_of.add_argument("--seeds", action="store_true", help="mean and deviation over seeds")
     tables_of.add_argument("--paired", metavar="SETTING=A,B", help="differences between values of a setting")
@@ -45,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables_of.add_argument("--columns", metavar="KEY,KEY", help="a row per run: settings, metrics, costs")
     options = parser.parse_args(arguments)
     results = select(read(options.root), options.only)
+    if options.examples and not options.paired:
+        raise SettingsError("--examples says what an interval of --paired is over: give both")
     unfinished = sum(result.status != "finished" for result in results)
     if options.paired:
         key, _, values = options.paired.partition("=")
         first, *others = values.split(",")
         if not others:
             raise SettingsError(f"--paired {options.paired}: give a setting and two values, method.rank=4,8")
-        print(tables.differences(results, key, first, others))
+        print(tables.differences(results, key, first, others, options.examples))
     elif options.best:
         print(tables.best(results, options.best.split(",")))
     elif options.published:

@@ -31,7 +31,8 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> N
 
 
 WRONG = {
-    "method=nosuch": "method=nosuch: choose one of dora, edora, full, .*, randlora_a, vera",
+    "method=nosuch": "method=nosuch: choose one of dora, edora, full, linearprobe, lora, loramini, lorta, melora, "
+    "mora, nola, randlora, randlora_a, vera",
     "method.rnak=3": "method.rnak: no such setting; method has rank, alpha, .*; did you mean rank",
     "method.rank=0": "RandLoRA.rank=0: must be a whole number of at least 1",
     "task=cifar10 model=minilm": "task=cifar10 needs a model of kind clip or vision; model=minilm is text",
@@ -178,7 +179,7 @@ def test_help_lists_options_of_ones_own(
 ) -> None:
     command(monkeypatch, own, "--config-dir", "mine", "--help")
     assert main() == FINISHED
-    assert re.search(r"^  method=(.*\n {10})*.*\bscaled\b", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"method=[^=]*\bscaled\b", capsys.readouterr().out)  # the options may be on several lines
 
 
 def test_code_of_ones_own_has_to_be_allowed(

@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import settings, task
 from letters import WORDS, Letters
 from randlora.config import build
+from randlora.data.loader import Split
 from randlora.data.questions import question
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone
 from randlora.tasks.commonsense import common_prefix, first_answer, prompt
+from randlora.training import Trainer
+from randlora.training.evaluate import mean_loss
 
 # Written out by hand from the published evaluation prompt: sixteen blanks before every line but the first.
 GOLDEN_PROMPT = (
@@ -224,3 +228,19 @@ def test_batched_generation_equals_one_by_one(language_model: Backbone, beams: i
         alone = language_model.module.generate(**asked, num_beams=beams, max_new_tokens=12, do_sample=False)
         expected = Letters().batch_decode(alone[:, ids.shape[1] :])
         assert Letters().batch_decode(made[None]) == expected
+
+
+def test_the_validation_loss_is_over_the_labelled_tokens_of_all_examples(language_model: Backbone) -> None:
+    """By which the best step is selected. Oracle: transformers' own loss, row by row, weighted by tokens."""
+    commonsense = task("arc_easy", "max_length=1000")
+    split = Split(ROWS, np.arange(3), commonsense.encoder(language_model, training=True))  # type: ignore[arg-type]
+    losses, counts = [], []
+    for ids in (torch.tensor([split[i, i]["input_ids"]]) for i in range(3)):
+        losses.append(language_model.module(ids, labels=ids).loss.item())
+        counts.append(ids.shape[1] - 1)
+    expected = np.average(losses, weights=counts)
+    model, accelerator = commonsense.bind(language_model).model, Trainer(device="cpu").accelerator()
+    for batch_size in (1, 2, 3):
+        loss = mean_loss(commonsense, model, split, accelerator, batch_size=batch_size)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert abs(np.mean(losses) - expected) > 1e-4  # so that the weights matter

@@ -138,11 +138,20 @@ def test_signatures() -> None:
     base = signature(settings())
     same = [
         "run_root=/elsewhere", "data_root=/data", "tags=[a]", "logger=wandb", "trainer.device=cpu", "trainer.workers=2",
-        "resume=false", "trainer.save_every=10",
+        "resume=false", "trainer.save_every=10", "predictions=false",
     ]  # fmt: skip
     for override in same:
         assert signature(settings(override)) == base, override
-    for override in ("seed=1", "method.rank=7", "trainer.learning_rate=0.1", "shots=4", "targets=vision", "task=mnist"):
+    for override in (
+        "trainer.select=best",
+        "trainer.sampling=replacement",
+        "seed=1",
+        "method.rank=7",
+        "trainer.learning_rate=0.1",
+        "shots=4",
+        "targets=vision",
+        "task=mnist",
+    ):
         assert signature(settings(override)) != base, override
     assert signature(settings(), task_version=1) == base != signature(settings(), task_version=2)
     assert signature(settings("task=cifar10", "data_root=/a")) == signature(settings("task=cifar10", "data_root=/b"))
@@ -159,6 +168,14 @@ def test_signatures_of_old_records_stay() -> None:
         assert signature(modern(config), version) == record["signature"]
     other = modern(records[0]["config"]) | {"optimizer": settings("optimizer=sgd")["optimizer"]}
     assert signature(other) != records[0]["signature"]
+
+
+def test_settings_that_came_later_are_not_hashed_while_they_change_nothing() -> None:
+    config = settings()
+    before = config | {"trainer": {k: v for k, v in config["trainer"].items() if k not in ("select", "sampling")}}
+    del before["predictions"]
+    assert len(before["trainer"]) == len(config["trainer"]) - 2
+    assert signature(before) == signature(config)
 
 
 def test_the_default_optimizer_is_hashed_as_before_there_was_a_choice() -> None:

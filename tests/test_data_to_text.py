@@ -1,5 +1,6 @@
 """Data to text: the metrics of the E2E challenge, the loss over references, the beam search."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from letters import WORDS, Letters
 from randlora.config import build
 from randlora.models.base import Backbone
 from randlora.tasks import text_metrics
+from randlora.tasks.base import Budget
 from randlora.tasks.data_to_text import linearised
 
 MADE = [
@@ -83,6 +85,24 @@ def test_only_the_reference_is_learned(language_model: Backbone) -> None:
         language_model.module(ids).logits[0, :-1], labels[0, 1:], ignore_index=-100, label_smoothing=0.1
     )
     assert made.loss(model, batch).item() == pytest.approx(smoothed.item(), rel=1e-5)
+
+
+def test_validation_has_a_loss_over_the_first_reference_of_every_meaning(
+    language_model: Backbone, tmp_path: Path
+) -> None:
+    """By which the best step is selected; scored are all references."""
+    rows = [("name[Aromi]", "Aromi is a pub."), ("name[Zizzi]", "Zizzi is a cafe."), ("name[Aromi]", "A pub is Aromi.")]
+    (tmp_path / "e2e_nlg").mkdir()
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps({"meaning_representation": meaning, "reference": text}) for meaning, text in rows]
+        (tmp_path / "e2e_nlg" / f"{split}.jsonl").write_text("\n".join(lines))
+    e2e = build(settings("task=e2e_nlg", f"data_root={tmp_path}", "task.sizes=null")["task"])
+    splits = e2e.splits(language_model, Budget(0))
+    labelled = splits.labelled
+    texts = ["".join(WORDS[i] for i in labelled[row, row]["labels"] if i != -100) for row in range(len(labelled))]
+    assert sorted(texts) == [" Aromi is a pub.</s>", " Zizzi is a cafe.</s>"]
+    assert len(splits.validation) == 2
+    assert splits.validation.table[0]["references"] == ["Aromi is a pub.", "A pub is Aromi."]
 
 
 def test_a_text_begins_once(language_model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

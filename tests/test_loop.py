@@ -203,6 +203,53 @@ def test_twenty_steps_equal_the_reference(method: Method, formula: Any, case: st
         torch.testing.assert_close(value.detach(), expected[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
+class ByHand(Silent):
+    """Notes each validation score beside what LoRA's equation gives on the validation and on the test rows."""
+
+    def __init__(self, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor]]):
+        self.updates, self.parts = require_adaptation(model).updates, parts
+        self.frozen = [(getattr(model, name).weight.clone(), getattr(model, name).bias.clone()) for name in SHAPES]
+        self.scored: dict[int, float] = {}
+        self.expected: dict[int, dict[str, float]] = {}
+
+    @torch.no_grad()
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if "validation/loss" not in metrics:
+            return
+        (W1, b1), (W2, b2) = self.frozen
+        V1, V2 = (W + 2 * self.updates[name].B @ self.updates[name].A for name, W in zip(SHAPES, (W1, W2), strict=True))
+        self.scored[step] = metrics["validation/loss"]
+        self.expected[step] = {
+            part: ((torch.tanh(x @ V1.T + b1) @ V2.T + b2 - y) ** 2).mean().item()
+            for part, (x, y) in self.parts.items()
+        }
+
+
+def test_validation_is_scored_on_the_validation_split_while_training(tmp_path: Path) -> None:
+    """The test rows are the training rows, on which the best step is the last; the validation rows are others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(first=nn.Linear(12, 20), bend=nn.Tanh(), last=nn.Linear(20, 8)))
+    randlora.adapt(model, LoRA(rank=3), ["first", "last"])
+    model.double()
+    table, train, held = Rows(26), np.arange(18), np.arange(18, 26)
+    listener = ByHand(model, {"validation": (table.x[18:], table.y[18:]), "test": (table.x[:18], table.y[:18])})
+    trained, validation = Split(table, train, AsTheyAre()), Split(table, held, AsTheyAre())
+    trainer = Trainer(
+        max_steps=STEPS, batch_size=18, learning_rate=0.05, schedule="constant", evaluate_every=1, select="best",
+        evaluation_batch_size=5, device="cpu",
+    )  # fmt: skip
+    fit = trainer.fit(
+        Regression(name="regression", source=None, sizes={}), Bound(model), Splits(trained, validation, trained),  # type: ignore[arg-type]
+        seed=3, folder=tmp_path, observer=listener, accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    assert [*listener.scored] == [*range(1, STEPS + 1)]
+    losses = {part: [at[part] for at in listener.expected.values()] for part in ("validation", "test")}
+    assert [*listener.scored.values()] == pytest.approx(losses["validation"], rel=1e-6)
+    best = {part: 1 + int(np.argmin(values)) for part, values in losses.items()}
+    assert best["validation"] < best["test"] == STEPS
+    assert fit.selected_step == best["validation"]
+
+
 class WithLoss(nn.Module):
     """As transformers' Trainer wants a model: the loss comes out of forward."""
 

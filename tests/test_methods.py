@@ -1,5 +1,6 @@
 """The contract that every method keeps, on square, tall, wide, fused and transposed sites."""
 
+import copy
 import math
 
 import pytest
@@ -325,10 +326,37 @@ def test_a_sites_slice_does_not_depend_on_which_others_are_adapted(basis: str) -
 def test_full_fine_tuning_trains_everything_else_too(toy: Toy) -> None:
     total = sum(p.numel() for p in toy.parameters())
     report = randlora.adapt(toy, FullFineTuning(), TOY_TARGETS)
-    # The k slice of c_attn is not targeted, so it alone stays.
-    assert report.trainable_parameters == total - 24 * 24
-    assert report.total_parameters == total
+    assert report.trainable_parameters == report.total_parameters == total
     assert toy.norm.weight.requires_grad
+
+
+def test_full_fine_tuning_trains_all_rows_of_a_matrix_with_targeted_slices(toy: Toy, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """c_attn is a Conv1D, of which q and v alone are targets, as in GPT-2. Oracle: AdamW on a copy's own matrix."""
+    plain, (x, y) = copy.deepcopy(toy), torch.randn(2, 4, 5, 24)
+    randlora.adapt(toy, FullFineTuning(), ["c_attn[q]", "c_attn[v]"])
+    for model in (toy, plain):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+    before = toy.c_attn.weight
+    after = toy.c_attn.merged_weight()
+    torch.testing.assert_close(after, plain.c_attn.weight.T)
+    for rows in (slice(0, 24), slice(24, 48), slice(48, 72)):
+        assert (after[rows] - before[rows]).abs().mean() > 0.01
+    randlora.save_adapter(toy, tmp_path)
+    torch.manual_seed(0)
+    loaded = Toy()
+    randlora.load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(loaded(x), plain(x))
+
+
+@pytest.mark.parametrize(("train", "rows"), [("targets", 48), (["c_attn.*"], 72), (["norm.*"], 48)])
+def test_full_fine_tuning_leaves_other_slices_where_they_are_not_asked_for(toy: Toy, train, rows: int) -> None:  # type: ignore[no-untyped-def]
+    report = randlora.adapt(toy, FullFineTuning(train=train), ["c_attn[q]", "c_attn[v]"])
+    beside = {"targets": 0, "c_attn.*": 72, "norm.*": 48}[train if isinstance(train, str) else train[0]]
+    assert report.trainable_parameters == 24 * rows + beside  # c_attn's bias, norm's scale and shift
 
 
 def test_full_fine_tuning_of_a_part(toy: Toy) -> None:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import randlora
 from conftest import REPOSITORY, settings
@@ -19,6 +21,8 @@ from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.experiment import Experiment
 from randlora.models import OpenClip
 from randlora.plan import counts
+from randlora.records.predictions import example_scores, read_columns
+from randlora.records.result import Result
 from randlora.records.tensorboard import TensorBoard
 from randlora.run import run
 from randlora.tasks import ImageClassification
@@ -45,6 +49,26 @@ def result_of(experiment: Experiment) -> dict:
     return json.loads((experiment.folder / "result.json").read_text())
 
 
+def test_each_split_is_scored_under_its_own_name(tmp_path: Path) -> None:
+    """White and black squares; the validation split calls them by their classes, the test split by each other's."""
+    rng = np.random.default_rng(0)
+    for split, count, (white, black) in (("train", 8, "ab"), ("validation", 5, "ab"), ("test", 6, "ba")):
+        for name, level in ((white, 200), (black, 0)):
+            folder = tmp_path / "squares" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = level + rng.integers(0, 55, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    overrides = [
+        "task=own_images", "task.source.folder=squares", f"data_root={tmp_path}", "model=clip_tiny_vision",
+        "trainer.max_steps=5", "trainer.batch_size=8", "trainer.learning_rate=1e-2", f"run_root={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    experiment = Experiment.from_config(settings(*overrides))
+    assert run(experiment, "as: given\n").code == FINISHED
+    metrics = result_of(experiment)["metrics"]
+    assert (metrics["validation/accuracy"], metrics["test/accuracy"]) == (1.0, 0.0)
+
+
 def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     code, experiment = start(tmp_path)
     assert code == FINISHED
@@ -62,6 +86,7 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
+    assert result["selected_step"] is None
     assert lines[-1]["update/relative_norm_max"] >= lines[-1]["update/relative_norm_mean"] > 0
     assert set(result["metrics"]) < set(lines[-1])
     assert (folder / "config.yaml").read_text() == "as: given\n"
@@ -269,6 +294,35 @@ print(high - low, PeakMemory(torch.device("cpu")).bytes() - high, size)
     assert grown > 0.9 * size
     if Path("/proc/self/clear_refs").exists():
         assert after <= 0
+
+
+@pytest.mark.parametrize("model", ["clip_tiny", "clip_tiny_vision"])
+def test_a_run_keeps_what_it_predicted_of_every_test_example(model: str, tmp_path: Path) -> None:
+    """Rows and labels are the data's own, with features cached or not, and the headline is their mean."""
+    _, experiment = start(
+        tmp_path, f"model={model}", "method=linearprobe" if model.endswith("vision") else "method=lora"
+    )
+    result = Result.read(experiment.folder / "result.json")
+    columns = read_columns(result)
+    table = experiment.task.open()["test"]
+    assert columns["row"] == sorted(experiment.task.test_rows(table).tolist())
+    assert columns["label"] == table.column("label")[columns["row"]].tolist()
+    assert np.mean(list(example_scores(result).values())) == pytest.approx(result.headline.value)
+    assert np.mean(columns["loss"]) == pytest.approx(result.metrics["test/loss"])
+    _, without = start(tmp_path / "without", f"model={model}", "predictions=false")
+    assert not (without.folder / "predictions.json.gz").exists()
+
+
+def test_the_best_step_is_what_is_scored_and_recorded(tmp_path: Path) -> None:
+    settings = ("trainer.select=best", "trainer.evaluate_every=1", "trainer.learning_rate=0.1")
+    code, experiment = start(tmp_path, *settings)
+    assert code == FINISHED
+    result = result_of(experiment)
+    lines = [json.loads(line) for line in (experiment.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["validation/loss"] for line in lines[:-1] if "validation/loss" in line}
+    assert sorted(losses) == [1, 2, 3]
+    assert result["selected_step"] == min(losses, key=lambda step: losses[step])
+    assert result["metrics"]["validation/loss"] == pytest.approx(min(losses.values()))
 
 
 def test_the_embedded_weights_are_as_many_as_their_card_says() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from scipy.stats import ttest_rel
 from conftest import REPOSITORY
 from randlora.errors import exit_code
 from randlora.records import Headline, Result
-from randlora.studies.statistics import holm
+from randlora.records.predictions import write_columns
+from randlora.studies.statistics import holm, paired_difference
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from table import main
@@ -33,6 +35,13 @@ def record(
         headline=Headline("test/accuracy", score), metrics=metrics or {}, trainable_parameters=1234,
     )  # fmt: skip
     result.write(folder / "result.json")
+
+
+def predicted(root: Path, seed: int, basis: str, rows: list[int], right: list[int]) -> None:
+    """A run with its predictions, of which those `right` are; the rows come as evaluation happens to meet them."""
+    record(root, seed, basis, float(np.mean(right)))
+    columns = {"row": rows, "predicted": [3 if hit else 4 for hit in right], "label": [3] * len(rows)}
+    write_columns(root / f"vit{basis}{seed}", columns)
 
 
 class Printed(NamedTuple):
@@ -155,3 +164,38 @@ def test_one_sentence_for_what_cannot_be_paired(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_intervals_over_seeds_and_examples(tmp_path: Path) -> None:
+    """Oracle: `paired_difference` of arrays in one order, made by hand; the files hold the examples in another."""
+    generator = np.random.default_rng(0)
+    hits = {name: (generator.random((3, 50)) < chance).astype(int) for name, chance in (("a", 0.8), ("b", 0.6))}
+    for basis, of_seeds in hits.items():
+        for seed, right in enumerate(of_seeds):
+            order = generator.permutation(50)
+            predicted(tmp_path, seed, basis, (order * 2).tolist(), right[order].tolist())
+    expected = paired_difference(*({seed: 100 * right for seed, right in enumerate(hits[name])} for name in "ab"))
+    row = cells(table(str(tmp_path), "--paired", "method.basis=a,b", "--examples").stdout.splitlines()[2])
+    assert row[6:] == [
+        f"{expected.mean:+.2f}", f"{expected.low:+.2f} to {expected.high:+.2f}", "3", f"{expected.p:.3f}",
+    ]  # fmt: skip
+    over_seeds = cells(table(str(tmp_path), "--paired", "method.basis=a,b").stdout.splitlines()[2])
+    assert over_seeds[6] == row[6]
+    assert over_seeds[7] != row[7]
+
+
+def test_intervals_over_examples_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    asked = ("--paired", "method.basis=a,b", "--examples")
+    for seed in (0, 1):
+        predicted(tmp_path / "rows", seed, "a", [0, 1], [1, 0])
+        predicted(tmp_path / "rows", seed, "b", [0, 2], [1, 0])
+        predicted(tmp_path / "mean", seed, "a", [0, 1], [1, 0])
+        predicted(tmp_path / "mean", seed, "b", [0, 1], [1, 0])
+        record(tmp_path / "none", seed, "a", 0.5)
+        record(tmp_path / "none", seed, "b", 0.5)
+    assert "scored on different test examples" in table(str(tmp_path / "rows"), *asked).stderr
+    assert "runs with predictions=true" in table(str(tmp_path / "none"), *asked).stderr
+    path = tmp_path / "mean" / "vitb1" / "result.json"
+    replace(Result.read(path), headline=Headline("test/accuracy", 0.4)).write(path)  # as a correlation would be
+    assert "test/accuracy is not a mean over examples" in table(str(tmp_path / "mean"), *asked).stderr
+    assert "give both" in table(str(tmp_path / "mean"), "--examples").stderr

@@ -1,13 +1,18 @@
 """GLUE: scores, padding and refusals."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 
-from conftest import task
+from conftest import settings, task
 from letters import Letters
+from randlora.config import build
 from randlora.data.texts import pad
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone
@@ -53,3 +58,19 @@ def test_texts_are_padded_and_masked() -> None:
     assert pad([[5], [6, 7]], 0, side="left").tolist() == [[0, 5], [6, 7]]
     with pytest.raises(SettingsError, match="hidden labels"):
         encoder({"sentence1": "a", "sentence2": "b", "label": -1})
+
+
+def test_colas_test_set_is_glues_whole_validation_set(shared_data: Path, tmp_path: Path) -> None:
+    """527 sentences of the domains that are trained on and 516 of others, in GLUE's order."""
+    tables = build(settings("task=cola", f"data_root={shared_data}")["task"]).open()
+    assert len(tables["test"]) == 1043
+    first, second = (
+        pq.read_table(shared_data / "glue" / "cola" / f"{name}.parquet").column("sentence").to_pylist()
+        for name in ("validation", "validation_out_of_domain")
+    )
+    assert tables["test"].column("sentence").tolist() == first + second
+    (tmp_path / "glue").mkdir()
+    shutil.copytree(shared_data / "glue" / "cola", tmp_path / "glue" / "cola")
+    (tmp_path / "glue" / "cola" / "validation_out_of_domain.parquet").unlink()
+    with pytest.raises(SettingsError, match=r"no validation_out_of_domain.parquet"):
+        build(settings("task=cola", f"data_root={tmp_path}")["task"]).check()

@@ -17,6 +17,7 @@ import randlora
 from conftest import REPOSITORY
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
+from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
     EDoRA,
@@ -33,9 +34,9 @@ from randlora.methods import (
 )
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
 from randlora.training.signals import StopRequest
-from randlora.training.trainer import prefixed
 from randlora.training.watch import LossWatch
 
 
@@ -412,3 +413,75 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert world == 2
         torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
         assert metrics == pytest.approx(scores(alone, splits(validation=1)))
+
+
+@dataclass(frozen=True)
+class WithLoss(Bars):
+    """Bars whose validation has a loss."""
+
+    def predict(self, model, batch):  # type: ignore[no-untyped-def]
+        losses = F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+        return super().predict(model, batch) | {"loss": losses.tolist()}
+
+    def score(self, columns):  # type: ignore[no-untyped-def]
+        return super().score(columns) | {"loss": sum(columns["loss"]) / len(columns["loss"])}
+
+
+def select_best(net: nn.Module, folder: Path, observer: Quiet | None = None, task: Task | None = None) -> Fit:
+    """With a rate so high that the validation loss goes up and down."""
+    trainer = trainer_of(evaluate_every=2, select="best", learning_rate=1.0, schedule="constant", max_steps=15)
+    return trainer.fit(
+        task or WithLoss("bars", None), Bound(net), splits(), seed=1, folder=folder,  # type: ignore[arg-type]
+        observer=observer or Quiet(), accelerator=trainer.accelerator(),
+    )  # fmt: skip
+
+
+def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+    """Oracle: every run of 2, 4, … 14 and 15 steps by itself, and the loss of its parameters by hand."""
+    net, observer, losses, parameters = model(), Quiet(), {}, {}
+    result = select_best(net, tmp_path / "best", observer)
+    images = torch.stack([splits().validation[row, row]["image"] for row in range(5)])
+    labels = torch.tensor([splits().validation[row, row]["label"] for row in range(5)])
+    for steps in (2, 4, 6, 8, 10, 12, 14, 15):
+        alone = model()
+        fit(alone, tmp_path / str(steps), learning_rate=1.0, schedule="constant", max_steps=steps)
+        losses[steps], parameters[steps] = F.cross_entropy(alone(images), labels).item(), flattened(alone)
+    best = min(losses, key=lambda steps: losses[steps])
+    assert best == 8  # where the last step would not do
+    assert result.selected_step == best
+    assert torch.equal(flattened(net), parameters[best])
+    assert fit(model(), tmp_path / "last").selected_step is None
+    assert any(said.startswith(f"selected step {best} of 15") for said in observer.said)
+
+
+@pytest.mark.parametrize("stop", [5, 13])
+def test_the_best_step_is_the_same_in_a_resumed_run(tmp_path: Path, stop: int) -> None:
+    """Before the best step and after it, when the best parameters are in no checkpoint."""
+    unbroken, resumed = model(dropout=0.3), model(dropout=0.3)
+    result = select_best(unbroken, tmp_path / "a")
+    with pytest.raises(Interrupted, match=f"step {stop} of 15"):
+        select_best(model(dropout=0.3), tmp_path / "b", StopsAt(stop))
+    assert select_best(resumed, tmp_path / "b").selected_step == result.selected_step
+    assert torch.equal(flattened(resumed), flattened(unbroken))
+
+
+def test_a_best_step_is_refused_where_nothing_can_choose_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"trainer.select=best: give trainer.evaluate_every"):
+        trainer_of(select="best")
+    with pytest.raises(SettingsError, match=r"no validation example; raise task.validation_size"):
+        fit(model(), tmp_path, data=splits(validation=0), select="best", evaluate_every=2)
+    with pytest.raises(SettingsError, match="the validation set is scored by accuracy, count and has no loss"):
+        select_best(model(), tmp_path, task=TASK)
+
+
+def test_sampling_with_replacement_draws_every_position_anew() -> None:
+    """Oracle: of `count` draws a row is missing with probability (1 - 1/count)^count, about 1/e."""
+    keys = [key for step in training_keys(1000, 50, range(40), seed=3, replacement=True) for key in step]
+    rows, positions = np.array(keys).T
+    assert (positions == np.arange(2000)).all()
+    for epoch in rows.reshape(2, 1000):
+        assert abs(len(np.unique(epoch)) / 1000 - (1 - np.exp(-1))) < 0.04
+        assert 0 <= epoch.min() <= epoch.max() <= 999
+    assert (rows[:1000] != rows[1000:]).any()
+    late = [key for step in training_keys(1000, 50, range(30, 40), seed=3, replacement=True) for key in step]
+    assert late == keys[1500:]  # so that a resumed run draws the same

@@ -15,7 +15,7 @@ from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.layer import AdaptedLinear, linear_weight
 from randlora.adapters.positions import attention_heads
 from randlora.adapters.quantization import dense, is_quantised, recognise
-from randlora.adapters.targets import Place, places
+from randlora.adapters.targets import Place, completed, places
 from randlora.errors import SettingsError
 
 
@@ -83,7 +83,7 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     total = sum(parameter.numel() for parameter in model.parameters())
     unfuse_attention(model)
     try:
-        chosen = places(model, targets)
+        chosen = completed(model, places(model, targets), method.trains_rest)
         modules = {place.module: model.get_submodule(place.module) for place in chosen}
         updates, sites = _build(method, chosen, modules, attention_heads(model, chosen), seed)
         unfrozen = _unfrozen(method, model, {id(module.weight) for module in modules.values()})

@@ -124,6 +124,10 @@ class Method:
         """Which of the model's own parameters, of those `names`, are trained too, beside the updates."""
         return []
 
+    def trains_rest(self, name: str) -> bool:
+        """Whether slices that no target names become sites too, beside one that is, of the fused matrix `name`."""
+        return False
+
     def parameter_groups(self, trained: Mapping[str, nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
         """The optimiser's groups, as torch.optim takes them.
 

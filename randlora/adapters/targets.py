@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -96,6 +96,18 @@ def places(model: nn.Module, patterns: Sequence[str]) -> list[Place]:
             chosen.append(Place(f"{name}[{part}]", name, parts[part]))
     _refuse_shared(model, maps, {place.module for place in chosen})
     return chosen
+
+
+def completed(model: nn.Module, chosen: Sequence[Place], wanted: Callable[[str], bool]) -> list[Place]:
+    """The places with the other slices of their fused matrices, of those whose weight's name is `wanted`."""
+    maps, complete = linear_maps(model), list(chosen)
+    for name in dict.fromkeys(place.module for place in chosen if place.rows is not None):
+        if wanted(f"{name}.weight"):
+            parts = named_slices(name, maps[name], getattr(model, "config", None))
+            every = [Place(f"{name}[{part}]", name, rows) for part, rows in parts.items()]
+            complete += [place for place in every if place not in chosen]
+    order = list(maps)
+    return sorted(complete, key=lambda place: order.index(place.module))
 
 
 def named_slices(name: str, module: nn.Module, config: object = None) -> Mapping[str, slice]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from randlora.data.sources import Table
 from randlora.errors import SettingsError
-from randlora.rng import integer, permutation
+from randlora.rng import draws, integer, permutation
 
 Item = Mapping[str, Any]
 
@@ -50,6 +50,8 @@ class Skipped(NamedTuple):
 
 class Split(Dataset):
     """Chosen rows of a table, encoded when read. A key is (index into `rows`, position in the run).
+
+    A batch has what the encoder's collate puts there, and ``row``, each example's in the table, int64 (B,).
 
     Args:
         table: the examples.
@@ -93,7 +95,9 @@ class Split(Dataset):
         skipped = [item for item in items if isinstance(item, Skipped)]
         readable = sorted((item for item in items if not isinstance(item, Skipped)), key=self.encode.length)
         size = size or max(1, len(readable))
-        return [self.encode.collate(readable[i : i + size]) for i in range(0, len(readable), size)], skipped
+        parts = [readable[i : i + size] for i in range(0, len(readable), size)]
+        rows = [torch.tensor([item["row"] for item in part]) for part in parts]
+        return [{**self.encode.collate(part), "row": row} for part, row in zip(parts, rows, strict=True)], skipped
 
     @cached_property
     def by_length(self) -> Sequence[int]:
@@ -126,14 +130,14 @@ class Split(Dataset):
     def _read(self, index: int, position: int) -> Item:
         example = self.table[index]
         if self.augment_seed is None:
-            return self.encode(example)
+            return {"row": index, **self.encode(example)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer("augmentation", self.augment_seed, position))
-            return self.encode(example)
+            return {"row": index, **self.encode(example)}
 
 
 def training_keys(
-    count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1
+    count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1, replacement: bool = False
 ) -> Iterator[list[tuple[int, int]]]:
     """This process's share of the keys (row, position) of a split, a list per step.
 
@@ -147,8 +151,10 @@ def training_keys(
         seed: of the permutations.
         rank: of this process.
         world: how many processes share a step.
+        replacement: whether every entry of an epoch is any row instead, so that some come twice and some not at all.
     """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(count, "order", seed, epoch))
+    draw = draws if replacement else permutation
+    order = lru_cache(maxsize=2)(lambda epoch: draw(count, "order", seed, epoch))
     for step in steps:
         positions = range(step * batch_size + rank, (step + 1) * batch_size, world)
         yield [(int(order(p // count)[p % count]), p) for p in positions]

@@ -55,7 +55,8 @@ class Hub:
         configuration: of the set on the hub.
         revision: of the set on the hub.
         root: the data root; None for the hub.
-        splits: the source's name of a split by ours: files under the root, splits of `repository` on the hub.
+        splits: the source's name of a split by ours: files under the root, splits of `repository` on the hub; several
+            names with ``+`` between them are one split.
         hub_splits: the hub's names of splits where they differ from the files'.
         optional: the splits (our names) that may be missing.
         columns: our names by the source's, in files and on the hub; a column that has our name already stays.
@@ -78,7 +79,7 @@ class Hub:
             if self.repository is None:
                 raise SettingsError(f"{self.folder} is on no hub: give data_root{self._advice()}")
             return
-        for split, name in self.splits.items():
+        for split, name in ((split, name) for split, names in self.splits.items() for name in names.split("+")):
             if self._path(name) is None and split not in self.optional:
                 endings = f"no {name}.parquet, no {name}.json, {', '.join(FILES[2:])} and no image folder {name}/"
                 raise SettingsError(
@@ -91,7 +92,7 @@ class Hub:
         return [
             split
             for split, name in self.splits.items()
-            if split not in self.optional or (self.root is not None and self._path(name) is not None)
+            if split not in self.optional or (self.root is not None and all(map(self._path, name.split("+"))))
         ]
 
     def open(self, split: str) -> Table:
@@ -138,9 +139,11 @@ class Hub:
         return self._datasets[split]
 
     def _local(self, split: str) -> Dataset:
-        path = self._path(self.splits[split])
-        assert path is not None  # check() and available() have been here
-        return _read(path)
+        import datasets
+
+        paths = map(self._path, self.splits[split].split("+"))
+        parts = [_read(path) for path in paths if path is not None]  # check() and available() have been here
+        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def _fetched(self, split: str) -> Dataset:
         import datasets

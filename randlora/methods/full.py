@@ -21,7 +21,8 @@ class FullFineTuning(Method):
     `train` is ``all`` (every parameter of the model: embeddings, norms and biases too, as in the paper), ``targets``
     (the targeted matrices alone), or a list of patterns on the names of further parameters, such as ``["visual.*"]``
     for all of CLIP's image tower. Targeted matrices keep W0 beside W', so that the base stays untouched and ΔW can be
-    measured: one more copy of them than a bare fine-tuning would hold.
+    measured: one more copy of them than a bare fine-tuning would hold. Where slices of a fused matrix are targeted, its
+    other slices count among the further parameters; they become sites, too.
     """
 
     train: str | Sequence[str] = "all"
@@ -44,6 +45,11 @@ class FullFineTuning(Method):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise SettingsError(f"FullFineTuning.train: {pattern!r} matches no parameter; there are {names[0]}, …")
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.train)]
+
+    def trains_rest(self, name: str) -> bool:
+        if isinstance(self.train, str):
+            return self.train == "all"
+        return any(fnmatchcase(name, pattern) for pattern in self.train)
 
 
 class FullUpdate(Update):

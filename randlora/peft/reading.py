@@ -42,7 +42,8 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     """Adapts `model` with the adapter that PEFT saved in `folder`.
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
-    drawn again, `save_adapter` refuses and `to_peft` writes them.
+    drawn again, `save_adapter` refuses and `to_peft` writes them. Trained further, the adapter follows the path that it
+    would have in PEFT.
 
     Raises:
         SettingsError: for pickles, unknown types and variants such as DoRA, and for modules that the model does not

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,24 +20,44 @@ from randlora.adapters.interface import Site, Update
 from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
-from randlora.methods.common import LowRankUpdate
+from randlora.methods.common import LowRankUpdate, relative_scale
 from randlora.methods.lora import LoRA, LoRAUpdate
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
 from randlora.methods.vera import VeRA, VeRAUpdate
-from randlora.peft.layout import CONFIG, PREFIX, SHARED, TENSORS
+from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 
+INFERENCE_ONLY = (
+    "This adapter is for inference with PEFT: it computes the same outputs, but training it further there, or after "
+    "reading it back, does not follow the path that training has in randlora. {reason}"
+)
+SCALES_DIFFER = (
+    "The scale of {method} differs from site to site here, and PEFT has no such scale, so it is multiplied into "
+    "trained parameters."
+)
+FACTORS_ARE_MADE = "PEFT would train the two factors of each site, which {method} makes of other parameters."
+
 
 class Contents(NamedTuple):
-    """What a method writes: settings of its own for the configuration, and its tensors."""
+    """What a method writes: settings of its own for the configuration, its tensors, and why it is for inference only.
+
+    `inference_only` is "" where training on follows the same path there.
+    """
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
+    inference_only: str = ""
 
 
 def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     """Writes the adapter of `model` for PEFT.
+
+    Trained further, with ``PeftModel.from_pretrained(..., is_trainable=True)``, the adapter follows the path that it
+    would have here, as long as one scale holds at every site: always for LoRA, for VeRA at sites of one input size or
+    with ``basis=peft``, for RandLoRA without `divide_by_root` or at sites of one number of bases. Other adapters, and
+    the LoRAs that MELoRA, LoRA-Mini and LoRTA become, are for inference: a warning says so, and
+    INFERENCE_ONLY.txt beside the files.
 
     PEFT's own files hold the bases once more for every site; on loading it warns that these copies are missing, and
     does without them.
@@ -56,13 +78,13 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     _check_sites(model, adaptation)
     method = adaptation.method
     if isinstance(method, LoRA):
-        settings, tensors = _lora(method, adaptation)
+        settings, tensors, inference_only = _lora(method, adaptation)
     elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
-        settings, tensors = _low_rank(adaptation)
+        settings, tensors, inference_only = _low_rank(adaptation)
     elif isinstance(method, VeRA):
-        settings, tensors = _vera(method, adaptation, bases)
+        settings, tensors, inference_only = _vera(method, adaptation, bases)
     elif isinstance(method, RandLoRA):
-        settings, tensors = _randlora(method, adaptation, bases)
+        settings, tensors, inference_only = _randlora(method, adaptation, bases)
     else:
         raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
     names = [site.name for site in adaptation.sites]
@@ -79,7 +101,12 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / TENSORS, metadata={"format": "pt"})
-    return sum((folder / name).stat().st_size for name in (CONFIG, TENSORS))
+    (folder / NOTE).unlink(missing_ok=True)
+    if inference_only:
+        note = INFERENCE_ONLY.format(reason=inference_only.format(method=method.name))
+        (folder / NOTE).write_text(note + "\n")
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
+    return sum(file.stat().st_size for name in (CONFIG, TENSORS, NOTE) if (file := folder / name).exists())
 
 
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
@@ -117,7 +144,7 @@ def _low_rank(adaptation: Adaptation) -> Contents:
         tensors |= {f"{PREFIX}{site.name}.lora_A.weight": A, f"{PREFIX}{site.name}.lora_B.weight": B}
         rank = A.shape[0]
         settings = {"r": rank, "lora_alpha": _number(update.scale * rank), "lora_dropout": update.dropout}
-    return Contents({"peft_type": "LORA"} | settings, tensors)
+    return Contents({"peft_type": "LORA"} | settings, tensors, FACTORS_ARE_MADE)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
@@ -126,40 +153,48 @@ def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
         "projection_prng_key": adaptation.seed, "save_projection": bases,
     }  # fmt: skip
     updates = _updates(adaptation, VeRAUpdate)
+    common = _common([update.scale for _, update in updates])
     tensors: dict[str, Tensor] = {}
     if bases:
         A = _shared_matrix([update.basis_A for _, update in updates], method.basis)
         B = _shared_matrix([update.basis_B for _, update in updates], method.basis)
-        tensors |= {f"{SHARED}vera_A": A, f"{SHARED}vera_B": B}
+        tensors |= {f"{SHARED}vera_A": A * common, f"{SHARED}vera_B": B}
     else:
         _check_peft_draws([update.basis_A for _, update in updates], method.basis)
     for site, update in updates:
         tensors[f"{PREFIX}{site.name}.vera_lambda_b"] = update.b
-        tensors[f"{PREFIX}{site.name}.vera_lambda_d"] = update.d * update.scale
-    return Contents(settings, tensors)
+        tensors[f"{PREFIX}{site.name}.vera_lambda_d"] = update.d * (update.scale / common)
+    alike = all(update.scale == common for _, update in updates)
+    return Contents(settings, tensors, "" if alike else SCALES_DIFFER)
 
 
 def _randlora(method: RandLoRA, adaptation: Adaptation, bases: bool) -> Contents:
     rank, alpha = method.rank, 2 * method.rank if method.alpha is None else method.alpha
-    settings = {
-        "peft_type": "RANDLORA", "r": rank, "randlora_alpha": _number(alpha), "randlora_dropout": method.dropout,
-        "projection_prng_key": adaptation.seed, "save_projection": bases,
-    }  # fmt: skip
     updates = _updates(adaptation, RandLoRAUpdate)
+    roots = [update.scale / relative_scale(rank, method.alpha) for _, update in updates]  # 1, or 1/√n
+    common = _common(roots)
+    settings = {
+        "peft_type": "RANDLORA", "r": rank, "randlora_alpha": _number(alpha * common),
+        "randlora_dropout": method.dropout, "projection_prng_key": adaptation.seed, "save_projection": bases,
+    }  # fmt: skip
     tensors: dict[str, Tensor] = {}
-    for site, update in updates:
+    for (site, update), root in zip(updates, roots, strict=True):
         missing = math.ceil(site.small / rank) - len(update.lambda_)
         if missing < 0:
             raise SettingsError(f"{site.name} has {len(update.lambda_)} bases; PEFT has at most {site.small} / {rank}")
         pad = (0, 0, 0, missing)  # PEFT rounds up: bases that we lack do nothing there
-        scaled = update.lambda_ * (update.scale * rank / alpha)  # what PEFT's α / r has not: 1/√n
-        tensors[f"{PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(scaled, pad).T
+        tensors[f"{PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(update.lambda_ * (root / common), pad).T
         tensors[f"{PREFIX}{site.name}.randlora_gamma"] = nn.functional.pad(update.gamma, pad)
     if bases:
         tensors[f"{SHARED}randlora_A"], tensors[f"{SHARED}randlora_B"] = _randlora_bases(rank, updates)
     else:
         _check_peft_draws([update.basis_A for _, update in updates], method.basis)
-    return Contents(settings, tensors)
+    return Contents(settings, tensors, "" if all(root == common for root in roots) else SCALES_DIFFER)
+
+
+def _common(scales: Sequence[float]) -> float:
+    """The one scale of all sites, which PEFT can be given where nothing is trained; 1 if there are several."""
+    return scales[0] if len(set(scales)) == 1 else 1.0
 
 
 def _randlora_bases(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> tuple[Tensor, Tensor]:

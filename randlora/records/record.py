@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
+from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.result import Result, finite, write
 
@@ -34,6 +35,8 @@ class Logger(Protocol):
 
 class Record:
     """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
+
+    Beside them is predictions.json.gz, if that is wished for: see `randlora.records.predictions`.
 
     `writes` is False on every process but the first, and then nothing is written or mirrored, and printed only what
     is to be heard of every process.
@@ -105,6 +108,11 @@ class Record:
         if self.writes:
             self.console.progress(step, steps, text)
 
+    def keep_predictions(self, columns: Mapping[str, list]) -> None:
+        """Writes what was predicted of every test example, by column."""
+        if self.writes:
+            predictions.write_columns(self.folder, columns)
+
     def finish(self, result: Result) -> None:
         """Writes result.json and tells the mirrors."""
         if not self.writes:
@@ -141,6 +149,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
+            return None  # installed inside somebody else's repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -44,6 +44,7 @@ class Result:
         train_seconds: Of the optimisation alone, without evaluation.
         peak_memory_bytes: Of the device, or of the process where there is no accelerator.
         steps: Of the optimiser.
+        selected_step: The step whose parameters are scored and saved, where the best on validation was selected.
         examples: Sizes of the splits, by name.
         versions: Of Python and of the packages that a result depends on.
         commit: Of this code, with ``+`` when the work tree had changes.
@@ -74,6 +75,7 @@ class Result:
     seconds_per_step: float | None = None
     peak_memory_bytes: int | None = None
     steps: int | None = None
+    selected_step: int | None = None
     examples: Mapping[str, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None

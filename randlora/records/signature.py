@@ -11,14 +11,18 @@ from typing import Any
 EXCLUDED_FROM_HASH = {
     "run_root", "data_root", "dry_run", "resume", "tags", "logger",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.save_every", "trainer.evaluation_batch_size",
+    "predictions",
 }  # fmt: skip
+# Settings that came later, with the value that means what was done before: then they are left out of the hash.
+CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation"}
 
 
 def signature(config: Mapping[str, Any], task_version: int = 1) -> str:
     """Twelve hexadecimal digits; equal for configs that differ in settings EXCLUDED_FROM_HASH alone.
 
     A task whose scores have stopped being comparable has a higher version, and so another signature. AdamW with `betas`
-    alone is hashed as it stood before there was a choice, `trainer.betas` and no `optimizer`: old runs are recognised.
+    alone is hashed as it stood before there was a choice, `trainer.betas` and no `optimizer`, and settings that
+    CAME_LATER are hashed where they change something: old runs are recognised.
     """
     settings = _without(_first_form(config), "") | ({"task_version": task_version} if task_version > 1 else {})
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -34,10 +38,14 @@ def _first_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def modern(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's settings as today's: `trainer.betas` become the optimiser's, and no logger is there."""
-    trainer = dict(config["trainer"])
+    """A record's settings as today's: `trainer.betas` become the optimiser's, later ones are there, no logger is."""
+    trainer = dict(config.get("trainer", {}))
     adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
-    return {"optimizer": adamw, **config, "trainer": trainer, "logger": {}}
+    later = {key.partition(".")[2]: value for key, value in CAME_LATER.items()}
+    return {"optimizer": adamw, "predictions": True, **config, "trainer": later | trainer, "logger": {}}
+
+
+_ABSENT = object()
 
 
 def _without(value: Any, path: str) -> Any:
@@ -47,6 +55,7 @@ def _without(value: Any, path: str) -> Any:
             for key, item in value.items()
             # A source's root is the data root again, wherever a task holds it.
             if f"{path}.{key}".lstrip(".") not in EXCLUDED_FROM_HASH
+            and CAME_LATER.get(f"{path}.{key}", _ABSENT) != item
             and not (key == "root" and path.startswith("task."))
         }
     if isinstance(value, list | tuple):

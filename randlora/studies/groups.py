@@ -7,10 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy.stats import ttest_1samp
 
 from randlora.errors import SettingsError
 from randlora.records import Result
+from randlora.records.predictions import example_scores
+from randlora.records.signature import modern
+from randlora.studies.statistics import paired_difference
 
 
 class Cell(NamedTuple):
@@ -84,11 +88,14 @@ def select(results: Sequence[Result], conditions: Sequence[str]) -> list[Result]
     return kept
 
 
+_NO_GROUPS = ("seed", "run_root", "predictions")
+
+
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:
     """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in finished(results):
-        settings = {key: setting for key, setting in result.config.items() if key not in ("seed", "run_root")}
+        settings = {key: setting for key, setting in modern(result.config).items() if key not in _NO_GROUPS}
         names = result.task, result.model, result.method, str(result.task_version)
         groups.setdefault((*names, json.dumps(settings, sort_keys=True)), []).append(result)
     return list(groups.values())
@@ -111,45 +118,59 @@ class Pairs(NamedTuple):
     p: float  # two-sided, of a mean difference of zero
 
 
-def paired(results: Sequence[Result], key: str, first: str, second: str) -> dict[Cell, Pairs]:
-    """Differences ``first - second`` of the headline, seed by seed, by Student's t; nothing is corrected here.
+def paired(results: Sequence[Result], key: str, first: str, second: str, examples: bool = False) -> dict[Cell, Pairs]:
+    """Differences ``first - second`` of the headline, seed by seed; nothing is corrected here.
+
+    By Student's t, which takes the test examples as given; with `examples` by `paired_difference` over seeds and
+    examples, from the predictions of these in the runs' folders.
 
     Args:
         results: Finished or not; only seeds that have both values count.
         key: What the two differ in, as `value` takes it; the method is the same in a pair unless it is this.
+        first, second: Its values.
+        examples: Whether the interval is over seeds and test examples.
 
     Raises:
-        SettingsError: No cell has finished runs of both, a cell has fewer than two seeds with both, or two runs of a
-            cell have the same seed and value.
+        SettingsError: No cell has finished runs of both, a cell has fewer than two seeds with both, two runs of a
+            cell have the same seed and value, or predictions are missing or of other examples.
     """
-    groups: dict[tuple[Cell, str], dict[tuple[str, int], float]] = {}
+    groups: dict[tuple[Cell, str], dict[tuple[str, int], Result]] = {}
     for result in finished(results):
         setting = value(result, key)
         if setting in (first, second):
             group = cell(result), "" if key == "method" else result.method
-            scores = groups.setdefault(group, {})
-            if (setting, result.seed) in scores:
+            runs = groups.setdefault(group, {})
+            if (setting, result.seed) in runs:
                 raise SettingsError(
                     f"{result.path}: a second run of {key}={setting} with this task, model and seed "
                     f"({result.signature}); choose with --only"
                 )
-            scores[setting, result.seed] = percent(result)
+            runs[setting, result.seed] = result
     differences = {}
-    for (where, _), scores in sorted(groups.items(), key=lambda group: group[0][0].order):
-        if {setting for setting, _ in scores} == {first, second}:
-            differences[where] = _difference(where, key, scores, first, second)
+    for (where, _), runs in sorted(groups.items(), key=lambda group: group[0][0].order):
+        if {setting for setting, _ in runs} == {first, second}:
+            differences[where] = _difference(where, key, runs, first, second, examples)
     if not differences:
         raise SettingsError(f"--paired {key}={first},{second}: no task and model has finished runs of both")
     return differences
 
 
-def _difference(where: Cell, key: str, scores: Mapping[tuple[str, int], float], first: str, second: str) -> Pairs:
-    seeds = sorted(seed for setting, seed in scores if setting == first and (second, seed) in scores)
+def _difference(
+    where: Cell, key: str, runs: Mapping[tuple[str, int], Result], first: str, second: str, examples: bool
+) -> Pairs:
+    seeds = sorted(seed for setting, seed in runs if setting == first and (second, seed) in runs)
     if len(seeds) < 2:
         raise SettingsError(
             f"{where.task}, {where.model}: {len(seeds)} seeds have both {key}={first} and {second}; two are needed"
         )
-    columns = [[scores[setting, seed] for seed in seeds] for setting in (first, second)]
+    columns = [[percent(runs[setting, seed]) for seed in seeds] for setting in (first, second)]
+    if examples:
+        scores = [{seed: example_scores(runs[setting, seed]) for seed in seeds} for setting in (first, second)]
+        if len({tuple(of_run) for of_runs in scores for of_run in of_runs.values()}) > 1:
+            raise SettingsError(f"{where.task}, {where.model}: the runs were scored on different test examples")
+        arrays = ({seed: 100 * np.array([*of_run.values()]) for seed, of_run in of_runs.items()} for of_runs in scores)
+        difference = paired_difference(*arrays)
+        return Pairs(columns[0], columns[1], difference.mean, difference.low, difference.high, difference.p)
     points = [score - other for score, other in zip(*columns, strict=True)]
     mean = statistics.mean(points)
     if len(set(points)) == 1:  # no deviation to test against

@@ -135,13 +135,15 @@ def beside_published(results: Sequence[Result], folder: Path) -> str:
     return markdown(names, rows)
 
 
-def differences(results: Sequence[Result], key: str, first: str, others: Sequence[str]) -> str:
+def differences(results: Sequence[Result], key: str, first: str, others: Sequence[str], examples: bool = False) -> str:
     """The score under a value of a setting less that under each of the others, by seed.
 
-    The intervals hold one by one; the last column is the p of a difference of zero, by Holm's correction for all
-    comparisons of the table.
+    The intervals hold one by one, over seeds, or with `examples` over seeds and test examples; the last column is the p
+    of a difference of zero, by Holm's correction for all comparisons of the table.
     """
-    pairs = [(where, other, pair) for other in others for where, pair in paired(results, key, first, other).items()]
+    pairs = [
+        (where, other, pair) for other in others for where, pair in paired(results, key, first, other, examples).items()
+    ]
     pairs.sort(key=lambda row: row[0].order)
     rows = [
         [

@@ -34,11 +34,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Splits:
-    """What is learned from, what chooses between settings, and what is only reported."""
+    """What is learned from, what chooses between settings, and what is only reported.
+
+    `labelled` is the validation set encoded as for training, where the task's loss needs that: its scores have none.
+    """
 
     train: Split
     validation: Split
     test: Split
+    labelled: Split | None = None
 
 
 class Bound(NamedTuple):

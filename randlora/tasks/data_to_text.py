@@ -103,7 +103,8 @@ class Meanings:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         meaning = self.meanings[index]
-        return {"meaning_representation": meaning, "references": self.references[meaning]}
+        references = self.references[meaning]
+        return {"meaning_representation": meaning, "references": references, "reference": references[0]}
 
     def column(self, name: str) -> np.ndarray:
         return np.array({"meaning_representation": self.meanings}[name])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.loader import Encoder, Item
+from randlora.data.loader import Encoder, Item, Split
 from randlora.data.texts import pad, pad_inputs
 from randlora.models.base import Backbone
-from randlora.tasks.base import Batch, Bound, Task
+from randlora.tasks.base import Batch, Bound, Budget, Splits, Task
 from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
 from randlora.tasks.mixins import KnownShapes, UnequalExamples
 
@@ -64,6 +64,11 @@ class LanguageModelTask(KnownShapes, UnequalExamples, Task):
 
     def bind(self, backbone: Backbone) -> Bound:
         return Bound(LanguageModel(backbone))
+
+    def splits(self, backbone: Backbone, budget: Budget) -> Splits:
+        splits = super().splits(backbone, budget)
+        held = splits.validation
+        return replace(splits, labelled=Split(held.table, held.rows, self.encoder(backbone, training=True)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["inputs"], batch["positions"], batch["targets"])

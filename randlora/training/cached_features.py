@@ -40,7 +40,7 @@ def cache_features(
             return split
         batches = once(split, device, settings.evaluation_batch_size, settings.workers, observer.say)
         with attention_rule(device.type, precision), autocast(device.type, precision):
-            features = CachedFeatures([frozen(batch) for batch in batches])
+            features = CachedFeatures([{**frozen(batch), "row": batch["row"]} for batch in batches])
         return Split(features, np.arange(len(features)), features)
 
     return Splits(cached(splits.train), cached(splits.validation), cached(splits.test))

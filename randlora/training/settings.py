@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from randlora.data.loader import Split
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.tasks.base import Task
-from randlora.training.evaluate import evaluate
+from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.schedule import check_schedule
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class Settings:
         max_grad_norm: Gradients are clipped to this norm, all together; None: not at all.
         precision: fp32, or bf16 for autocast; trained tensors stay float32.
         evaluate_every: Steps between scores on the validation set; None: none while training.
+        select: The parameters that a run ends with: ``last``, or ``best``, those of lowest validation loss among every
+            `evaluate_every` steps and the last one, the first of equals.
+        sampling: How training examples are drawn: ``permutation``, each once an epoch, or ``replacement``.
         save_every: Steps between checkpoints; None: one when interrupted.
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
@@ -72,6 +75,8 @@ class Settings:
     max_grad_norm: float | None = 1.0
     precision: str = "fp32"
     evaluate_every: int | None = None
+    select: str = "last"
+    sampling: str = "permutation"
     save_every: int | None = None
     log_every: int = 10
     device: str = "auto"
@@ -95,6 +100,10 @@ class Settings:
         check_schedule(self.schedule, self.warmup, self.final_rate)
         check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("trainer.sampling", self.sampling, ("permutation", "replacement"))
+        check_choice("trainer.select", self.select, ("last", "best"))
+        if self.select == "best" and self.evaluate_every is None:
+            raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size."""
@@ -120,7 +129,19 @@ class Settings:
         self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
     ) -> dict[str, float]:
         """`randlora.training.evaluate.evaluate` with these settings."""
-        return evaluate(
-            task, model, split, accelerator, batch_size=self.evaluation_batch_size, workers=self.workers,
-            precision=self.precision, say=observer.say,
-        )  # fmt: skip
+        return evaluate(task, model, split, accelerator, **self._scoring(), say=observer.say)
+
+    def predictions(
+        self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
+    ) -> dict[str, list]:
+        """`randlora.training.evaluate.predictions` with these settings."""
+        return predictions(task, model, split, accelerator, **self._scoring(), say=observer.say)
+
+    def mean_loss(
+        self, task: Task, model: nn.Module, split: Split, observer: Observer, accelerator: Accelerator
+    ) -> float:
+        """`randlora.training.evaluate.mean_loss` with these settings."""
+        return mean_loss(task, model, split, accelerator, **self._scoring(), say=observer.say)
+
+    def _scoring(self) -> dict[str, Any]:
+        return {"batch_size": self.evaluation_batch_size, "workers": self.workers, "precision": self.precision}

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from randlora.adapters.core import cached, relative_norms, require_adaptation
+from randlora.adapters.core import cached, require_adaptation
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
-from randlora.tasks.base import Batch, Bound, Splits, Task
-from randlora.tasks.mixins import UnequalExamples
+from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import checkpoint
-from randlora.training.evaluate import to_device
+from randlora.training.best_step import BestStep
+from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.schedule import rate_factor
@@ -42,11 +42,15 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Fit:
-    """What a finished training took; seconds are without evaluation and checkpoints."""
+    """What a finished training took; seconds are without evaluation and checkpoints.
+
+    `selected_step` is the step whose parameters the model now has, where the best was to be selected.
+    """
 
     steps: int
     train_seconds: float
     seconds_per_step: float
+    selected_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Trainer(Settings):
             bound: What the task made of the adapted model.
             splits: The training split is learned from; the validation split is scored every `evaluate_every` steps.
             seed: Of the order of the data and of dropout.
-            folder: Where checkpoints are.
+            folder: Where checkpoints are, and the best parameters so far.
             observer: Hears of losses, scores and progress.
             accelerator: The device and the processes.
             optimizer: None for AdamW.
@@ -72,7 +76,7 @@ class Trainer(Settings):
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
             Interrupted: When a signal asked for it, after a checkpoint.
-            SettingsError: When there is nothing to train.
+            SettingsError: When there is nothing to train, or the best step to select and no validation loss.
         """
         loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer())
         return loop.fit()
@@ -103,6 +107,9 @@ class Loop:
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(self.plain)
         self.steps = trainer.steps(len(splits.train))
+        self.best = BestStep(folder, self.trained) if trainer.select == "best" else None
+        if self.best and not len(splits.validation):
+            raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
         self.stop = StopRequest()
 
@@ -114,10 +121,13 @@ class Loop:
             state = checkpoint.restore(resumable, self.kept, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
             self.observer.say(f"going on from step {start} of {self.steps}")
+        elif self.best and self.accelerator.is_main_process:
+            self.best.forget()
         with self.stop:
             seconds = self.train(start, seconds)
+        selected = self.restore_best(self.best) if self.best else None
         self.adaptation.method.finish(self.adaptation.updates.values())
-        return Fit(self.steps, seconds, seconds / self.steps)
+        return Fit(self.steps, seconds, seconds / self.steps, selected)
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
@@ -132,17 +142,36 @@ class Loop:
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, factor * settings.learning_rate)
-            if self._due(settings.evaluate_every, done):
-                validation = self.splits.validation
-                scores = settings.evaluate(self.task, self.plain, validation, self.observer, self.accelerator)
-                scores = prefixed("validation", scores) | norms(self.plain)
-                self.observer.log(scores, done)
-                self.observer.say(f"step {done}: {brief(scores)}")
+            if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
+                self.validate(done)
             if self.stop.came or self._due(settings.save_every, done):
                 self._save(done, seconds)
             if self.stop.came:
                 raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
         return seconds
+
+    def validate(self, done: int) -> None:
+        """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
+        about = self.observer, self.accelerator
+        scores = self.settings.evaluate(self.task, self.plain, self.splits.validation, *about)
+        if self.best and self.splits.labelled is not None:
+            scores |= {"loss": self.settings.mean_loss(self.task, self.plain, self.splits.labelled, *about)}
+        named = prefixed("validation", scores) | norms(self.plain)
+        self.observer.log(named, done)
+        self.observer.say(f"step {done}: {brief(named)}")
+        if self.best:
+            if self.accelerator.is_main_process:
+                self.best.consider(done, scores)
+            self.accelerator.wait_for_everyone()
+
+    def restore_best(self, best: BestStep) -> int:
+        """Gives the model its best parameters; returns their step."""
+        try:
+            step, loss = best.restore()
+        except FileNotFoundError as error:
+            raise Diverged("trainer.select=best: the validation loss was never finite") from error
+        self.observer.say(f"selected step {step} of {self.steps}, with a validation loss of {loss:.4g}")
+        return step
 
     def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
@@ -186,7 +215,8 @@ class Loop:
         """This process's micro-batches of every step from `start` to the end."""
         settings, process = self.settings, self.accelerator
         steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
-        keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world)
+        replacement = settings.sampling == "replacement"
+        keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world, replacement)
         return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
 
     def _due(self, every: int | None, done: int) -> bool:
@@ -212,28 +242,3 @@ class Loop:
             return list(values)
         reduced: Any = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
         return reduced.tolist()
-
-
-def terms(task: Task, batch: Batch) -> int:
-    """How many terms the mean of a batch's loss is over, so that micro-batches add up to their step's mean."""
-    return task.terms(batch) if isinstance(task, UnequalExamples) else _rows(batch)
-
-
-def _rows(batch: Any) -> int:
-    return len(batch) if isinstance(batch, torch.Tensor) else _rows(next(iter(batch.values())))
-
-
-def norms(model: nn.Module) -> dict[str, float]:
-    """Mean and largest ‖ΔW‖ / ‖W0‖ over the adapted layers."""
-    values = list(relative_norms(model).values())
-    return {"update/relative_norm_mean": sum(values) / len(values), "update/relative_norm_max": max(values)}
-
-
-def prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics as records name them, ``split/metric``."""
-    return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
-def brief(metrics: dict[str, float]) -> str:
-    """Metrics on one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
