@@ -21,10 +21,10 @@ def pair(**options):  # type: ignore[no-untyped-def]
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.normal_(std=0.3)
-    opened = copy.deepcopy(original)
-    unfuse_attention(opened)
-    assert not isinstance(opened[0], nn.MultiheadAttention)
-    return original[0], opened[0]
+    unfused = copy.deepcopy(original)
+    unfuse_attention(unfused)
+    assert not isinstance(unfused[0], nn.MultiheadAttention)
+    return original[0], unfused[0]
 
 
 def masks() -> dict:
@@ -48,11 +48,11 @@ def masks() -> dict:
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_equals_the_original(mask: str, need_weights: bool, batch_first: bool) -> None:
-    original, opened = pair(batch_first=batch_first)
+    original, unfused = pair(batch_first=batch_first)
     x = values(BATCH, LENGTH, WIDTH) if batch_first else values(LENGTH, BATCH, WIDTH)
     torch.manual_seed(1)
     options = masks()[mask] | {"need_weights": need_weights}
-    (expected, weights), (output, ours) = original(x, x, x, **options), opened(x, x, x, **options)
+    (expected, weights), (output, ours) = original(x, x, x, **options), unfused(x, x, x, **options)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     assert (weights is None) == (ours is None)
     if weights is not None:
@@ -60,32 +60,32 @@ def test_equals_the_original(mask: str, need_weights: bool, batch_first: bool) -
 
 
 def test_different_inputs_unbatched_and_without_bias() -> None:
-    original, opened = pair(batch_first=True)
+    original, unfused = pair(batch_first=True)
     q, k, v = values(2, 5, WIDTH), values(2, 6, WIDTH), values(2, 6, WIDTH)
     for options in ({}, {"average_attn_weights": False}):
-        for ours, expected in zip(opened(q, k, v, **options), original(q, k, v, **options), strict=True):
+        for ours, expected in zip(unfused(q, k, v, **options), original(q, k, v, **options), strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     x = values(5, WIDTH)
-    for ours, expected in zip(opened(x, x, x), original(x, x, x), strict=True):
+    for ours, expected in zip(unfused(x, x, x), original(x, x, x), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-    original, opened = pair(bias=False)
-    torch.testing.assert_close(opened(q, q, q)[0], original(q, q, q)[0], rtol=0, atol=1e-12)
+    original, unfused = pair(bias=False)
+    torch.testing.assert_close(unfused(q, q, q)[0], original(q, q, q)[0], rtol=0, atol=1e-12)
 
 
 def test_gradients_reach_the_projections() -> None:
-    original, opened = pair(batch_first=True)
+    original, unfused = pair(batch_first=True)
     x = values(BATCH, LENGTH, WIDTH)
     original(x, x, x, need_weights=False)[0].square().sum().backward()
-    opened(x, x, x, need_weights=False)[0].square().sum().backward()
-    torch.testing.assert_close(opened.in_proj.weight.grad, original.in_proj_weight.grad, rtol=1e-10, atol=1e-12)
+    unfused(x, x, x, need_weights=False)[0].square().sum().backward()
+    torch.testing.assert_close(unfused.in_proj.weight.grad, original.in_proj_weight.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_is_on_in_training_alone() -> None:
-    _, opened = pair(batch_first=True, dropout=0.5)
+    _, unfused = pair(batch_first=True, dropout=0.5)
     x = values(BATCH, LENGTH, WIDTH)
-    assert torch.equal(opened(x, x, x, need_weights=False)[0], opened(x, x, x, need_weights=False)[0])
-    opened.train()
-    assert not torch.equal(opened(x, x, x, need_weights=False)[0], opened(x, x, x, need_weights=False)[0])
+    assert torch.equal(unfused(x, x, x, need_weights=False)[0], unfused(x, x, x, need_weights=False)[0])
+    unfused.train()
+    assert not torch.equal(unfused(x, x, x, need_weights=False)[0], unfused(x, x, x, need_weights=False)[0])
 
 
 def test_fused_again_it_is_the_original() -> None:

@@ -25,7 +25,7 @@ few_and_many = pytest.mark.parametrize("tokens", [3, 900])
 
 
 def net(method: Method) -> nn.Module:
-    """Square, tall and wide maps, adapted, with trained numbers away from their start."""
+    """Square, tall and wide maps, adapted, with trained parameters away from their start."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 80), nn.Tanh(), nn.Linear(80, 32))
     randlora.adapt(model, method, ["*"])

@@ -66,7 +66,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
 
 
 def closed_form(method: Method, site: Site) -> int:
-    """Trained numbers of a site, by the papers' formulas."""
+    """Trained parameters of a site, by the papers' formulas."""
     small, total = min(site.out_features, site.in_features), site.out_features + site.in_features
     if isinstance(method, LoRA):
         return method.rank * total
@@ -99,7 +99,7 @@ def closed_form(method: Method, site: Site) -> int:
 
 
 def claimed_rank(method: Method, site: Site) -> int:
-    """The rank of ΔW for trained numbers in general position."""
+    """The rank of ΔW for trained parameters in general position."""
     small = min(site.out_features, site.in_features)
     if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA):
         return min(method.rank, small)

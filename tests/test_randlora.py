@@ -20,7 +20,7 @@ WAYS = list(itertools.product((TOKENS, WEIGHT), repeat=3))
 
 
 def update_of(shape: tuple[int, int], method, dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
-    """A single adapted linear with random trained numbers, and its update."""
+    """A single adapted linear with random trained parameters, and its update."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(shape[1], shape[0]))
     randlora.adapt(model, method, ["0"])
