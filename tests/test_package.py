@@ -14,7 +14,6 @@ import pytest
 
 from conftest import REPOSITORY
 
-
 # PYTHONPATH would show pip, and the wheel's programs, the clone.
 VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
