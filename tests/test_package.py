@@ -14,6 +14,9 @@ import pytest
 
 from conftest import REPOSITORY
 
+# PYTHONPATH would show pip, and the wheel's programs, the clone.
+VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,11 +33,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(REPOSITORY / name, sources)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, sources], check=True)
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, sources], check=True, env=VARIABLES)
     venv.create(folder / "venv", symlinks=True)
     (wheel,) = folder.glob("randlora-*.whl")
     python = folder / "venv" / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", *offline, wheel], check=True)
+    subprocess.run([*pip, "--python", python, "install", *offline, wheel], check=True, env=VARIABLES)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "heavy.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
@@ -45,9 +48,8 @@ def run(environment: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs a program of the environment in an empty folder and gives what it prints."""
 
     def run(program: str, *arguments: str) -> str:
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         command = [environment / program, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=VARIABLES, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -333,6 +333,22 @@ def test_schedules() -> None:
     assert rate_factor(99, steps, "constant", 0.0, 0.0) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"schedule": "step"}, "trainer.schedule='step': choose one of cosine, linear, constant"),
+        ({"warmup": -1}, "trainer.warmup=-1: must be a number of at least 0"),
+        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and below 1.0001"),
+        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and below 1.0001"),
+    ],
+)
+def test_schedules_that_cannot_be_followed_are_a_sentence(changes: dict, sentence: str) -> None:
+    trainer_of(warmup=0, final_rate=1.0)
+    with pytest.raises(SettingsError) as caught:
+        trainer_of(**changes)
+    assert str(caught.value) == sentence
+
+
 def test_head_and_updates_have_rates_of_their_own(tmp_path: Path) -> None:
     class Headed(nn.Module):
         def __init__(self) -> None:
