@@ -134,7 +134,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         record.say(f"before training: {brief(metrics)}")
     fit = trainer.fit(
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
-        optimizer=experiment.optimizer,
+        optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
     )  # fmt: skip
     metrics |= scores("validation", "validation")
     columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)

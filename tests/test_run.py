@@ -20,7 +20,7 @@ from randlora.data.sources import ArrayImages
 from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.experiment import Experiment
 from randlora.models import OpenClip
-from randlora.plan import counts
+from randlora.plan import counts, lengths
 from randlora.records.predictions import example_scores, read_columns
 from randlora.records.result import Result
 from randlora.records.tensorboard import TensorBoard
@@ -164,6 +164,27 @@ def test_behind_a_frozen_tower_every_image_is_decoded_once(
     anew = result_of(start(tmp_path / "anew", *overrides)[1])
     assert len(decoded) > 50 + 3 * 8 + 10 + 20 - 1
     assert kept["metrics"] == pytest.approx(anew["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", FROZEN_TOWERS)
+def test_damaged_images_do_not_shorten_a_run(
+    overrides: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the dry run, which knows nothing of damage; 20 images in batches of 1, three of them unreadable."""
+    read, digits = ArrayImages.__getitem__, 1797 - 397
+
+    def damaged(table: ArrayImages, index: int) -> object:
+        if len(table) == digits and index in broken:
+            raise OSError("cut short")
+        return read(table, index)
+
+    length = ("trainer.max_steps=null", "trainer.epochs=1", "trainer.batch_size=1", "task.unreadable=0.2")
+    experiment = Experiment.from_config(settings(f"run_root={tmp_path}", *SHORT, *overrides, *length))
+    rows = experiment.task.splits(experiment.model.load(), experiment.budget).train.rows
+    broken = set(rows[:3].tolist())
+    monkeypatch.setattr(ArrayImages, "__getitem__", damaged)
+    assert run(experiment, "as: given\n").code == FINISHED
+    assert result_of(experiment)["steps"] == lengths(experiment)["steps"] == 20
 
 
 def test_augmented_images_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ class Trainer(Settings):
 
     def fit(
         self, task: Task, bound: Bound, splits: Splits, *, seed: int, folder: Path, observer: Observer,
-        accelerator: Accelerator, optimizer: Optimizer | None = None,
+        accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None,
     ) -> Fit:  # fmt: skip
         """Trains an adapted model with its head; goes on from a checkpoint in `folder`, if there is one.
 
@@ -72,13 +72,14 @@ class Trainer(Settings):
             observer: Hears of losses, scores and progress.
             accelerator: The device and the processes.
             optimizer: None for AdamW.
+            steps: How many; None for what the settings make of the training split's length.
 
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
             Interrupted: When a signal asked for it, after a checkpoint.
             SettingsError: When there is nothing to train, or the best step to select and no validation loss.
         """
-        loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer())
+        loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps)
         return loop.fit()
 
 
@@ -87,7 +88,7 @@ class Loop:
 
     def __init__(
         self, trainer: Trainer, task: Task, bound: Bound, splits: Splits, seed: int, folder: Path, observer: Observer,
-        accelerator: Accelerator, optimizer: Optimizer,
+        accelerator: Accelerator, optimizer: Optimizer, steps: int | None = None,
     ):  # fmt: skip
         self.settings, self.task, self.splits, self.seed = trainer, task, splits, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
@@ -106,7 +107,7 @@ class Loop:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(self.plain)
-        self.steps = trainer.steps(len(splits.train))
+        self.steps = steps or trainer.steps(len(splits.train))
         self.best = BestStep(folder, self.trained) if trainer.select == "best" else None
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
