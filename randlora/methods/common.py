@@ -13,7 +13,7 @@ from torch import Tensor
 
 from randlora.adapters.interface import Frozen, Site, Update
 from randlora.adapters.quantization import is_quantised
-from randlora.bases import DenseMap, Map, SparseMap, depends_on_size
+from randlora.bases import DenseMap, Map, SparseMap, depends_on_size, draw
 from randlora.errors import check_count, check_positive, check_range
 
 # The planners' constants by class of device, as scripts/calibrate.py writes them; other devices take the CPU's. Those
@@ -43,6 +43,13 @@ def check_low_rank(method: LowRank) -> None:
 def relative_scale(rank: int, alpha: float | None) -> float:
     """alpha / rank, where alpha None means 2·rank."""
     return 2.0 if alpha is None else alpha / rank
+
+
+def uniform_start(rows: int, columns: int, *key: str | int, device: torch.device) -> Tensor:
+    """Starting values (rows, columns) on the device, uniform within ±√3, drawn by `key`; no values on meta."""
+    if device.type == "meta":
+        return torch.empty(rows, columns, device=device)
+    return draw(rows, columns, *key).to(device)
 
 
 def sharing(sites: Sequence[Site], basis: str, size: Callable[[Site], int | tuple[int, int]]) -> list[list[Site]]:

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.bases import draw
-from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale
+from randlora.adapters.interface import Context, Method, Site, Update
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -35,22 +33,16 @@ class LoRA(Method):
         return {site.name: LoRAUpdate(site, self.rank, scale, self.dropout, context) for site in sites}
 
 
-class LoRAUpdate(Update):
+class LoRAUpdate(LowRankUpdate):
     """The update of one site."""
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float, context: Context):
         super().__init__()
         self.scale, self.dropout = scale, dropout
         device = context.device
-        if device.type == "meta":
-            start = torch.empty(rank, site.in_features, device="meta")
-        else:
-            start = draw(rank, site.in_features, "lora.A", site.name, context.seed)  # uniform within ±√3
-        self.A = nn.Parameter(start.to(device) / math.sqrt(3 * site.in_features))
+        start = uniform_start(rank, site.in_features, "lora.A", site.name, context.seed, device=device)
+        self.A = nn.Parameter(start / math.sqrt(3 * site.in_features))
         self.B = nn.Parameter(torch.zeros(site.out_features, rank, device=device))
 
-    def delta(self, weight: Tensor) -> Tensor:
-        return self.scale * (self.B @ self.A)
-
-    def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        return low_rank_linear(x, base, F.dropout(x, self.dropout, self.training), self.A, self.B, self.scale)
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Update
-from randlora.bases import Basis, draw
+from randlora.bases import Basis
 from randlora.errors import SettingsError, check_count
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,10 @@ class LoRAMiniUpdate(LowRankUpdate):
         self.scale, self.dropout = relative_scale(method.rank, method.alpha), method.dropout
         self.out_features, self.in_features = site.out_features, site.in_features
         self.basis_C, self.basis_D = C, D
-        if context.device.type == "meta":
-            start = torch.empty(method.rank, method.inner_in, device="meta")
-        else:
-            start = draw(method.rank, method.inner_in, "loramini.A", site.name, context.seed)  # uniform within ±√3
-        self.A = nn.Parameter(start.to(context.device) / math.sqrt(3 * method.inner_in))
-        self.B = nn.Parameter(torch.zeros(method.inner_out, method.rank, device=context.device))
+        device, key = context.device, ("loramini.A", site.name, context.seed)
+        start = uniform_start(method.rank, method.inner_in, *key, device=device)
+        self.A = nn.Parameter(start / math.sqrt(3 * method.inner_in))
+        self.B = nn.Parameter(torch.zeros(method.inner_out, method.rank, device=device))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         inner_in, inner_out = self.A.shape[1], self.B.shape[0]

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.positions import Position, position
-from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,8 @@ class CPTensor(nn.Module):
         super().__init__()
 
         def uniform(name: str, rows: int, bound: float) -> nn.Parameter:
-            if context.device.type == "meta":
-                return nn.Parameter(torch.empty(rows, rank, device="meta"))
-            start = draw(rows, rank, f"lorta.{name}", context.seed)  # uniform within ±√3
-            return nn.Parameter(start.to(context.device) * (bound / math.sqrt(3)))
+            start = uniform_start(rows, rank, f"lorta.{name}", context.seed, device=context.device)
+            return nn.Parameter(start * (bound / math.sqrt(3)))
 
         self.A = uniform("A", grid.width, 1 / math.sqrt(rank))
         self.B = nn.Parameter(torch.zeros(rank, grid.head_width, device=context.device))

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.bases import draw
 from randlora.errors import SettingsError, check_choice, check_count
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale
+from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
 from randlora.rng import permutation
 
 
@@ -60,11 +59,8 @@ class MELoRAUpdate(LowRankUpdate):
         super().__init__()
         n, r, width = method.parts, method.rank, site.in_features // method.parts
         self.scale, self.dropout = relative_scale(r, method.alpha), method.dropout
-        if device.type == "meta":
-            start = torch.empty(n * r, width, device="meta")
-        else:
-            start = draw(n * r, width, "melora.A", site.name, seed)  # uniform within ±√3
-        self.A = nn.Parameter((start.to(device) / math.sqrt(3 * width)).view(n, r, width))
+        start = uniform_start(n * r, width, "melora.A", site.name, seed, device=device)
+        self.A = nn.Parameter((start / math.sqrt(3 * width)).view(n, r, width))
         self.B = nn.Parameter(torch.zeros(n, site.out_features // n, r, device=device))
         orders = {"inputs": site.in_features, "outputs": site.out_features}
         for name, size in orders.items():
