@@ -18,40 +18,40 @@ Texts = Sequence[str]
 References = Sequence[Sequence[str]]
 
 
-def scores(made: Texts, references: References) -> dict[str, float]:
+def scores(generated: Texts, references: References) -> dict[str, float]:
     """BLEU (of 100), NIST, ROUGE-L, CIDEr, and METEOR where it can run, of texts with a list of references each."""
     metrics: dict[str, Callable[[Texts, References], float]] = {
         "bleu": bleu, "nist": nist, "rouge_l": rouge_l, "cider": cider,
     }  # fmt: skip
     if meteor_is_missing() is None:
         metrics["meteor"] = meteor
-    return {name: metric(made, references) for name, metric in metrics.items()}
+    return {name: metric(generated, references) for name, metric in metrics.items()}
 
 
-def bleu(made: Texts, references: References) -> float:
+def bleu(generated: Texts, references: References) -> float:
     """Corpus BLEU-4, lower case, mteval-13a's tokens, of 100."""
     from sacrebleu import corpus_bleu
 
     most = max(map(len, references))
-    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    return corpus_bleu(list(made), streams, lowercase=True).score  # type: ignore[arg-type]
+    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    return corpus_bleu(list(generated), columns, lowercase=True).score  # type: ignore[arg-type]
 
 
-def nist(made: Texts, references: References, order: int = 5) -> float:
+def nist(generated: Texts, references: References, order: int = 5) -> float:
     """Corpus NIST: mean information of the n-grams that match, 1 to 5, with its brevity penalty."""
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     tokens = Tokenizer13a()
     split = lambda text: tokens(text).lower().split()  # noqa: E731
-    outputs, allowed = [split(text) for text in made], [[split(text) for text in refs] for refs in references]
+    outputs, allowed = [split(text) for text in generated], [[split(text) for text in refs] for refs in references]
     seen = sum((_ngrams(ref, n) for refs in allowed for ref in refs for n in range(1, order + 1)), Counter())
     seen[()] = sum(len(ref) for refs in allowed for ref in refs)
     total = 0.0
     for n in range(1, order + 1):
         gained = 0.0
         for output, refs in zip(outputs, allowed, strict=True):
-            found = _ngrams(output, n) & _union(_ngrams(ref, n) for ref in refs)
-            gained += sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in found.items())
+            shared = _ngrams(output, n) & _union(_ngrams(ref, n) for ref in refs)
+            gained += sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in shared.items())
         total += gained / max(1, sum(len(output) - n + 1 for output in outputs))
     length = sum(map(len, outputs)) / sum(sum(map(len, refs)) / len(refs) for refs in allowed)
     if not length:
@@ -59,22 +59,22 @@ def nist(made: Texts, references: References, order: int = 5) -> float:
     return total * math.exp(math.log(0.5) * (math.log(min(1.0, length)) / math.log(1.5)) ** 2)
 
 
-def rouge_l(made: Texts, references: References, beta: float = 1.2) -> float:
+def rouge_l(generated: Texts, references: References, beta: float = 1.2) -> float:
     """Mean F of the longest common subsequence, of the best precision and the best recall over the references."""
     total = 0.0
-    for text, refs in zip(made, references, strict=True):
+    for text, refs in zip(generated, references, strict=True):
         output = words(text)
         common = [(_common_subsequence(output, ref), len(ref)) for ref in map(words, refs)]
         precision = max(length for length, _ in common) / max(1, len(output))
         recall = max(length / max(1, size) for length, size in common)
         if precision and recall:
             total += (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
-    return total / len(made)
+    return total / len(generated)
 
 
-def cider(made: Texts, references: References, order: int = 4, sigma: float = 6.0) -> float:
+def cider(generated: Texts, references: References, order: int = 4, sigma: float = 6.0) -> float:
     """CIDEr-D: clipped cosine of tf-idf n-gram vectors, 1 to 4, damped by the difference in length, times 10."""
-    outputs = [words(text) for text in made]
+    outputs = [words(text) for text in generated]
     allowed = [[words(text) for text in refs] for refs in references]
     documents = Counter(
         gram for refs in allowed for gram in {g for ref in refs for n in range(1, order + 1) for g in _ngrams(ref, n)}
@@ -102,7 +102,7 @@ def cider(made: Texts, references: References, order: int = 4, sigma: float = 6.
     return 10 * total / len(outputs)
 
 
-def meteor(made: Texts, references: References) -> float:
+def meteor(generated: Texts, references: References) -> float:
     """METEOR 1.5 for English. RuntimeError where `meteor_is_missing` has a reason."""
     reason = meteor_is_missing()
     if reason:
@@ -110,7 +110,7 @@ def meteor(made: Texts, references: References) -> float:
     from pycocoevalcap.meteor.meteor import Meteor
 
     join = lambda text: " ".join(words(text))  # noqa: E731
-    outputs = {i: [join(text)] for i, text in enumerate(made)}
+    outputs = {i: [join(text)] for i, text in enumerate(generated)}
     score, _ = Meteor().compute_score({i: [join(text) for text in refs] for i, refs in enumerate(references)}, outputs)
     return float(score)
 

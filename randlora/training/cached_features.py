@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,8 @@ def cache_features(
             features = CachedFeatures([{**frozen(batch), "row": batch["row"]} for batch in batches])
         return Split(features, np.arange(len(features)), features)
 
-    return Splits(cached(splits.train), cached(splits.validation), cached(splits.test))
+    train, validation, test = (cached(split) for split in (splits.train, splits.validation, splits.test))
+    return replace(splits, train=train, validation=validation, test=test)
 
 
 class CachedFeatures(Encoder):
