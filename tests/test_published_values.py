@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,26 @@ def test_loras_first_factor_is_kaimings() -> None:
     assert update.A.std().item() == pytest.approx(1 / math.sqrt(3 * INTO), rel=0.03)
     assert update.A.mean().abs() < 0.005
     assert not update.B.any()
+
+
+def test_loras_start_belongs_to_the_seed_and_the_site() -> None:
+    """Recorded from the code of the day this test was written: the same seeds start from the same bits ever after."""
+    model = nn.Sequential(OrderedDict(first=nn.Linear(3, 5), last=nn.Linear(3, 5)))
+    randlora.adapt(model, LoRA(rank=2), ["first", "last"], seed=7)
+    recorded = {
+        "first": [[-0.3307915, -0.2158582, -0.1064616], [0.4263180, -0.3564031, -0.1907210]],
+        "last": [[-0.4516095, 0.4895923, -0.4202093], [0.5010504, 0.1967137, -0.3731422]],
+    }
+    for site, start in recorded.items():
+        torch.testing.assert_close(model.get_submodule(site).updates[0].A, torch.tensor(start), rtol=0, atol=6e-8)
+
+
+def test_lora_draws_nothing_for_a_model_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("randlora.methods.lora.draw", None)
+    model = nn.Sequential(nn.Linear(INTO, OUT, device="meta"))
+    randlora.adapt(model, LoRA(rank=4), ["0"])
+    shapes = {name: (p.shape, p.device.type) for name, p in model[0].updates[0].named_parameters()}
+    assert shapes == {"A": ((4, INTO), "meta"), "B": ((OUT, 4), "meta")}
 
 
 def test_loras_scale_is_alpha_over_rank() -> None:
