@@ -331,6 +331,8 @@ def test_schedules() -> None:
     assert rate_factor(100, steps, "cosine", 0.0, 0.01) == pytest.approx(0.01)
     assert rate_factor(50, steps, "linear", 0.0, 0.0) == pytest.approx(0.5)
     assert rate_factor(99, steps, "constant", 0.0, 0.0) == 1.0
+    assert rate_factor(0, steps, "linear", 1, 0.0) == 1.0  # a warm-up of one step, not of all
+    assert rate_factor(10, 10, "linear", 9, 0.25) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
