@@ -13,12 +13,11 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
 from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.overrides import explained
 
 
 def main() -> int:
@@ -43,11 +42,10 @@ def main() -> int:
     if os.environ.get(ALLOW):
         sys.path.append(os.getcwd())  # a module of the user's own lies where the command is given
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        from randlora.overrides import explain
-
-        print(f"error: {explain(error)}", file=sys.stderr)
+        with explained():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
         return WRONG_SETTINGS
     finally:
         _end_process_group()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randlora.errors import SettingsError
+from randlora.overrides import explained
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,27 +38,21 @@ def settings(*overrides: str) -> dict[str, Any]:
     where the overrides do not compose.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from randlora.overrides import explain
 
     register_resolvers()
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return plain(compose("train", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise SettingsError(explain(error)) from error
+    with explained(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return plain(compose("train", overrides=list(overrides)))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """A composed config as dicts, lists and scalars, interpolations resolved.
 
-    Raises OmegaConf's errors where an interpolation cannot be resolved or a value is missing.
+    Raises SettingsError where an interpolation cannot be resolved or a value is missing.
     """
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    with explained():
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def build(config: object) -> Any:

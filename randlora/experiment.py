@@ -17,6 +17,11 @@ from randlora.records.signature import signature
 from randlora.tasks.base import Bound, Budget, Task
 from randlora.training import Optimizer, Trainer
 
+SETTINGS = (
+    "method", "model", "task", "trainer", "optimizer", "logger", "seed", "targets", "shots", "fraction", "run_root",
+    "data_root", "dry_run", "predictions", "resume", "tags",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -43,6 +48,11 @@ class Experiment:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Experiment:
         """From composed settings; SettingsError with one sentence for whatever is wrong."""
+        for name in config:
+            check_choice("setting", name, SETTINGS)  # a key that nothing reads would be ignored
+        for name in SETTINGS:
+            if name not in config:
+                raise SettingsError(f"{name} must be given: add {name}=VALUE")
         method, model, task, trainer, optimizer = (
             _part(config, name, base)
             for name, base in (
@@ -53,6 +63,10 @@ class Experiment:
         for name in ("resume", "predictions"):
             check_choice(name, config[name], (True, False))
         check_choice("dry_run", config["dry_run"], (True, False, "json"))
+        for name, allowed in (("run_root", str), ("data_root", str | None), ("tags", list)):
+            if not isinstance(config[name], allowed):
+                shape = "a list such as [first,second]" if allowed is list else "a folder"
+                raise SettingsError(f"{name}={config[name]!r}: must be {shape}")
         budget = Budget(config["seed"], config["shots"], config["fraction"])
         patterns = model.patterns(config["targets"])
         task.check_model(model)

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from randlora.errors import SettingsError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raises SettingsError, in one sentence, for what Hydra and OmegaConf refuse inside."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(explain(error)) from error
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        raise SettingsError("a group such as task takes the name of an option: task=digits; see --help") from error
 
 
 def explain(error: BaseException) -> str:
@@ -24,9 +43,9 @@ def explain(error: BaseException) -> str:
         names = [str(name) for name in parent or () if name not in ("_target_", "hydra")]
         where = full_key.rpartition(".")[0] or "the command line"
         return f"{full_key}: no such setting; {where} has {', '.join(names)}{_did_you_mean(key[1], names)}"
-    missing = re.search(r"Missing mandatory value: ([\w.]+)", f"{text}\n{cause}")
-    if missing:
-        return f"{missing[1]} must be given: add {missing[1]}=VALUE"
+    if "Missing mandatory value" in f"{text}\n{cause}":
+        missing = getattr(cause, "full_key", "a setting")
+        return f"{missing} must be given: add {missing}=VALUE"
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from randlora.errors import SettingsError, check_count
+from randlora.errors import SettingsError, check_count, check_positive
 from randlora.rng import permutation
 
 
@@ -14,8 +14,10 @@ def check_budget(shots: int | None, fraction: float | None) -> None:
         raise SettingsError(f"shots={shots} and fraction={fraction}: give one of them")
     if shots is not None:
         check_count("shots", shots)
-    if fraction is not None and (isinstance(fraction, bool) or not 0 < fraction <= 1):
-        raise SettingsError(f"fraction={fraction!r}: must be above 0, and 1 is all")
+    if fraction is not None:
+        check_positive("fraction", fraction)
+        if fraction > 1:
+            raise SettingsError(f"fraction={fraction!r}: 1 is all")
 
 
 def split_validation(count: int, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
