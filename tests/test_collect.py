@@ -119,3 +119,8 @@ def test_a_damaged_line_is_a_sentence(damage: str, tmp_path: Path) -> None:
     file.write_text("\n".join([*lines[:2], damage, *lines[3:]]))
     with pytest.raises(SettingsError, match=f"{file}, line 3: "):
         read(tmp_path / "study")
+
+
+def test_curves_are_not_taken_for_results() -> None:
+    with pytest.raises(SettingsError, match=r"curves.jsonl.gz is no results.jsonl of a study"):
+        read(REPOSITORY / "experiments" / "image_protocol" / "curves.jsonl.gz")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
+from randlora.errors import SettingsError
 from randlora.records import Headline, Result, read
-from randlora.studies.figures import draw, panels
+from randlora.studies.figures import COLOURS, draw, panels
 from randlora.studies.groups import Cell, select
 
 STUDY = REPOSITORY / "experiments" / "image_protocol"
@@ -75,3 +76,15 @@ def test_runs_that_did_not_finish_are_a_sentence(
     script, *options = command.split()
     assert program(REPOSITORY / "scripts" / script, tmp_path, *options) == 2
     assert "none of the runs has finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["figure.nosuch", "nosuch/figure.svg"])
+def test_a_file_that_cannot_be_written_is_named(results: list[Result], name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"{name} cannot be written"):
+        draw(results[:1], tmp_path / name)
+
+
+def test_every_method_has_a_colour_of_its_own() -> None:
+    methods = {path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml")}
+    assert methods <= COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)

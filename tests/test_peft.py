@@ -293,3 +293,11 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
         assert isinstance(model.square, nn.Linear)
     with pytest.raises(SettingsError, match="match"):
         randlora.from_peft(nn.Sequential(nn.Linear(3, 3)), other)
+
+
+def test_sites_of_different_scales_are_no_lora_of_peft(tmp_path: Path) -> None:
+    net = Net()
+    randlora.adapt(net, MELoRA(rank=2, parts=2), ["square", "tall"])
+    net.tall.updates[0].scale = 0.5  # type: ignore[index, union-attr]
+    with pytest.raises(SettingsError, match="differ in rank, scale or dropout"):
+        randlora.to_peft(net, tmp_path)

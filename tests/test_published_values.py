@@ -52,7 +52,7 @@ def test_loras_start_belongs_to_the_seed_and_the_site() -> None:
 
 
 def test_lora_draws_nothing_for_a_model_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("randlora.methods.lora.draw", None)
+    monkeypatch.setattr("randlora.methods.common.draw", None)
     model = nn.Sequential(nn.Linear(INTO, OUT, device="meta"))
     randlora.adapt(model, LoRA(rank=4), ["0"])
     shapes = {name: (p.shape, p.device.type) for name, p in model[0].updates[0].named_parameters()}

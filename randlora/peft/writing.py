@@ -136,15 +136,18 @@ def _lora(method: LoRA, adaptation: Adaptation) -> Contents:
 
 
 def _low_rank(adaptation: Adaptation) -> Contents:
-    """A LoRA of the factors that the method's parameters make."""
-    settings: dict[str, Any] = {}
+    """A LoRA of the factors that the method's parameters make; SettingsError where sites differ in rank or scale."""
     tensors: dict[str, Tensor] = {}
+    shapes = set()
     for site, update in _updates(adaptation, LowRankUpdate):
         A, B = update.low_rank()
         tensors |= {f"{PREFIX}{site.name}.lora_A.weight": A, f"{PREFIX}{site.name}.lora_B.weight": B}
-        rank = A.shape[0]
-        settings = {"r": rank, "lora_alpha": _number(update.scale * rank), "lora_dropout": update.dropout}
-    return Contents({"peft_type": "LORA"} | settings, tensors, FACTORS_ARE_MADE)
+        shapes.add((A.shape[0], update.scale, update.dropout))
+    if len(shapes) > 1:
+        raise SettingsError("the sites differ in rank, scale or dropout, and a LoRA of PEFT has one: merge instead")
+    ((rank, scale, dropout),) = shapes
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": _number(scale * rank), "lora_dropout": dropout}
+    return Contents(settings, tensors, FACTORS_ARE_MADE)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:

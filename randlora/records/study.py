@@ -25,7 +25,11 @@ def expand(file: Path) -> list[Result]:
     """The results in a study's results.jsonl, in its order; SettingsError names the line that cannot be read."""
     results = []
     common: Mapping[str, Any] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} is no results.jsonl of a study ({error}); give its folder") from error
+    for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             if number == 1:

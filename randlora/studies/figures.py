@@ -16,6 +16,8 @@ from randlora.studies.groups import Cell, by_settings, cell, finished, percent
 COLOURS = {
     "full": "#000000", "lora": "#0072B2", "dora": "#56B4E9", "vera": "#009E73", "nola": "#E69F00",
     "randlora": "#D55E00", "randlora_a": "#CC79A7", "linearprobe": "#999999",
+    # They are eight; these are of Paul Tol's muted scheme.
+    "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
 }  # fmt: skip
 ACROSS = 4  # panels in a row, so that a page's width shows them
 # Text stays text in an SVG, and the same results make the same file.
@@ -77,5 +79,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.grid(alpha=0.3)
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    with rc_context(SETTINGS):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    try:
+        with rc_context(SETTINGS):
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
+        raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
