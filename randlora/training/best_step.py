@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from randlora.errors import SettingsError
-from randlora.records.result import write
+from randlora.integrity import write
 
 FILE = "best.safetensors"
 
