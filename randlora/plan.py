@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -136,9 +136,9 @@ def _leave_meta(model: nn.Module) -> None:
             setattr(model.get_submodule(module), leaf, model.get_parameter(first))
 
 
-def saved(model: nn.Module, run: Callable[[], object]) -> list[int]:
-    """The bytes of every storage that `run` keeps for backward, without the model's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+def saved(model: nn.Module, run: Callable[[], object], inputs: Iterable[Tensor] = ()) -> list[int]:
+    """The bytes of every storage that `run` keeps for backward, without the model's own and those of `inputs`."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers(), *inputs]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
