@@ -92,7 +92,7 @@ def our_step(ours: Loop) -> Step:
     def step(index: int) -> None:
         if not batches:
             batches.append(ours.batches(0))
-        ours.step(batches[0], index)
+        ours.step(batches[0], ours.at(index))
 
     return step
 
