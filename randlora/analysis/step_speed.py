@@ -86,7 +86,7 @@ def our_step(ours: Loop) -> Step:
     def steps() -> Iterator[object]:
         batches = ours.batches(0)
         for index in range(ours.steps):
-            yield ours.step(batches, index)
+            yield ours.step(batches, ours.at(index))
 
     return steps().__next__
 

@@ -47,6 +47,11 @@ class BestStep:
         """Removes what an attempt without a checkpoint has left."""
         self.path.unlink(missing_ok=True)
 
+    def names(self) -> list[str]:
+        """Of the best parameters so far. FileNotFoundError if no loss was finite."""
+        with safe_open(self.path, "pt") as file:
+            return list(file.keys())
+
     @torch.no_grad()
     def restore(self) -> tuple[int, float]:
         """Gives the model its best parameters; returns their step and loss. FileNotFoundError if no loss was finite."""
