@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from randlora.config import CONFIGS, build, settings
-from randlora.data.archives import READERS, read
-from randlora.data.archives.parquet import write
+from randlora.data.archives import READERS, read, write
 from randlora.data.sources import Hub
 from randlora.errors import SettingsError, exit_code
 from randlora.tasks import ImageClassification
