@@ -151,11 +151,11 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
-def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """The length of the longest common subsequence."""
-    row = [0] * (len(other) + 1)
-    for token in one:
+    row = [0] * (len(second) + 1)
+    for token in first:
         diagonal = 0
-        for j, compared in enumerate(other, 1):
+        for j, compared in enumerate(second, 1):
             diagonal, row[j] = row[j], diagonal + 1 if token == compared else max(row[j], row[j - 1])
     return row[-1]
