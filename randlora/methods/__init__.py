@@ -3,7 +3,9 @@
 from randlora.adapters.interface import Method
 from randlora.methods.dora import DoRA
 from randlora.methods.edora import EDoRA
+from randlora.methods.flat_lora import FlatLoRA
 from randlora.methods.full import FullFineTuning
+from randlora.methods.gelora import GeLoRA
 from randlora.methods.linear_probe import LinearProbe
 from randlora.methods.lora import LoRA
 from randlora.methods.lora_mini import LoRAMini
@@ -18,7 +20,9 @@ from randlora.methods.vera import VeRA
 __all__ = [
     "DoRA",
     "EDoRA",
+    "FlatLoRA",
     "FullFineTuning",
+    "GeLoRA",
     "LinearProbe",
     "LoRA",
     "LoRAMini",
