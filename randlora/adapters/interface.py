@@ -188,8 +188,8 @@ class Method:
         """
         return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
 
-    def before_step(self, updates: Iterable[Update], step: int, steps: int) -> None:
-        """Called before the first forward pass of step `step` of `steps`, counted from 0, resumed or not."""
+    def before_step(self, updates: Iterable[Update], step: Step) -> None:
+        """Called before the first forward pass of a step."""
 
     def penalty(self, updates: Iterable[Update]) -> Tensor | None:
         """A term to add to the loss of each step, or None."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.adapters.interface import Context, Frozen, Method, Site, Update
+from randlora.adapters.interface import Context, Frozen, Method, Site, Step, Update
 from randlora.adapters.quantization import dense, is_quantised
 from randlora.errors import check_range
 from randlora.methods.common import check_low_rank, compute_dtype, relative_scale
@@ -41,16 +41,17 @@ class FlatLoRA(Method):
         scale = relative_scale(self.rank, self.alpha)
         return {site.name: FlatLoRAUpdate(site, self.rank, scale, self.dropout, context) for site in sites}
 
-    def before_step(self, updates: Iterable[Update], step: int, steps: int) -> None:
-        level = self.sigma * (1 - math.cos(math.pi * step / steps)) / 2
+    def before_step(self, updates: Iterable[Update], step: Step) -> None:
+        level = self.sigma * (1 - math.cos(math.pi * step.number / step.total)) / 2
         for update in updates:
             assert isinstance(update, FlatLoRAUpdate)
-            update.draw_noise(step, level)
+            update.draw_noise(step.number, level)
 
-    def finish(self, updates: Iterable[Update]) -> None:
-        for update in updates:
+    def finish(self, updates: Mapping[str, Update]) -> Method:
+        for update in updates.values():
             assert isinstance(update, FlatLoRAUpdate)
             update.noisy = False
+        return self
 
 
 class FlatLoRAUpdate(LoRAUpdate):
@@ -126,13 +127,13 @@ def _(gradient: Tensor, weight: Tensor | None, deviations: Tensor, seed: Tensor,
     return gradient.new_empty(*gradient.shape[:-1], columns)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     x, weight, _, deviations, seed = inputs
     ctx.save_for_backward(weight, deviations, seed)
     ctx.columns = x.shape[-1]
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return noisy_linear_backward(gradient, *ctx.saved_tensors, ctx.columns), None, None, None, None
 
 
