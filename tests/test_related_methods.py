@@ -551,7 +551,7 @@ def test_gelora_gives_ranks_by_the_growth_of_dimensions(pooling: str, tmp_path: 
 )  # fmt: skip
 def test_geloras_options(settings: dict, ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block grows by 3.6, the second shrinks."""
-    dimensions = {"layers.0": States(torch.tensor(2.0), torch.tensor(5.6)), "layers.1": States(torch.ones(()) * 5, torch.ones(()))}
+    dimensions = {f"layers.{i}": States(*map(torch.tensor, sizes)) for i, sizes in enumerate([(2.0, 5.6), (5.0, 1.0)])}
     monkeypatch.setattr(gelora, "hidden_states", lambda *_: dimensions)
     monkeypatch.setattr(gelora, "intrinsic_dimension", lambda points, _: float(points))
     chosen = GeLoRA(**settings).calibrated(nn.Module(), ["layers.0.mlp", "layers.1.mlp"], [])
@@ -561,7 +561,7 @@ def test_geloras_options(settings: dict, ranks: list[int], monkeypatch: pytest.M
 def test_gelora_refuses_sites_and_blocks_that_it_has_no_rank_for(toy: Toy) -> None:
     with pytest.raises(SettingsError, match="square is in no numbered block"):
         randlora.adapt(toy, GeLoRA(ranks={"layers.0": 2}), ["square"])
-    with pytest.raises(SettingsError, match=r"ranks has no layers\.1, the block of layers\.1\.attn.*; it has layers\.0"):
+    with pytest.raises(SettingsError, match=r"no layers\.1, the block of layers\.1\.attn.*; it has layers\.0"):
         randlora.adapt(Blocks(), GeLoRA(ranks={"layers.0": 2}), BLOCK_TARGETS)
 
 
