@@ -19,8 +19,10 @@ from randlora.training.precision import autocast
 
 
 def dry_run(experiment: Experiment) -> dict[str, Any]:
-    """`counts`, `lengths`, and `memory` by `memory_plan`."""
-    return counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    """`counts`, `lengths`, `memory` by `memory_plan`, and the method's `remark` where it has one."""
+    remark = experiment.method.remark
+    plan = counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    return plan if remark is None else plan | {"remark": remark}
 
 
 def counts(experiment: Experiment) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def table(plan: Mapping[str, Any]) -> str:
     if plan["memory"]:
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if name != "total")
         lines.append(f"memory of a step {plan['memory']['total'] / 2**30:.2f} GiB: {shares}")
+    lines += [plan["remark"]] if "remark" in plan else []
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -12,13 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
+from randlora.adapters.interface import describe, method_from
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
+from randlora.models.base import Backbone
 from randlora.records.console import Console
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record, commit, versions
-from randlora.records.result import Headline, Result
+from randlora.records.result import Headline, Result, write
+from randlora.tasks.base import Splits
 from randlora.training import Diverged, Interrupted
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
@@ -113,6 +117,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     began = time.perf_counter()
     backbone = experiment.model.load()
     splits = task.splits(backbone, experiment.budget)
+    experiment, chosen = calibrated(experiment, backbone, splits, record, accelerator)
     report = experiment.adapt(backbone)
     bound = experiment.bind(backbone)
     head = bound.head_parameters()
@@ -151,6 +156,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",
+        "calibrated": chosen,
         "headline": Headline(headline, metrics[headline]),
         "metrics": metrics,
         "head_parameters": head_size,
@@ -159,6 +165,28 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         "peak_memory_bytes": memory.bytes(),
         "examples": examples,
     }
+
+
+def calibrated(
+    experiment: Experiment, backbone: Backbone, splits: Splits, record: Record, accelerator: Accelerator
+) -> tuple[Experiment, dict[str, Any] | None]:
+    """The experiment with its method as training data make it, and what they chose, if anything.
+
+    A run that goes on takes what it began with, from calibrated.json.
+    """
+    before, path = experiment.method, record.folder / "calibrated.json"
+    if not before.calibration_examples:
+        return experiment, None
+    if path.is_file():
+        experiment = replace(experiment, method=method_from(json.loads(path.read_text())))
+    else:
+        experiment = experiment.calibrated(backbone, splits, accelerator)
+        if accelerator.is_main_process:
+            write(path, json.dumps(describe(experiment.method)) + "\n")
+    old = describe(before)
+    chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
+    record.say(f"{before.name} chose from training data: {chosen}")
+    return experiment, chosen
 
 
 def summary(result: Result) -> str:

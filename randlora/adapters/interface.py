@@ -139,6 +139,26 @@ class Method:
         """What records call the method."""
         return type(self).__name__.lower()
 
+    @property
+    def calibration_examples(self) -> int:
+        """How many training examples `calibrated` is to see before updates are built; 0 for none."""
+        return 0
+
+    def calibrated(self, model: nn.Module, sites: Sequence[str], passes: Iterable[object]) -> Method:
+        """The method with what it chooses from training data, which its fields then hold, as adapter files need them.
+
+        Args:
+            model: in evaluation mode, not adapted yet.
+            sites: the names of those to come.
+            passes: getting an item runs the model over a batch of training examples, without gradients.
+        """
+        return self
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence for a plan whose counts may not be those of the run, as it has no data; None: they are."""
+        return None
+
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
         raise NotImplementedError
@@ -167,6 +187,9 @@ class Method:
             Groups, each with a `born` where its parameters came later than step 0: the first step that changes them.
         """
         return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
+
+    def before_step(self, updates: Iterable[Update], step: Step) -> None:
+        """Called before the first forward pass of a step."""
 
     def penalty(self, updates: Iterable[Update]) -> Tensor | None:
         """A term to add to the loss of each step, or None."""

@@ -3,7 +3,9 @@
 from randlora.adapters.interface import Method
 from randlora.methods.dora import DoRA
 from randlora.methods.edora import EDoRA
+from randlora.methods.flat_lora import FlatLoRA
 from randlora.methods.full import FullFineTuning
+from randlora.methods.gelora import GeLoRA
 from randlora.methods.increlora import IncreLoRA
 from randlora.methods.linear_probe import LinearProbe
 from randlora.methods.lora import LoRA
@@ -21,7 +23,9 @@ from randlora.methods.vera import VeRA
 __all__ = [
     "DoRA",
     "EDoRA",
+    "FlatLoRA",
     "FullFineTuning",
+    "GeLoRA",
     "IncreLoRA",
     "LinearProbe",
     "LoRA",

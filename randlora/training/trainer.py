@@ -173,6 +173,7 @@ class Loop:
     def step(self, batches: Iterator[list[dict[str, Any]]], step: Step) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
+        self.adaptation.method.before_step(self.adaptation.updates.values(), step)
         device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
         micro = [to_device(batch, device) for batch in next(batches)]
         weights = [terms(self.task, batch) for batch in micro]
