@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """What is told of a training while it goes."""
 
+    def begin(self, step: int) -> None:
+        """Training goes on after `step` steps; what was logged of later ones belongs to an attempt that was lost."""
+
     def log(self, metrics: dict[str, float], step: int) -> None:
         """What is known after `step` steps, by name."""
 

@@ -17,6 +17,7 @@ from randlora.adapters.core import cached, require_adaptation
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
+from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import checkpoint
 from randlora.training.best_step import BestStep
@@ -25,7 +26,6 @@ from randlora.training.optimizers import Optimizer
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.schedule import rate_factor
 from randlora.training.settings import Observer, Settings
-from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer a number."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; a checkpoint is there to go on from."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Trainer(Settings):
 
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
-            Interrupted: When a signal asked for it, after a checkpoint.
+            Interrupted: When a signal asked for it, with a checkpoint to go on from.
             SettingsError: When there is nothing to train, or the best step to select and no validation loss.
         """
         loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps)
@@ -112,19 +108,22 @@ class Loop:
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
-        self.stop = StopRequest()
+        self.stopping = False  # as all processes know it
 
     def fit(self) -> Fit:
         """All steps from the last checkpoint on; see `Trainer.fit`."""
-        start, seconds = 0, 0.0
+        start, seconds, scored = 0, 0.0, True
         resumable = checkpoint.latest(self.folder)
         if resumable is not None:
             state = checkpoint.restore(resumable, self.kept, self.optimizer)
-            start, seconds = int(state["step"]), state["train_seconds"]
+            start, seconds, scored = int(state["step"]), state["train_seconds"], bool(state.get("scored", True))
             self.observer.say(f"going on from step {start} of {self.steps}")
         elif self.best and self.accelerator.is_main_process:
             self.best.forget()
-        with self.stop:
+        self.observer.begin(start)
+        with STOP:
+            if not scored:
+                self.validate(start)
             seconds = self.train(start, seconds)
         selected = self.restore_best(self.best) if self.best else None
         self.adaptation.method.finish(self.adaptation.updates.values())
@@ -143,12 +142,14 @@ class Loop:
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, factor * settings.learning_rate)
-            if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
-                self.validate(done)
-            if self.stop.came or self._due(settings.save_every, done):
-                self._save(done, seconds)
-            if self.stop.came:
-                raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
+            scores = self._due(settings.evaluate_every, done) or (self.best is not None and done == self.steps)
+            scored = not scores or self._validated(done)
+            alone = self.accelerator.num_processes == 1  # where no other has to hear of it first
+            stopping = not scored or self.stopping or (alone and STOP.came)
+            if stopping or self._due(settings.save_every, done):
+                self._save(done, seconds, scored)
+            if stopping:
+                raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
         return seconds
 
     def validate(self, done: int) -> None:
@@ -164,6 +165,14 @@ class Loop:
             if self.accelerator.is_main_process:
                 self.best.consider(done, scores)
             self.accelerator.wait_for_everyone()
+
+    def _validated(self, done: int) -> bool:
+        """Validates; False where a signal came between two batches, and it is to be done again."""
+        try:
+            self.validate(done)
+        except Interrupted:
+            return False
+        return True
 
     def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
@@ -197,8 +206,8 @@ class Loop:
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
-        value, stopping = self._sum(float(mean), float(self.stop.came))
-        size, self.stop.came = float(norm), stopping > 0  # every process stops after the same step
+        value, stopping = self._sum(float(mean), float(STOP.came))
+        size, self.stopping = float(norm), stopping > 0  # every process stops after the same step
         if not (math.isfinite(value) and math.isfinite(size)):
             last_good = checkpoint.latest(self.folder)
             raise Diverged(
@@ -231,9 +240,9 @@ class Loop:
             self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
         self.observer.progress(done, self.steps, f"loss {loss:.3f}")
 
-    def _save(self, done: int, seconds: float) -> None:
+    def _save(self, done: int, seconds: float, scored: bool) -> None:
         if self.accelerator.is_main_process:
-            state = {"step": done, "train_seconds": seconds}
+            state = {"step": done, "train_seconds": seconds, "scored": scored}
             checkpoint.save(self.folder, state, self.kept, self.optimizer)
         self.accelerator.wait_for_everyone()
 
