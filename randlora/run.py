@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -96,6 +97,8 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     finally:
         result = replace(result, **ended)
         record.finish(result)
+        if code == FINISHED and accelerator.is_main_process:
+            shutil.rmtree(record.checkpoints, ignore_errors=True)
         accelerator.free_memory()
         gc.collect()
     record.say(f"{result.status}: {summary(result) if code == FINISHED else result.error}", everywhere=code != FINISHED)
@@ -135,6 +138,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     fit = trainer.fit(
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
+        strict=experiment.config["resume"] == "strict",
     )  # fmt: skip
     metrics |= scores("validation", "validation")
     columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
