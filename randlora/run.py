@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -118,6 +119,8 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         STOP.at_once = lambda: record.end(result)
         try:
             record.finish(result)
+            if code == FINISHED and accelerator.is_main_process:
+                shutil.rmtree(record.checkpoints, ignore_errors=True)
         finally:
             record.close()
         accelerator.free_memory()
@@ -188,6 +191,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     fit = trainer.fit(
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
+        strict=experiment.config["resume"] == "strict",
     )  # fmt: skip
     metrics |= scores("validation", "validation")
     columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
