@@ -95,7 +95,7 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
 
 METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 METHODS.remove("linearprobe")  # trains a head alone, and CLIP has none
-MORE = {"lorta": ["targets=['visual.*.in_proj[q]','visual.*.in_proj[v]']"]}
+MORE = {"increlora": ["method.top=99"], "lorta": ["targets=['visual.*.in_proj[q]','visual.*.in_proj[v]']"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
