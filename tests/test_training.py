@@ -41,6 +41,7 @@ from randlora.methods import (
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training import checkpoint as checkpoints
 from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
 from randlora.training.trainer import Loop
@@ -346,7 +347,7 @@ def test_the_best_step_of_a_method_that_grows_has_the_ranks_of_its_time(tmp_path
     images = torch.stack([splits().validation[row, row]["image"] for row in range(5)])
     labels = torch.tensor([splits().validation[row, row]["label"] for row in range(5)])
     loss = F.cross_entropy(net(images), labels).item()
-    best = json.loads((checkpoint.latest(tmp_path) / "state.json").read_text())["best"]
+    best = json.loads((checkpoints.latest(tmp_path) / "state.json").read_text())["best"]
     assert best["step"] == result.selected_step
     assert loss == pytest.approx(best["loss"], rel=0.01)  # without the ranks in advance
 
@@ -433,11 +434,9 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
-    from randlora.training import checkpoint
-
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoints.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
