@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
 from randlora.data.loader import Unreadable
@@ -148,10 +147,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:
-        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter")
-        if head:
-            tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
-            save_file(tensors, record.folder / "adapter" / "head.safetensors")
+        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
     headline = f"test/{task.headline}"
     return vars(fit) | {
         "status": "finished",

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from randlora.adapters.header import entry, header
 from randlora.errors import SettingsError
 from randlora.integrity import DRAFT, Damaged, remove_drafts, seal, sync, verify
 from randlora.training.best_step import BestStep
@@ -143,9 +143,9 @@ class Checkpoints:
         self._check(path / TENSORS, expected, content["tensors"])
         tensors = load_file(path / TENSORS)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self.kept}
-        for entry, value in tensors.items():
-            if entry.startswith("optimizer/"):
-                _, key, name = entry.split("/", 2)
+        for stored, value in tensors.items():
+            if stored.startswith("optimizer/"):
+                _, key, name = stored.split("/", 2)
                 states[name][key] = value.to("cpu" if key == "step" else self.kept[name].device)
         with torch.no_grad():
             for name, tensor in self.kept.items():
@@ -172,33 +172,17 @@ class Checkpoints:
 
     def _check(self, path: Path, expected: Mapping[str, Tensor], count: int) -> None:
         """Damaged unless the header has every expected tensor, as it should be, and of others the optimiser's alone."""
-        try:
-            with safe_open(path, "pt") as file:
-                stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                dtypes = {name: part.get_dtype() for name, part in stored.items()}
-                shapes = {name: tuple(part.get_shape()) for name, part in stored.items()}
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{path} cannot be read: {error}") from error
+        stored = header(path)
         for name, tensor in expected.items():
             if name not in stored:
                 raise Damaged(f"{path} lacks {name}")
-            if shapes[name] != tuple(tensor.shape) or dtypes[name] != _NAMES.get(tensor.dtype):
-                raise Damaged(
-                    f"{path} has {name} as {dtypes[name]} {shapes[name]}, and this model has it as "
-                    f"{_NAMES.get(tensor.dtype)} {tuple(tensor.shape)}"
-                )
+            if stored[name] != entry(tensor):
+                raise Damaged(f"{path} has {name} as {stored[name]}, and this model has it as {entry(tensor)}")
         for name in stored.keys() - expected.keys():
             if not name.startswith("optimizer/") or name.split("/", 2)[2] not in self.kept:
                 raise Damaged(f"{path} has {name}, and this model has no such tensor")
         if len(stored) != count:
             raise Damaged(f"{path} has {len(stored)} tensors, and {count} were written")
-
-
-# What safetensors calls the dtypes.
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def latest(folder: Path) -> Path | None:
