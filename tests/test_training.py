@@ -25,6 +25,7 @@ from randlora.methods import (
     EDoRA,
     FlatLoRA,
     FullFineTuning,
+    IncreLoRA,
     LoRA,
     LoRAMini,
     MELoRA,
@@ -33,6 +34,7 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    SoRA,
     VeRA,
 )
 from randlora.tasks.base import Bound, Splits, Task
@@ -152,8 +154,8 @@ def flattened(net: nn.Module) -> torch.Tensor:
 
 METHODS = [
     LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
-    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
-    FlatLoRA(rank=3),
+    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(), SoRA(rank=3),
+    IncreLoRA(rank=3, top=1), FlatLoRA(rank=3),
 ]  # fmt: skip
 
 

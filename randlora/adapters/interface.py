@@ -71,7 +71,7 @@ class Update(nn.Module):
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
 
     def resume(self, names: Collection[str]) -> bool:
-        """Takes the tensors that it had in a training, by their names in `state_dict`; their values come afterwards.
+        """Takes the tensors that it had in a training, by name; their values come afterwards.
 
         For updates that grow. Returns whether its tensors are others than before.
         """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from randlora.adapters.core import cached, require_adaptation
+from randlora.adapters.core import cached, require_adaptation, resume
 from randlora.adapters.interface import Step
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
@@ -105,7 +105,7 @@ class Loop:
         start, seconds = 0, 0.0
         resumable = checkpoint.latest(self.folder)
         if resumable is not None:
-            if self.adaptation.resume(checkpoint.names(resumable)):
+            if resume(self.plain, checkpoint.names(resumable)):
                 self.assemble({})
             state = checkpoint.restore(resumable, self.kept, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
@@ -162,7 +162,7 @@ class Loop:
     def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
         try:
-            if self.adaptation.resume(best.names()):
+            if resume(self.plain, best.names()):
                 self.assemble({})
             step, loss = best.restore()
         except FileNotFoundError as error:
