@@ -89,13 +89,15 @@ def matched(model: nn.Module, method: Method, targets: Sequence[str], target: in
         raise counts[1]  # type: ignore[misc]
     starts_above, high = first >= target, 2
     while high < LARGEST and not at_target(high):
+        if starts_above and counts[high // 2] < counts[high]:  # type: ignore[operator]
+            break  # counts rise again, so the fewest are near
         high *= 2
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if at_target(middle) else (middle, high)
-    # Counts that fall as the setting rises do so in steps, of n ranks or bases, and rise a little within each.
-    around = max(2, low // 4) if starts_above else 2
+    # Counts that fall as the setting rises do so in steps, and rise a little within each.
+    around = max(2, min(low, 512)) if starts_above else 2
     for value in range(max(1, low - around), high + around):
         count(value)
     trained = {value: known for value, known in counts.items() if isinstance(known, int)}
