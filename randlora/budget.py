@@ -89,7 +89,7 @@ def matched(model: nn.Module, method: Method, targets: Sequence[str], target: in
         raise counts[1]  # type: ignore[misc]
     starts_above, high = first >= target, 2
     while high < LARGEST and not at_target(high):
-        if starts_above and counts[high // 2] < counts[high]:  # type: ignore[operator]
+        if starts_above and counts[high // 2] < counts[high]:
             break  # counts rise again, so the fewest are near
         high *= 2
     low = high // 2
