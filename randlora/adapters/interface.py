@@ -132,6 +132,7 @@ class Method:
     these names and no method's name.
     """
 
+    budget_setting: ClassVar[str | None] = "rank"  # what chooses how many parameters are trained; None: nothing does
     implied: ClassVar[Mapping[str, Any]] = {}  # what adapter files older than a field meant by its absence
 
     @property

@@ -25,6 +25,7 @@ class FullFineTuning(Method):
     other slices count among the further parameters; they become sites, too.
     """
 
+    budget_setting = None
     train: str | Sequence[str] = "all"
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class GeLoRA(Method):
     `ranks`, by the block's name, are chosen by `calibrated`, or given. Sites outside numbered blocks are refused.
     """
 
+    budget_setting = "mean_rank"
     scale: float = 32.0
     dropout: float = 0.0
     examples: int = 1000

@@ -26,6 +26,7 @@ class RandLoRAa(Method):
     ΔW alone. λ starts at zero, γ at 1/√(n·d), which gives Σ_j A_j Γ_j the size of LoRA's A. `alpha` defaults to 2·rank.
     """
 
+    budget_setting = "num_bases"
     rank: int = 32
     num_bases: int | None = None
     budget_rank: int = 6

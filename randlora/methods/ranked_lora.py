@@ -18,6 +18,7 @@ class RankedLoRA(Method):
     `ranks` has every site by name; at 0 it stays as it was. `alpha` None means 2·ρ.
     """
 
+    budget_setting = None
     ranks: Mapping[str, int]
     alpha: float | None = None
     dropout: float = 0.0
