@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from randlora.adapters import Report, adapt
-from randlora.config import build
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.bounds import FolderName, check
+from randlora.config import General, build
+from randlora.errors import SettingsError
 from randlora.methods import Method
 from randlora.models.base import Backbone, Model
 from randlora.records.record import Logger
 from randlora.records.signature import signature
 from randlora.tasks.base import Bound, Budget, Task
 from randlora.training import Optimizer, Trainer
-
-SETTINGS = (
-    "method", "model", "task", "trainer", "optimizer", "logger", "seed", "targets", "shots", "fraction", "run_root",
-    "data_root", "dry_run", "predictions", "resume", "tags",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,34 +44,24 @@ class Experiment:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Experiment:
         """From composed settings; SettingsError with one sentence for whatever is wrong."""
-        for name in config:
-            check_choice("setting", name, SETTINGS)  # a key that nothing reads would be ignored
-        for name in SETTINGS:
-            if name not in config:
-                raise SettingsError(f"{name} must be given: add {name}=VALUE")
+        general = General.from_config(config)
         method, model, task, trainer, optimizer = (
             _part(config, name, base)
             for name, base in (
                 ("method", Method), ("model", Model), ("task", Task), ("trainer", Trainer), ("optimizer", Optimizer),
             )
         )  # fmt: skip
-        check_count("seed", config["seed"], 0)
-        for name in ("resume", "predictions"):
-            check_choice(name, config[name], (True, False))
-        check_choice("dry_run", config["dry_run"], (True, False, "json"))
-        for name, allowed in (("run_root", str), ("data_root", str | None), ("tags", list)):
-            if not isinstance(config[name], allowed):
-                shape = "a list such as [first,second]" if allowed is list else "a folder"
-                raise SettingsError(f"{name}={config[name]!r}: must be {shape}")
-        budget = Budget(config["seed"], config["shots"], config["fraction"])
-        patterns = model.patterns(config["targets"])
+        check("method", {"name": FolderName}, {"name": method.name})
+        budget = Budget(general.seed, general.shots, general.fraction)
+        patterns = model.patterns(general.targets)
         task.check_model(model)
+        check("", {"logger": Mapping[str, Mapping]}, config)
         loggers = [_part(config["logger"], name, Logger) for name in config["logger"]]
-        if not config["dry_run"]:
+        if not general.dry_run:
             model.check()
             task.check()
             optimizer.check(trainer.weight_decay)
-        task.training_size(budget)  # refuses shots where there are no classes
+        trainer.steps(task.training_size(budget))  # refuses shots where there are no classes
         return cls(method, model, task, trainer, optimizer, loggers, patterns, budget, config)
 
     @property

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases import Basis, draw_basis
+from randlora.bounds import Bounded
 from randlora.errors import SettingsError
 
 
@@ -102,7 +103,7 @@ class Context:
         return draw_basis(basis, name, rows, columns, sparsity, size, seed=self.seed, device=self.device)
 
 
-class Method:
+class Method(Bounded):
     """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
 
     Only `updates` must be given. The other calls are for methods that ask more of a trainer; the trainer knows

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from randlora.adapters.core import require_adaptation
+from randlora.bounds import Bounded, Count, Fraction, Seed
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
-from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
+from randlora.data.subsets import few_shot, fractional, split_validation, subsample, validation_size_of
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model
 
@@ -21,15 +22,19 @@ Batch = Mapping[str, Any]  # tensors by name, and what else an encoder's collate
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Bounded):
     """How much of the training set is used: `shots` per class, a `fraction`, or all. `seed` draws it."""
 
-    seed: int
-    shots: int | None = None
-    fraction: float | None = None
+    section: ClassVar[str] = ""
+
+    seed: Seed
+    shots: Count | None = None
+    fraction: Fraction | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self.shots, self.fraction)
+        super().__post_init__()
+        if self.shots is not None and self.fraction is not None:
+            raise SettingsError(f"shots={self.shots} and fraction={self.fraction}: give one of them")
 
 
 @dataclass(frozen=True)
