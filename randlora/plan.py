@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
     `adapter_bytes` is the tensors' alone; a file has under 4 kB more.
     """
     backbone = experiment.model.meta_model()
-    report = experiment.adapt(backbone)
+    report = replace(experiment, method=experiment.method.grown()).adapt(backbone)
     head = sum(parameter.numel() for parameter in experiment.bind(backbone).head_parameters().values())
     return {
         "sites": [vars(site) for site in report.sites],
@@ -113,7 +113,8 @@ def _shapes(experiment: Experiment, description: Model) -> tuple[nn.Module, list
     trainer, task = experiment.trainer, experiment.task
     assert isinstance(task, KnownShapes)
     size = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
-    planned, backbone = replace(experiment, task=task.planned(size)), description.meta_model()
+    planned = replace(experiment, task=task.planned(size), method=experiment.method.grown())
+    backbone = description.meta_model()
     planned.adapt(backbone)
     model = planned.bind(backbone).model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -136,9 +137,9 @@ def _leave_meta(model: nn.Module) -> None:
             setattr(model.get_submodule(module), leaf, model.get_parameter(first))
 
 
-def saved(model: nn.Module, run: Callable[[], object]) -> list[int]:
-    """The bytes of every storage that `run` keeps for backward, without the model's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+def saved(model: nn.Module, run: Callable[[], object], inputs: Iterable[Tensor] = ()) -> list[int]:
+    """The bytes of every storage that `run` keeps for backward, without the model's own and those of `inputs`."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers(), *inputs]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -148,14 +148,13 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         if head:
             tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
             save_file(tensors, record.folder / "adapter" / "head.safetensors")
-    headline = f"test/{task.headline}"
+    headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",
         "headline": Headline(headline, metrics[headline]),
         "metrics": metrics,
-        "trainable_parameters": report.trainable_parameters,
         "head_parameters": head_size,
-        "total_parameters": report.total_parameters + head_size,
+        "total_parameters": report.total_parameters + grown + head_size,
         "adapter_bytes": adapter_bytes,
         "peak_memory_bytes": memory.bytes(),
         "examples": examples,

@@ -15,6 +15,8 @@ from torch import nn
 
 import randlora
 from conftest import REPOSITORY
+from randlora.adapters.core import require_adaptation
+from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.errors import SettingsError
@@ -376,6 +378,7 @@ class Hooked(LoRA):
     """A method that asks for everything a trainer offers."""
 
     calls: ClassVar[list[str]] = []
+    steps: ClassVar[list[Step]] = []
 
     def parameter_groups(self, trained, rate, decay):  # type: ignore[no-untyped-def]
         self.calls.append("groups")
@@ -388,17 +391,24 @@ class Hooked(LoRA):
     def after_backward(self, updates, step):  # type: ignore[no-untyped-def]
         assert all(update.A.grad is not None for update in updates)
         self.calls.append("after_backward")
+        return False
 
     def after_step(self, updates, step):  # type: ignore[no-untyped-def]
         self.calls.append("after_step")
+        self.steps.append(step)
 
     def finish(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("finish")
+        assert list(updates) == ["0", "3"]
+        return LoRA(rank=1)
 
 
 def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
-    fit(model(Hooked(rank=2)), tmp_path, max_steps=2, micro_batch_size=4)
+    net = model(Hooked(rank=2))
+    fit(net, tmp_path, max_steps=2, micro_batch_size=4, warmup=2)
     assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
+    assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
+    assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,6 +58,13 @@ class Adaptation:
     def trained(self) -> dict[str, nn.Parameter]:
         """Those of `saved` that are trained."""
         return {name: tensor for name, tensor in self.saved().items() if isinstance(tensor, nn.Parameter)}
+
+    def resume(self, names: Iterable[str]) -> bool:
+        """Gives the updates the tensors that `saved` had in a training, by name; see `Update.resume`."""
+        own: dict[str, list[str]] = {site: [] for site in self.updates}
+        for site, _, name in (each.partition(":") for each in names):
+            own.get(site, []).append(name)
+        return any([update.resume(own[site]) for site, update in self.updates.items()])
 
 
 def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 0) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -71,6 +71,13 @@ class Update(nn.Module):
         """x W'ᵀ + b for x (..., in)."""
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
 
+    def resume(self, names: Collection[str]) -> bool:
+        """Takes the tensors that it had in a training, by their names in `state_dict`; their values come afterwards.
+
+        For updates that grow. Returns whether its tensors are others than before.
+        """
+        return False
+
     def keep(self, caching: bool) -> None:
         """Starts or ends keeping; see `randlora.adapters.core.cached`."""
         self.caching, self._kept = caching, None
@@ -103,6 +110,22 @@ class Context:
         return draw_basis(basis, name, rows, columns, sparsity, size, seed=self.seed, device=self.device)
 
 
+class Step(NamedTuple):
+    """Where a training is.
+
+    Args:
+        number: Of the optimiser's step, from 0.
+        total: How many there are.
+        rate: The learning rate of the updates in this step.
+        seed: Of the run.
+    """
+
+    number: int
+    total: int
+    rate: float
+    seed: int
+
+
 class Method(Bounded):
     """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
 
@@ -129,13 +152,20 @@ class Method(Bounded):
         """Whether slices that no target names become sites too, beside one that is, of the fused matrix `name`."""
         return False
 
+    def grown(self) -> Method:
+        """The method whose updates start as large as these become in a training, for what a run takes; itself here."""
+        return self
+
     def parameter_groups(self, trained: Mapping[str, nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
-        """The optimiser's groups, as torch.optim takes them.
+        """The optimiser's groups, as torch.optim takes them; a group's schedule, warm-up and all, begins at `born`.
 
         Args:
             trained: every trained tensor by name, as `Adaptation.trained` gives them.
             rate: the run's learning rate.
             decay: the run's weight decay.
+
+        Returns:
+            Groups, each with a `born` where its parameters came later than step 0: the first step that changes them.
         """
         return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
 
@@ -143,14 +173,23 @@ class Method(Bounded):
         """A term to add to the loss of each step, or None."""
         return None
 
-    def after_backward(self, updates: Iterable[Update], step: int) -> None:
-        """Called when the gradients of a step are complete and clipped, before the optimiser's step."""
+    def after_backward(self, updates: Iterable[Update], step: Step) -> bool:
+        """Called when the gradients of a step are complete and clipped, before the optimiser's step.
 
-    def after_step(self, updates: Iterable[Update], step: int) -> None:
+        Returns whether it has added or removed trained tensors. The optimiser then takes these as they are, with the
+        state that it has of those it knew. Every process must decide the same.
+        """
+        return False
+
+    def after_step(self, updates: Iterable[Update], step: Step) -> None:
         """Called after the optimiser's step."""
 
-    def finish(self, updates: Iterable[Update]) -> None:
-        """Called once, after the last step and before the final evaluation."""
+    def finish(self, updates: Mapping[str, Update]) -> Method:
+        """Called once, after the last step and before the final evaluation.
+
+        Returns the method that builds updates as these are now, by site, which the adapter's file names: itself here.
+        """
+        return self
 
 
 def describe(method: Method) -> dict[str, Any]:

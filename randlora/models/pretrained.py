@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from randlora.adapters.quantization import quantise
 from randlora.errors import SettingsError
-from randlora.models.base import ARCHITECTURES, Model, package_file
+from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +41,8 @@ class Pretrained(Model):
         dtype: of the frozen weights; one of DTYPES.
         quantization: int8 or int4 for the frozen linear maps inside the blocks, by torchao; None for `dtype`.
     """
+
+    mapping: ClassVar[str] = "MODEL_MAPPING"  # transformers' name of its map from configurations to classes
 
     weights: str | None = None
     revision: str | None = None
@@ -83,17 +84,25 @@ class Pretrained(Model):
             return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
         return _asked(self.name, lambda: _config(self.folder(), self.revision))
 
-    def empty(self, mapping: _LazyAutoMapping) -> nn.Module:
-        """The model on the meta device, of the class that `mapping` (transformers' own) has for its configuration."""
+    def meta_model(self) -> Backbone:
         with torch.device("meta"):
-            return self._prepared(self._random(mapping))
+            module = self._prepared(self._random())
+        return self._backbone(module)
 
-    def pretrained(self, mapping: _LazyAutoMapping) -> nn.Module:
-        """The same with its weights."""
-        module = self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
+    def load(self) -> Backbone:
+        module = self._prepared(self._random() if self._location is None else self._read())
         if self.quantization:
             quantise(module, self.quantization)
-        return module
+        return self._backbone(module)
+
+    def _backbone(self, module: Any) -> Backbone:
+        """What tasks need to know of a module of this kind."""
+        raise NotImplementedError
+
+    def _class(self, configuration: PretrainedConfig) -> Any:
+        from transformers.models.auto import modeling_auto
+
+        return getattr(modeling_auto, self.mapping)[type(configuration)]
 
     def _prepared(self, module: Any) -> nn.Module:
         if self.gradient_checkpointing:
@@ -102,21 +111,17 @@ class Pretrained(Model):
             enable({"use_reentrant": False})
         return module
 
-    def _random(self, mapping: _LazyAutoMapping) -> nn.Module:
+    def _random(self) -> nn.Module:
         configuration = self.configuration()
-        cls: Any = mapping[type(configuration)]  # its own annotations are wrong
+        cls = self._class(configuration)
         return cls(configuration, **_without_pooler(cls)).to(DTYPES[self.dtype])
 
-    def _read(self, mapping: _LazyAutoMapping) -> nn.Module:
+    def _read(self) -> nn.Module:
         folder = self.folder()
         configuration = _asked(self.name, lambda: _config(folder, self.revision))
-        cls: Any = mapping[type(configuration)]
-        return _asked(
-            self.name,
-            lambda: cls.from_pretrained(
-                folder, config=configuration, revision=self.revision, dtype=DTYPES[self.dtype], **_without_pooler(cls)
-            ),
-        )
+        cls = self._class(configuration)
+        options = {"config": configuration, "revision": self.revision, "dtype": DTYPES[self.dtype]}
+        return _asked(self.name, lambda: cls.from_pretrained(folder, **options, **_without_pooler(cls)))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises SettingsError where there are none."""

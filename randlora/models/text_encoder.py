@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,21 +29,11 @@ class TextEncoder(Pretrained):
     head_hidden: bool = False
     head_dropout: Share = 0.1
 
-    def meta_model(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.empty(MODEL_MAPPING))
-
-    def load(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.pretrained(MODEL_MAPPING))
-
-    def _backbone(self, module: nn.Module) -> Backbone:
+    def _backbone(self, module: Any) -> Backbone:
         return Backbone(
             module=module,
             kind=self.kind,
-            width=int(module.config.hidden_size),  # type: ignore[arg-type]
+            width=module.config.hidden_size,
             tokenizer=self.tokenizer,
             features=partial(_pooled, self.pooling),
             head_hidden=self.head_hidden,

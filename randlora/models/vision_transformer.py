@@ -30,24 +30,14 @@ class VisionTransformer(Pretrained):
     mean: Colours = (0.485, 0.456, 0.406)
     std: Colours = (0.229, 0.224, 0.225)
 
-    def meta_model(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.empty(MODEL_MAPPING))
-
-    def load(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.pretrained(MODEL_MAPPING))
-
-    def _backbone(self, module: nn.Module) -> Backbone:
+    def _backbone(self, module: Any) -> Backbone:
         options = {}
         if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
             options["interpolate_pos_encoding"] = True  # ViT asks for it; DINOv2 always does
         return Backbone(
             module=module,
             kind=self.kind,
-            width=int(module.config.hidden_size),  # type: ignore[arg-type]
+            width=module.config.hidden_size,
             pixels=Pixels(self.image_size, tuple(self.mean), tuple(self.std)),  # type: ignore[arg-type]
             features=partial(_class_token, options),
         )

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
+from randlora.integrity import write
 from randlora.records import predictions
 from randlora.records.console import Console
-from randlora.records.result import Result, finite, write
+from randlora.records.result import Result, finite
 
 
 @runtime_checkable

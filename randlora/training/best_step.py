@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from randlora.errors import SettingsError
-from randlora.records.result import write
+from randlora.integrity import write
 
 FILE = "best.safetensors"
 
@@ -46,6 +46,11 @@ class BestStep:
     def forget(self) -> None:
         """Removes what an attempt without a checkpoint has left."""
         self.path.unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """Of the best parameters so far. FileNotFoundError if no loss was finite."""
+        with safe_open(self.path, "pt") as file:
+            return list(file.keys())
 
     @torch.no_grad()
     def restore(self) -> tuple[int, float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,6 +39,12 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     complete = [path for path in folder.glob("step_*") if (path / STATE).is_file()]
     return max(complete, default=None)
+
+
+def names(path: Path) -> list[str]:
+    """Of the tensors that a checkpoint holds, without the optimiser's."""
+    with safe_open(path / TENSORS, "pt") as file:
+        return [entry.partition("/")[2] for entry in file.keys() if entry.startswith("trained/")]  # noqa: SIM118
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def evaluate(
     precision: str = "fp32",
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """The task's metrics over all examples of a split, by name; see `predictions`, of which they are the scores."""
+    """The task's metrics over all examples of a split, by name: scores of `predictions`, whose arguments these are."""
     columns = predictions(
         task, model, split, accelerator, batch_size=batch_size, workers=workers, precision=precision, say=say
     )
@@ -97,7 +97,10 @@ def mean_loss(
     precision: str = "fp32",
     say: Callable[[str], None] = print,
 ) -> float:
-    """The task's loss over all examples of a split that is encoded as for training, by its terms; see `evaluate`."""
+    """The task's loss over all examples of a split that is encoded as for training, a mean over the loss's terms.
+
+    Arguments as of `predictions`.
+    """
     device, sums = accelerator.device, torch.zeros(2, dtype=torch.float64)
     model.to(device).eval()
     share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
@@ -123,7 +126,10 @@ def once(
     split: Split, device: torch.device, batch_size: int, workers: int, say: Callable[[str], None], rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Every example of process `rank`'s share of a split, once, in batches on the device."""
+    """Every example of process `rank`'s share of a split, of `world` processes, once, in batches on the device.
+
+    Batches have up to `batch_size` examples, read by `workers` processes; `say` hears of those that cannot be read.
+    """
     keys = evaluation_keys(split.by_length, batch_size, rank, world)
     return (to_device(batch, device) for batch in chain.from_iterable(loader(split, keys, workers, say)))
 

@@ -9,13 +9,14 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import nn
 
+from randlora.adapters.core import Adaptation
 from randlora.bounds import Bounded, Count, NotNegative, Positive
 from randlora.data.loader import Split
 from randlora.errors import SettingsError
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.precision import Precision
-from randlora.training.schedule import Schedule
+from randlora.training.schedule import Schedule, rate_factor, warmup_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,6 +119,20 @@ class Settings(Bounded):
                 f"trainer.warmup={self.warmup}: the run has {steps:,} steps; give at most so many, or a part below 1"
             )
         return steps
+
+    def rate_factor(self, step: int, steps: int, born: int = 0) -> float:
+        """Of the rate at `step` of `steps` for parameters that came at step `born`, whose warm-up is as long as any."""
+        rising = warmup_steps(self.warmup, steps)
+        return rate_factor(step - born, steps - born, self.schedule, rising, self.final_rate)
+
+    def parameter_groups(self, adaptation: Adaptation, head: nn.Module | None) -> list[dict[str, Any]]:
+        """The optimiser's groups: those of the method, and the head."""
+        rate, decay = self.learning_rate, self.weight_decay
+        groups = adaptation.method.parameter_groups(adaptation.trained(), rate, decay)
+        if head is not None:
+            rate = self.head_learning_rate or rate
+            groups.append({"params": [*head.parameters()], "lr": rate, "weight_decay": decay})
+        return groups
 
     def accelerator(self) -> Accelerator:
         """The devices and processes of this run."""

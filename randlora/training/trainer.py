@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.adapters.core import cached, require_adaptation
+from randlora.adapters.interface import Step
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
@@ -22,35 +23,14 @@ from randlora.training import checkpoint
 from randlora.training.best_step import BestStep
 from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
+from randlora.training.outcome import Diverged, Fit, Interrupted
 from randlora.training.precision import attention_rule, autocast
-from randlora.training.schedule import rate_factor
 from randlora.training.settings import Observer, Settings
 from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Diverged(RuntimeError):
-    """The loss or a gradient is no longer a number."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; a checkpoint is there to go on from."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a finished training took; seconds are without evaluation and checkpoints.
-
-    `selected_step` is the step whose parameters the model now has, where the best was to be selected.
-    """
-
-    steps: int
-    train_seconds: float
-    seconds_per_step: float
-    selected_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,31 +74,39 @@ class Loop:
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
         self.adaptation = require_adaptation(bound.model)
         self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
-        self.trained = bound.trained()
-        # What a checkpoint holds: also the updates' fixed tensors that no seed gives again.
-        self.kept = self.trained | {name: t for name, t in self.adaptation.saved().items() if not t.requires_grad}
-        updates, rate, decay = self.adaptation.trained(), trainer.learning_rate, trainer.weight_decay
-        groups = self.adaptation.method.parameter_groups(updates, rate, decay)
-        if bound.head is not None:
-            rate = trainer.head_learning_rate or rate
-            groups.append({"params": [*bound.head.parameters()], "lr": rate, "weight_decay": decay})
-        self.optimizer = optimizer.over(group | {"initial_lr": group["lr"]} for group in groups)
+        self.bound, self.algorithm = bound, optimizer
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
-        self.model: nn.Module = accelerator.prepare(self.plain)
+        self.best = BestStep(folder, {}) if trainer.select == "best" else None
+        self.assemble()
         self.steps = steps or trainer.steps(len(splits.train))
-        self.best = BestStep(folder, self.trained) if trainer.select == "best" else None
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
         self.stop = StopRequest()
+
+    def assemble(self, known: Mapping[Tensor, Any] | None = None) -> None:
+        """An optimiser and processes for what is trained now; given an earlier optimiser's state, it is kept."""
+        self.trained = self.bound.trained()
+        # What a checkpoint holds: also the updates' fixed tensors that no seed gives again.
+        self.kept = self.trained | {name: t for name, t in self.adaptation.saved().items() if not t.requires_grad}
+        if self.best:
+            self.best.trained = self.trained
+        groups = self.settings.parameter_groups(self.adaptation, self.bound.head)
+        self.optimizer = self.algorithm.over(group | {"initial_lr": group["lr"]} for group in groups)
+        if known is not None:
+            self.optimizer.state.update((tensor, known[tensor]) for tensor in self.trained.values() if tensor in known)
+            self.accelerator.free_memory()  # of the processes' earlier wrapper
+        self.model: nn.Module = self.accelerator.prepare(self.plain)
 
     def fit(self) -> Fit:
         """All steps from the last checkpoint on; see `Trainer.fit`."""
         start, seconds = 0, 0.0
         resumable = checkpoint.latest(self.folder)
         if resumable is not None:
+            if self.adaptation.resume(checkpoint.names(resumable)):
+                self.assemble({})
             state = checkpoint.restore(resumable, self.kept, self.optimizer)
             start, seconds = int(state["step"]), state["train_seconds"]
             self.observer.say(f"going on from step {start} of {self.steps}")
@@ -127,8 +115,9 @@ class Loop:
         with self.stop:
             seconds = self.train(start, seconds)
         selected = self.restore_best(self.best) if self.best else None
-        self.adaptation.method.finish(self.adaptation.updates.values())
-        return Fit(self.steps, seconds, seconds / self.steps, selected)
+        trained = sum(tensor.numel() for tensor in self.adaptation.trained().values())
+        self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
+        return Fit(self.steps, seconds, seconds / self.steps, trained, selected)
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
@@ -137,12 +126,10 @@ class Loop:
             began, done = time.perf_counter(), step + 1
             # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
             torch.manual_seed(integer("noise", self.seed, step, self.accelerator.process_index))
-            factor = rate_factor(step, self.steps, settings.schedule, settings.warmup, settings.final_rate)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            loss, norm = self.step(batches, step)
+            at = self.at(step)
+            loss, norm = self.step(batches, at)
             seconds += time.perf_counter() - began
-            self._report(done, loss, norm, factor * settings.learning_rate)
+            self._report(done, loss, norm, at.rate)
             if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
                 self.validate(done)
             if self.stop.came or self._due(settings.save_every, done):
@@ -150,6 +137,13 @@ class Loop:
             if self.stop.came:
                 raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
         return seconds
+
+    def at(self, step: int) -> Step:
+        """Where the training is at a step, whose learning rates the optimiser is given."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * settings.rate_factor(step, self.steps, group.get("born", 0))
+        return Step(step, self.steps, settings.rate_factor(step, self.steps) * settings.learning_rate, self.seed)
 
     def validate(self, done: int) -> None:
         """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
@@ -168,13 +162,15 @@ class Loop:
     def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
         try:
+            if self.adaptation.resume(best.names()):
+                self.assemble({})
             step, loss = best.restore()
         except FileNotFoundError as error:
             raise Diverged("trainer.select=best: the validation loss was never finite") from error
         self.observer.say(f"selected step {step} of {self.steps}, with a validation loss of {loss:.4g}")
         return step
 
-    def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
+    def step(self, batches: Iterator[list[dict[str, Any]]], step: Step) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
         device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
@@ -182,7 +178,7 @@ class Loop:
         weights = [terms(self.task, batch) for batch in micro]
         (total,) = self._sum(float(sum(weights)))
         if not total:
-            raise SettingsError(f"step {step}: its examples have nothing to learn; are they cut too short?")
+            raise SettingsError(f"step {step.number}: its examples have nothing to learn; are they cut too short?")
         mean = torch.zeros((), device=device)
         unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
         with unchanged, attention_rule(device.type, precision):
@@ -202,13 +198,14 @@ class Loop:
         if not (math.isfinite(value) and math.isfinite(size)):
             last_good = checkpoint.latest(self.folder)
             raise Diverged(
-                f"step {step}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
+                f"step {step.number}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
                 f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {last_good or 'none'}"
             )
-        updates = self.adaptation.updates
-        self.adaptation.method.after_backward(updates.values(), step)
+        method, updates = self.adaptation.method, self.adaptation.updates.values()
+        if method.after_backward(updates, step):
+            self.assemble(self.optimizer.state)
         self.optimizer.step()
-        self.adaptation.method.after_step(updates.values(), step)
+        method.after_step(updates, step)
         self.optimizer.zero_grad(set_to_none=True)
         return value, size
 
