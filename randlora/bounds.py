@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
+from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, Predicate
@@ -24,6 +25,14 @@ if typing.TYPE_CHECKING:
 
 def _fits_a_path(name: str) -> bool:
     return name not in (".", "..") and name.isprintable() and not set(name) & set('/\\:*?"<>|') and 0 < len(name) < 129
+
+
+def _has_one_place(template: str) -> bool:
+    try:
+        places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError:  # a brace alone
+        return False
+    return places == [("", "", None)]
 
 
 Count = Annotated[int, Ge(1), Lt(2**31)]
@@ -39,7 +48,7 @@ Seed = Annotated[int, Ge(0), Lt(2**63)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 Folder = Annotated[str, Len(1), DocInfo("a folder")]
 Colours = Annotated[Sequence[NotNegative], Len(3, 3)]
-Template = Annotated[str, Predicate(lambda text: text.count("{}") == 1), DocInfo("a text with one {}")]
+Template = Annotated[str, Predicate(_has_one_place), DocInfo("a text with one {}, where the class name goes")]
 
 
 class Bounded:
@@ -63,7 +72,7 @@ def declared(cls: type[Any]) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def check(section: str, annotations: Mapping[str, Any], values: Mapping[str, object]) -> None:
+def check(section: str, annotations: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises SettingsError for the first of the `values` that its annotation does not allow.
 
     Numbers are finite, true and false are no numbers, and a text is neither.
@@ -81,7 +90,10 @@ def check(section: str, annotations: Mapping[str, Any], values: Mapping[str, obj
         try:
             _adapter(annotation).validate_python(values[name])
         except ValidationError as error:
-            shown = repr(values[name])
+            value, place = values[name], error.errors()[0]["loc"]
+            if len(place) == 1 and isinstance(place[0], int) and typing.get_origin(annotation) is Sequence:
+                name, value, annotation = f"{name}[{place[0]}]", value[place[0]], typing.get_args(annotation)[0]
+            shown = repr(value)
             shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
             remedy = "choose one of " if typing.get_origin(annotation) is Literal else "must be "
             raise SettingsError(f"{section}.{name}={shown}: {remedy}{allowed(annotation)}".lstrip(".")) from error
