@@ -47,6 +47,7 @@ FolderName = Annotated[
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 Folder = Annotated[str, Len(1), DocInfo("a folder")]
+ImageSize = Annotated[int, Ge(1), Le(8192)]
 Colours = Annotated[Sequence[NotNegative], Len(3, 3)]
 Template = Annotated[str, Predicate(_has_one_place), DocInfo("a text with one {}, where the class name goes")]
 
@@ -64,6 +65,13 @@ class Bounded:
         fields = declared(type(self))
         section = type(self).__name__ if self.section is None else self.section
         check(section, fields, {name: getattr(self, name) for name in fields})
+
+
+def count(text: str) -> int:
+    """A Count of the command line, for argparse's `type`; SettingsError, a ValueError, for any other text."""
+    number = int(text)
+    check("", {"count": Count}, {"count": number})
+    return number
 
 
 def declared(cls: type[Any]) -> Mapping[str, Any]:

@@ -60,8 +60,9 @@ class Experiment:
         if not general.dry_run:
             model.check()
             task.check()
-            optimizer.check(trainer.weight_decay)
         trainer.steps(task.training_size(budget))  # refuses shots where there are no classes
+        if not general.dry_run:
+            optimizer.check(trainer.weight_decay)
         return cls(method, model, task, trainer, optimizer, loggers, patterns, budget, config)
 
     @property
@@ -71,8 +72,13 @@ class Experiment:
         return Path(self.config["run_root"]).joinpath(*names)
 
     def adapt(self, backbone: Backbone) -> Report:
-        """Puts the method's updates into the backbone's module, in place."""
-        return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
+        """Puts the method's updates into the backbone's module, in place; SettingsError for sizes beyond all memory."""
+        try:
+            return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise SettingsError(f"{self.method}: makes a matrix that torch cannot count; lower its sizes") from error
 
     def bind(self, backbone: Backbone) -> Bound:
         """The adapted model with the task's head.

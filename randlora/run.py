@@ -15,6 +15,7 @@ from randlora.adapters import save_adapter
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
+from randlora.plan import check_memory
 from randlora.records.console import Console
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record, commit, versions
@@ -53,6 +54,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
+    check_memory(experiment, accelerator.device)
     if not config["resume"]:
         record.clear()
     record.open(config_yaml)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from randlora.bounds import Count
+from randlora.bounds import ImageSize
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 
@@ -28,7 +28,7 @@ class TimmTransformer(Model):
     kind: ClassVar[str] = "vision"
 
     pretrained: str | None = "hub"
-    image_size: Count = 224
+    image_size: ImageSize = 224
 
     def check(self) -> None:
         if self.pretrained not in (None, "hub") and not Path(self.pretrained).is_file():

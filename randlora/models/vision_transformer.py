@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from randlora.bounds import Colours, Count
+from randlora.bounds import Colours, ImageSize
 from randlora.models.base import Backbone, Pixels
 from randlora.models.pretrained import Pretrained
 
@@ -26,7 +26,7 @@ class VisionTransformer(Pretrained):
 
     kind: ClassVar[str] = "vision"
 
-    image_size: Count = 224
+    image_size: ImageSize = 224
     mean: Colours = (0.485, 0.456, 0.406)
     std: Colours = (0.229, 0.224, 0.225)
 
