@@ -150,6 +150,6 @@ def _in_range(kind: Any, limits: Sequence[object]) -> str:
                 words.append(f"below {bound:,}")
             case Le(le=bound):
                 words.append(f"at most {bound:,}")
-            case Len(min_length=length):
-                words.append(f"({length} items)")
+            case Len(min_length=least, max_length=most):
+                words.append(f"({least} of them)" if least == most else f"({least} or more)")
     return f"{allowed(kind)} {' and '.join(words)}".strip()

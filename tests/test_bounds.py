@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import random
+import runpy
 import signal
 import sys
 import traceback
@@ -26,6 +27,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt, Predicate
 
 import randlora.records.tensorboard
 import randlora.records.wandb  # noqa: F401
+from conftest import REPOSITORY
 from randlora import experiment as _  # noqa: F401 -- every class of settings is imported
 from randlora.bounds import Bounded, declared
 from randlora.cli import main
@@ -178,6 +180,13 @@ def test_an_optimiser_takes_what_torch_declares(data: st.DataObject) -> None:
         optimizer.over([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 1e-3, "weight_decay": 0.0}])
     except SettingsError:
         pass
+
+
+def test_the_page_of_settings_is_what_is_declared() -> None:
+    page = (REPOSITORY / "docs" / "settings.md").read_text()
+    assert runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))["page"]() == page, (
+        "python scripts/settings.py > docs/settings.md"
+    )
 
 
 # Values as they stand on a command line, and as they arrive.
