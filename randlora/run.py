@@ -21,6 +21,7 @@ from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
 from randlora.integrity import write
 from randlora.models.base import Backbone
+from randlora.plan import check_memory
 from randlora.records.console import Console
 from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
@@ -80,6 +81,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
+    check_memory(experiment, accelerator.device)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,

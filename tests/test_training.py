@@ -474,8 +474,8 @@ def test_schedules() -> None:
     [
         ({"schedule": "step"}, "trainer.schedule='step': choose one of cosine, linear, constant"),
         ({"warmup": -1}, "trainer.warmup=-1: must be a number of at least 0"),
-        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and below 1.0001"),
-        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and below 1.0001"),
+        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and at most 1"),
+        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and at most 1"),
     ],
 )
 def test_schedules_that_cannot_be_followed_are_a_sentence(changes: dict, sentence: str) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases import Basis, draw_basis
+from randlora.bounds import Bounded
 from randlora.errors import SettingsError
 
 
@@ -125,7 +126,7 @@ class Step(NamedTuple):
     seed: int
 
 
-class Method:
+class Method(Bounded):
     """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
 
     Only `updates` must be given. The other calls are for methods that ask more of a trainer; the trainer knows
