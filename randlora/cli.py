@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
 from randlora.overrides import explained
 
 
@@ -32,8 +32,9 @@ def main() -> int:
     def job(config: DictConfig) -> float | None:
         code, objective = execute(config)
         codes.append(code)
-        if code == INTERRUPTED:
-            sys.exit(INTERRUPTED)  # asked to stop: the rest of a sweep stops too
+        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
+        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            sys.exit(code)
         return objective
 
     register_resolvers()

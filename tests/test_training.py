@@ -1,8 +1,5 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
-from conftest import REPOSITORY
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.errors import SettingsError
@@ -399,38 +395,6 @@ class Hooked(LoRA):
 def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
     fit(model(Hooked(rank=2)), tmp_path, max_steps=2, micro_batch_size=4)
     assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """gloo on the CPU; every process takes its share of each batch, in micro-batches. One of them validates nothing."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys, json, torch; sys.path[:0] = ['tests', '.']\n"
-        "from pathlib import Path\n"
-        "import test_training as t\n"
-        "from accelerate import PartialState\n"
-        "out = {}\n"
-        "for basis in ('uniform', 'kronecker'):\n"
-        "    net = t.model(t.RandLoRA(rank=3, basis=basis))\n"
-        "    t.fit(net, Path(sys.argv[1], basis), data=t.splits(validation=1), micro_batch_size=2)\n"
-        "    state, metrics = PartialState(), t.scores(net, t.splits(validation=1))\n"
-        "    out[basis] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
-        "if state.is_main_process:\n"
-        "    Path(sys.argv[1], 'out.json').write_text(json.dumps(out))\n"
-        "state.wait_for_everyone()\n"
-        "import os; os._exit(0)\n"  # torch 2.14 with gloo now and then aborts while Python shuts down, all work done
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    of_two = json.loads((tmp_path / "out.json").read_text())
-    for basis in ("uniform", "kronecker"):
-        world, values, metrics = of_two[basis]
-        alone = model(RandLoRA(rank=3, basis=basis))
-        fit(alone, tmp_path / "alone" / basis, data=splits(validation=1))
-        assert world == 2
-        torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
-        assert metrics == pytest.approx(scores(alone, splits(validation=1)))
 
 
 @dataclass(frozen=True)

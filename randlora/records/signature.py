@@ -11,7 +11,7 @@ from typing import Any
 EXCLUDED_FROM_HASH = {
     "run_root", "data_root", "dry_run", "resume", "tags", "logger",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.save_every", "trainer.evaluation_batch_size",
-    "predictions",
+    "trainer.peer_timeout", "predictions",
 }  # fmt: skip
 # Settings that came later, with the value that means what was done before: then they are left out of the hash.
 CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation"}

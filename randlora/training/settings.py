@@ -12,6 +12,7 @@ from randlora.data.loader import Split
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
+from randlora.training.processes import processes
 from randlora.training.schedule import check_schedule
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Settings:
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
         workers: Processes that read and decode; 0 for none beside this one.
+        peer_timeout: Minutes that one of several processes waits for another before it gives up.
     """
 
     epochs: float = 10
@@ -81,6 +83,7 @@ class Settings:
     log_every: int = 10
     device: str = "auto"
     workers: int = 0
+    peer_timeout: float = 10
 
     def __post_init__(self) -> None:
         check_positive("trainer.epochs", self.epochs)
@@ -91,6 +94,7 @@ class Settings:
         for name in ("batch_size", "evaluation_batch_size", "log_every"):
             check_count(f"trainer.{name}", getattr(self, name))
         check_count("trainer.workers", self.workers, 0)
+        check_positive("trainer.peer_timeout", self.peer_timeout)
         check_positive("trainer.learning_rate", self.learning_rate)
         if self.head_learning_rate is not None:
             check_positive("trainer.head_learning_rate", self.head_learning_rate)
@@ -114,11 +118,7 @@ class Settings:
         """The devices and processes of this run."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # The buffers are the fixed bases, which every process draws alike.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
+        accelerator = processes(self.device == "cpu", self.peer_timeout)
         if self.batch_size % accelerator.num_processes:
             raise SettingsError(
                 f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"
