@@ -87,10 +87,11 @@ class Peers:
         """
         if self.store is None:
             return dict(ended)
-        note: str | bytes = json.dumps({"rank": self.rank, **ended})
+        own = json.dumps({"rank": self.rank, **ended})
+        note: str | bytes = own
         try:
             if ended.get("status") != "interrupted":
-                note = self.store.compare_set(self.key, "", note)
+                note = self.store.compare_set(self.key, "", own)
             elif self.store.check([self.key]):
                 note = self.store.get(self.key)
         except RuntimeError:  # the process that kept the store is gone
