@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,10 @@ class Net(nn.Module):
 
 @cache
 def method_of(name: str) -> Method:
-    return RandLoRA(basis="kronecker") if name == "kronecker" else build(settings(f"method={name}")["method"])
+    if name == "kronecker":
+        return RandLoRA(basis="kronecker")
+    method = build(settings(f"method={name}")["method"])
+    return replace(method, ranks={"layers.0": 3}) if name == "gelora" else method  # else of the data
 
 
 def train(name: str, folder: Path, observer: Quiet | None = None) -> tuple[list[float], dict[str, float], torch.Tensor]:

@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
+from randlora.adapters.core import require_adaptation
+from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
     EDoRA,
+    FlatLoRA,
     FullFineTuning,
+    IncreLoRA,
     LoRA,
     LoRAMini,
     MELoRA,
@@ -26,13 +30,14 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    SoRA,
     VeRA,
 )
+from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
 from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
-from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 
@@ -90,6 +95,9 @@ class Quiet:
         self.said: list[str] = []
         self.metrics: list[dict] = []
 
+    def begin(self, step: int) -> None:
+        pass
+
     def log(self, metrics: dict, step: int) -> None:
         self.metrics.append(metrics | {"step": step})
 
@@ -145,7 +153,8 @@ def flattened(net: nn.Module) -> torch.Tensor:
 
 METHODS = [
     LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
-    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
+    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(), SoRA(rank=3),
+    IncreLoRA(rank=3, top=1), FlatLoRA(rank=3),
 ]  # fmt: skip
 
 
@@ -176,6 +185,24 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, micro: int) -> 
     whole, parts = model(), model()
     fit(whole, tmp_path / "a")
     fit(parts, tmp_path / "b", micro_batch_size=micro)
+    torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_out_of_it(tmp_path: Path) -> None:
+    method = FlatLoRA(rank=3, sigma=0.5)
+    whole, parts, broken, resumed, plain = (model(m, dropout=0.3) for m in [method] * 4 + [LoRA(rank=3)])
+    untouched = whole[0].base.weight.clone()
+    fit(whole, tmp_path / "whole")
+    assert torch.equal(whole[0].base.weight, untouched)
+    with pytest.raises(Interrupted):
+        fit(broken, tmp_path / "broken", StopsAt(7))
+    fit(resumed, tmp_path / "broken")
+    assert torch.equal(flattened(resumed), flattened(whole))
+    fit(plain, tmp_path / "plain")
+    assert (flattened(plain) - flattened(whole)).abs().max() > 0.01
+    whole, parts = model(method), model(method)
+    fit(whole, tmp_path / "without dropout")
+    fit(parts, tmp_path / "parts", micro_batch_size=3)
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
 
 
@@ -372,10 +399,15 @@ class Hooked(LoRA):
     """A method that asks for everything a trainer offers."""
 
     calls: ClassVar[list[str]] = []
+    steps: ClassVar[list[Step]] = []
 
     def parameter_groups(self, trained, rate, decay):  # type: ignore[no-untyped-def]
         self.calls.append("groups")
         return [{"params": [p], "lr": rate, "weight_decay": 0.0} for p in trained.values()]
+
+    def before_step(self, updates, step):  # type: ignore[no-untyped-def]
+        assert all(update.A.grad is None for update in updates)
+        self.calls.append(f"before_step {step.number}")
 
     def penalty(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("penalty")
@@ -384,17 +416,25 @@ class Hooked(LoRA):
     def after_backward(self, updates, step):  # type: ignore[no-untyped-def]
         assert all(update.A.grad is not None for update in updates)
         self.calls.append("after_backward")
+        return False
 
     def after_step(self, updates, step):  # type: ignore[no-untyped-def]
         self.calls.append("after_step")
+        self.steps.append(step)
 
     def finish(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("finish")
+        assert list(updates) == ["0", "3"]
+        return LoRA(rank=1)
 
 
-def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
-    fit(model(Hooked(rank=2)), tmp_path, max_steps=2, micro_batch_size=4)
-    assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
+def test_the_trainer_knows_the_six_calls_of_a_method(tmp_path: Path) -> None:
+    net = model(Hooked(rank=2))
+    fit(net, tmp_path, max_steps=2, micro_batch_size=4, warmup=2)
+    each = ["penalty", "after_backward", "after_step"]
+    assert Hooked.calls == ["groups", "before_step 0", *each, "before_step 1", *each, "finish"]
+    assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
+    assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
 
 
 @dataclass(frozen=True)
