@@ -124,11 +124,12 @@ def fit(  # type: ignore[no-untyped-def]
     observer: Quiet | None = None,
     data: Splits | None = None,
     optimizer: Optimizer | None = None,
+    task: Task | None = None,
     **changes,
 ) -> Fit:
     trainer = trainer_of(**changes)
     return trainer.fit(
-        TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
+        task or TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
         observer=observer or Quiet(), accelerator=trainer.accelerator(), optimizer=optimizer,
     )  # fmt: skip
 
@@ -204,6 +205,72 @@ def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_
     fit(whole, tmp_path / "without dropout")
     fit(parts, tmp_path / "parts", micro_batch_size=3)
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Small(Bars):
+    """Bars in a memory of three examples, from a call of the loss on."""
+
+    calls: ClassVar[list[int]] = []
+    begins: int = 0
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # noqa: RUF009
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.calls.append(len(batch["label"]))
+        if len(self.calls) > self.begins and len(batch["label"]) > 3:
+            raise self.error
+        return super().loss(model, batch)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(tmp_path: Path, error: Exception) -> None:
+    """Oracle: the run that has the smaller micro-batch from the start; with dropout."""
+    Small.calls.clear()
+    lowered, smaller, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
+    task = Small("bars", None, error=error)  # type: ignore[arg-type]
+    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=1)
+    assert Small.calls[:3] == [8, 4, 2]
+    assert observer.said == [f"step 0: out of memory; from here on trainer.micro_batch_size={size}" for size in (4, 2)]
+    assert result.micro_batch_size == 2
+    assert fit(smaller, tmp_path / "b", micro_batch_size=2).micro_batch_size is None
+    assert torch.equal(flattened(lowered), flattened(smaller))
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step_of_the_middle(tmp_path: Path) -> None:
+    """The second half of step 6 does not fit: its first half's gradient must not count twice."""
+    Small.calls.clear()
+    lowered, whole = model(), model()
+    task = Small("bars", None, begins=13)  # type: ignore[arg-type]
+    assert fit(lowered, tmp_path / "a", task=task, micro_batch_size=4, auto_batch=True).micro_batch_size == 2
+    assert Small.calls[11:18] == [4, 4, 4, 2, 2, 2, 2]
+    fit(whole, tmp_path / "b")
+    torch.testing.assert_close(flattened(lowered), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_ends_a_run_that_may_not_lower_or_cannot(tmp_path: Path) -> None:
+    for error, changes in ((ERRORS[0], {}), (ERRORS[1], {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1})):
+        task = Never("bars", None, error=error)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="memory"):
+            fit(model(), tmp_path, task=task, **changes)
+    with pytest.raises(ZeroDivisionError):
+        fit(model(), tmp_path, task=Never("bars", None, error=ZeroDivisionError()), auto_batch=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Never(Bars):
+    """Bars whose loss is an error."""
+
+    error: Exception = ERRORS[0]
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        raise self.error
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:

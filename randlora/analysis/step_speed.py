@@ -86,9 +86,9 @@ def our_step(ours: Loop) -> Step:
     """The next step of our loop, from the first on."""
 
     def steps() -> Iterator[object]:
-        batches = ours.batches(0)
+        ours.fed = ours.batches(0)
         for index in range(ours.steps):
-            yield ours.step(batches, ours.at(index))
+            yield ours.step(ours.at(index))
 
     return steps().__next__
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ class Settings:
         min_steps_per_epoch: An epoch of a small set is repeated up to this.
         batch_size: Examples of a step, over all processes.
         micro_batch_size: Examples at a time, per process; None: all of a step at once.
+        auto_batch: Whether to halve `micro_batch_size` where memory runs out in a step, and to take the step again.
         evaluation_batch_size: Examples at a time where the model is scored, per process.
         learning_rate: Of the updates.
         head_learning_rate: Of the task's head; None: the same.
@@ -75,6 +76,7 @@ class Settings:
     min_steps_per_epoch: int = 0
     batch_size: int = 128
     micro_batch_size: int | None = None
+    auto_batch: bool = False
     evaluation_batch_size: int = 256
     learning_rate: float = 1e-3
     head_learning_rate: float | None = None
@@ -114,6 +116,7 @@ class Settings:
             check_positive("trainer.save_minutes", self.save_minutes)
         check_range("trainer.weight_decay", self.weight_decay, 0)
         check_schedule(self.schedule, self.warmup, self.final_rate)
+        check_choice("trainer.auto_batch", self.auto_batch, (True, False))
         check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
         check_choice("trainer.sampling", self.sampling, ("permutation", "replacement"))
@@ -124,6 +127,15 @@ class Settings:
     def decisive(self) -> dict[str, Any]:
         """The settings that change the result, by name: all but those that the run's signature leaves out."""
         return {key: value for key, value in vars(self).items() if f"trainer.{key}" not in EXCLUDED_FROM_HASH}
+
+    @property
+    def micro(self) -> int:
+        """Examples at a time of one process that has all of a step."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+    def halved(self) -> Self:
+        """The same with half the micro-batch, for a step that does not fit in memory."""
+        return replace(self, micro_batch_size=self.micro // 2)
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size."""
@@ -149,6 +161,11 @@ class Settings:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
         accelerator = processes(self.device == "cpu", self.peer_timeout)
+        if self.auto_batch and accelerator.num_processes > 1:
+            raise SettingsError(
+                f"trainer.auto_batch=true: the {accelerator.num_processes} processes of a step cannot repeat it alone; "
+                "give trainer.micro_batch_size"
+            )
         if self.batch_size % accelerator.num_processes:
             raise SettingsError(
                 f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"

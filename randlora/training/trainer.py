@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +25,7 @@ from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import Checkpoints, State, Tensors, latest
 from randlora.training.evaluate import brief, norms, prefixed, summed, terms, to_device
 from randlora.training.optimizers import Optimizer
+from randlora.training.out_of_memory import out_of_memory
 from randlora.training.outcome import Diverged, Fit
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.settings import Observer, Settings
@@ -126,17 +128,15 @@ class Loop:
         self.plain.train()  # drops what an evaluation before has kept of other parameters
         count = sum(tensor.numel() for tensor in self.adaptation.trained().values())
         self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
-        return Fit(self.steps, seconds, seconds / self.steps, count, selected)
+        micro = self.settings.micro_batch_size if self.settings.auto_batch else None
+        return Fit(self.steps, seconds, seconds / self.steps, count, selected, micro)
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
-        settings, batches = self.settings, self.batches(start)
+        settings, self.fed = self.settings, self.batches(start)
         for step in range(start, self.steps):
-            began, done = time.perf_counter(), step + 1
-            # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
-            torch.manual_seed(integer("noise", self.seed, step, self.accelerator.process_index))
-            at = self.at(step)
-            loss, norm = self.step(batches, at)
+            began, done, at = time.perf_counter(), step + 1, self.at(step)
+            loss, norm = self.step(at)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, at.rate)
             scored = False
@@ -179,12 +179,34 @@ class Loop:
         self.observer.say(f"selected step {best.step} of {self.steps}, with a validation loss of {best.loss:.4g}")
         return best.step
 
-    def step(self, batches: Iterator[list[dict[str, Any]]], step: Step) -> tuple[float, float]:
+    def step(self, step: Step) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
+        # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
+        torch.manual_seed(integer("noise", self.seed, step.number, self.accelerator.process_index))
         self.adaptation.method.before_step(self.adaptation.updates.values(), step)
+        try:
+            mean = self.gradients(next(self.fed), step)
+        except (RuntimeError, MemoryError) as error:
+            if not self.settings.auto_batch or not out_of_memory(error) or self.settings.micro == 1:
+                raise
+            self.settings = self.settings.halved()
+        else:
+            return self.stepped(mean, step)
+        # Here and not above: an error being handled holds the tensors that did not fit.
+        self.observer.say(
+            f"step {step.number}: out of memory; from here on trainer.micro_batch_size={self.settings.micro}"
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.fed = self.batches(step.number)
+        return self.step(step)
+
+    def gradients(self, batches: list[dict[str, Any]], step: Step) -> float:
+        """Puts a step's gradients at the trained tensors; returns this process's part of the mean loss."""
         device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
-        micro = [to_device(batch, device) for batch in next(batches)]
+        micro = [to_device(batch, device) for batch in batches]
         weights = [terms(self.task, batch) for batch in micro]
         (total,) = summed(self.accelerator, sum(weights))
         if not total:
@@ -202,9 +224,13 @@ class Loop:
                     penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
+        return float(mean)
+
+    def stepped(self, mean: float, step: Step) -> tuple[float, float]:
+        """Takes the optimiser's step with the gradients that are there; see `step`."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
         late = time.monotonic() - self.saved_at > 60 * (self.settings.save_minutes or math.inf)
-        value, stopping, saving = summed(self.accelerator, float(mean), STOP.came, late)
+        value, stopping, saving = summed(self.accelerator, mean, STOP.came, late)
         # Every process saves and stops after the same step.
         size, self.stopping, self.save_due = float(norm), stopping > 0, saving > 0
         if not (math.isfinite(value) and math.isfinite(size)):
