@@ -1,9 +1,6 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
-from conftest import REPOSITORY
 from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
@@ -43,8 +39,8 @@ from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
 from randlora.training import checkpoint as checkpoints
 from randlora.training.evaluate import prefixed
+from randlora.training.loop import Loop
 from randlora.training.schedule import rate_factor
-from randlora.training.trainer import Loop
 from randlora.training.watch import LossWatch
 
 
@@ -131,11 +127,12 @@ def fit(  # type: ignore[no-untyped-def]
     observer: Quiet | None = None,
     data: Splits | None = None,
     optimizer: Optimizer | None = None,
+    task: Task | None = None,
     **changes,
 ) -> Fit:
     trainer = trainer_of(**changes)
     return trainer.fit(
-        TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
+        task or TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
         observer=observer or Quiet(), accelerator=trainer.accelerator(), optimizer=optimizer,
     )  # fmt: skip
 
@@ -211,6 +208,72 @@ def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_
     fit(whole, tmp_path / "without dropout")
     fit(parts, tmp_path / "parts", micro_batch_size=3)
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Small(Bars):
+    """Bars in a memory of three examples, from a call of the loss on."""
+
+    calls: ClassVar[list[int]] = []
+    begins: int = 0
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # noqa: RUF009
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.calls.append(len(batch["label"]))
+        if len(self.calls) > self.begins and len(batch["label"]) > 3:
+            raise self.error
+        return super().loss(model, batch)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(tmp_path: Path, error: Exception) -> None:
+    """Oracle: the run that has the smaller micro-batch from the start; with dropout."""
+    Small.calls.clear()
+    lowered, smaller, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
+    task = Small("bars", None, error=error)  # type: ignore[arg-type]
+    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=1)
+    assert Small.calls[:3] == [8, 4, 2]
+    assert observer.said == [f"step 0: out of memory; from here on trainer.micro_batch_size={size}" for size in (4, 2)]
+    assert result.micro_batch_size == 2
+    assert fit(smaller, tmp_path / "b", micro_batch_size=2).micro_batch_size is None
+    assert torch.equal(flattened(lowered), flattened(smaller))
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step_of_the_middle(tmp_path: Path) -> None:
+    """The second half of step 6 does not fit: its first half's gradient must not count twice."""
+    Small.calls.clear()
+    lowered, whole = model(), model()
+    task = Small("bars", None, begins=13)  # type: ignore[arg-type]
+    assert fit(lowered, tmp_path / "a", task=task, micro_batch_size=4, auto_batch=True).micro_batch_size == 2
+    assert Small.calls[11:18] == [4, 4, 4, 2, 2, 2, 2]
+    fit(whole, tmp_path / "b")
+    torch.testing.assert_close(flattened(lowered), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_ends_a_run_that_may_not_lower_or_cannot(tmp_path: Path) -> None:
+    for error, changes in ((ERRORS[0], {}), (ERRORS[1], {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1})):
+        task = Never("bars", None, error=error)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="memory"):
+            fit(model(), tmp_path, task=task, **changes)
+    with pytest.raises(ZeroDivisionError):
+        fit(model(), tmp_path, task=Never("bars", None, error=ZeroDivisionError()), auto_batch=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Never(Bars):
+    """Bars whose loss is an error."""
+
+    error: Exception = ERRORS[0]
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        raise self.error
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
@@ -546,46 +609,6 @@ def test_the_trainer_knows_the_six_calls_of_a_method(tmp_path: Path) -> None:
     assert Hooked.calls == ["groups", "before_step 0", *each, "before_step 1", *each, "finish"]
     assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
     assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
-
-
-ON_TWO = {
-    "uniform": RandLoRA(rank=3),
-    "kronecker": RandLoRA(rank=3, basis="kronecker"),
-    "noise": FlatLoRA(rank=3, sigma=0.5),
-    "growing": IncreLoRA(rank=3, top=1, interval=2),
-}
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """gloo on the CPU; every process takes its share of each batch, in micro-batches. One of them validates nothing."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys, json, torch; sys.path[:0] = ['tests', '.']\n"
-        "from pathlib import Path\n"
-        "import test_training as t\n"
-        "from accelerate import PartialState\n"
-        "out = {}\n"
-        "for name, method in t.ON_TWO.items():\n"
-        "    net = t.model(method)\n"
-        "    t.fit(net, Path(sys.argv[1], name), data=t.splits(validation=1), micro_batch_size=2)\n"
-        "    state, metrics = PartialState(), t.scores(net, t.splits(validation=1))\n"
-        "    out[name] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
-        "if state.is_main_process:\n"
-        "    Path(sys.argv[1], 'out.json').write_text(json.dumps(out))\n"
-        "state.wait_for_everyone()\n"
-        "import os; os._exit(0)\n"  # torch 2.14 with gloo now and then aborts while Python shuts down, all work done
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    of_two = json.loads((tmp_path / "out.json").read_text())
-    for name, method in ON_TWO.items():
-        world, values, metrics = of_two[name]
-        alone = model(method)
-        fit(alone, tmp_path / "alone" / name, data=splits(validation=1))
-        assert world == 2
-        torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
-        assert metrics == pytest.approx(scores(alone, splits(validation=1)))
 
 
 @dataclass(frozen=True)

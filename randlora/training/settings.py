@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from annotated_types import Ge, Le, Lt
@@ -17,6 +17,7 @@ from randlora.records.signature import EXCLUDED_FROM_HASH
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.precision import Precision
+from randlora.training.processes import processes
 from randlora.training.schedule import Schedule, rate_factor, warmup_steps
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Settings(Bounded):
         min_steps_per_epoch: An epoch of a small set is repeated up to this.
         batch_size: Examples of a step, over all processes.
         micro_batch_size: Examples at a time, per process; None: all of a step at once.
+        auto_batch: Whether to halve `micro_batch_size` where memory runs out in a step, and to take the step again.
         evaluation_batch_size: Examples at a time where the model is scored, per process.
         learning_rate: Of the updates.
         head_learning_rate: Of the task's head; None: the same.
@@ -73,6 +75,7 @@ class Settings(Bounded):
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
         workers: Processes that read and decode; 0 for none beside this one.
+        peer_timeout: Minutes that one of several processes waits for another before it gives up.
     """
 
     section: ClassVar[str] = "trainer"
@@ -82,6 +85,7 @@ class Settings(Bounded):
     min_steps_per_epoch: Annotated[int, Ge(0), Lt(MOST_STEPS)] = 0
     batch_size: BatchSize = 128
     micro_batch_size: BatchSize | None = None
+    auto_batch: bool = False
     evaluation_batch_size: BatchSize = 256
     learning_rate: Positive = 1e-3
     head_learning_rate: Positive | None = None
@@ -100,6 +104,7 @@ class Settings(Bounded):
     log_every: Count = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, Ge(0), Le(256)] = 0
+    peer_timeout: Positive = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +119,15 @@ class Settings(Bounded):
     def decisive(self) -> dict[str, Any]:
         """The settings that change the result, by name: all but those that the run's signature leaves out."""
         return {key: value for key, value in vars(self).items() if f"trainer.{key}" not in EXCLUDED_FROM_HASH}
+
+    @property
+    def micro(self) -> int:
+        """Examples at a time of one process that has all of a step."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+    def halved(self) -> Self:
+        """The same with half the micro-batch, for a step that does not fit in memory."""
+        return replace(self, micro_batch_size=self.micro // 2)
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size.
@@ -151,11 +165,12 @@ class Settings(Bounded):
         """The devices and processes of this run."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # The buffers are the fixed bases, which every process draws alike.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
+        accelerator = processes(self.device == "cpu", self.peer_timeout)
+        if self.auto_batch and accelerator.num_processes > 1:
+            raise SettingsError(
+                f"trainer.auto_batch=true: the {accelerator.num_processes} processes of a step cannot repeat it alone; "
+                "give trainer.micro_batch_size"
+            )
         if self.batch_size % accelerator.num_processes:
             raise SettingsError(
                 f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"
