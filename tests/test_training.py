@@ -32,11 +32,11 @@ from randlora.methods import (
     RandLoRAa,
     VeRA,
 )
+from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
 from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
-from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 
@@ -93,6 +93,9 @@ class Quiet:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.metrics: list[dict] = []
+
+    def begin(self, step: int) -> None:
+        pass
 
     def log(self, metrics: dict, step: int) -> None:
         self.metrics.append(metrics | {"step": step})

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from randlora.data.sources import Table
 from randlora.errors import SettingsError
 from randlora.rng import draws, integer, permutation
+from randlora.signals import leave_signals_to_parent
 
 Item = Mapping[str, Any]
 
@@ -199,6 +200,7 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals_to_parent,
     )
     # Begun here and not at the first batch: it draws from torch's generator, which a step seeds for its own noise.
     return _readable(split, iter(batches), say)

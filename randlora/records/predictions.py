@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from randlora.errors import SettingsError
-from randlora.records.result import Result, finite, write
+from randlora.integrity import write
+from randlora.records.result import Result, finite
 
 NAME = "predictions.json.gz"
 

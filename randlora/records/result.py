@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from randlora.errors import SettingsError
+from randlora.integrity import write
 
 SCHEMA = 2  # 1: records before November 2026, without names and budget at the top level
 STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted")
@@ -195,13 +195,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all, whatever ends the process."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from randlora.errors import SettingsError
-from randlora.records.result import Result, write
+from randlora.integrity import write
+from randlora.records.result import Result
 
 _SHARED = ("config", "versions")
 _GROUPS = ("task", "model", "method")

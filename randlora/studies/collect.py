@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from randlora.errors import SettingsError
+from randlora.integrity import write
 from randlora.records import Result, read
-from randlora.records.result import write
 from randlora.records.study import compress
 
 RESULTS, CURVES = "results.jsonl", "curves.jsonl.gz"

@@ -1,6 +1,7 @@
 """Optimisation, evaluation, schedules, checkpoints."""
 
+from randlora.signals import Interrupted
 from randlora.training.optimizers import Optimizer
-from randlora.training.trainer import Diverged, Fit, Interrupted, Trainer
+from randlora.training.trainer import Diverged, Fit, Trainer
 
 __all__ = ["Diverged", "Fit", "Interrupted", "Optimizer", "Trainer"]

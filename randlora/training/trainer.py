@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 from randlora.adapters.core import cached, require_adaptation
+from randlora.adapters.interface import describe
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
+from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
-from randlora.training import checkpoint
 from randlora.training.best_step import BestStep
+from randlora.training.checkpoint import Checkpoints, State, latest
 from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.schedule import rate_factor
 from randlora.training.settings import Observer, Settings
-from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer a number."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; a checkpoint is there to go on from."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,29 @@ class Trainer(Settings):
 
     def fit(
         self, task: Task, bound: Bound, splits: Splits, *, seed: int, folder: Path, observer: Observer,
-        accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None,
+        accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None, strict: bool = False,
     ) -> Fit:  # fmt: skip
-        """Trains an adapted model with its head; goes on from a checkpoint in `folder`, if there is one.
+        """Trains an adapted model with its head; goes on from the newest valid checkpoint in `folder`.
 
         Args:
             task: Knows the loss.
             bound: What the task made of the adapted model.
             splits: The training split is learned from; the validation split is scored every `evaluate_every` steps.
             seed: Of the order of the data and of dropout.
-            folder: Where checkpoints are, and the best parameters so far.
+            folder: Where checkpoints are; the last one is of the last step, so that this returns at once again.
             observer: Hears of losses, scores and progress.
             accelerator: The device and the processes.
             optimizer: None for AdamW.
             steps: How many; None for what the settings make of the training split's length.
+            strict: Whether to stop where there are checkpoints and none is valid, instead of starting again.
 
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
-            Interrupted: When a signal asked for it, after a checkpoint.
-            SettingsError: When there is nothing to train, or the best step to select and no validation loss.
+            Interrupted: When a signal asked for it, with a checkpoint to go on from.
+            SettingsError: As `strict` says; nothing to train; the best step to select and no validation loss.
         """
         loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps)
-        return loop.fit()
+        return loop.fit(strict)
 
 
 class Loop:
@@ -108,25 +106,33 @@ class Loop:
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
         self.model: nn.Module = accelerator.prepare(self.plain)
         self.steps = steps or trainer.steps(len(splits.train))
-        self.best = BestStep(folder, self.trained) if trainer.select == "best" else None
+        about = {
+            "seed": seed, "steps": self.steps, "examples": len(splits.train), "trainer": trainer.decisive(),
+            "method": describe(self.adaptation.method), "optimizer": optimizer.describe(),
+        }  # fmt: skip
+        self.checkpoints = Checkpoints(folder, about, self.kept, self.trained, self.optimizer, trainer.keep_last)
+        self.best = BestStep() if trainer.select == "best" else None
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
-        self.stop = StopRequest()
+        self.stopping = False  # as all processes know it
+        self.saved_at, self.save_due = time.monotonic(), False
 
-    def fit(self) -> Fit:
-        """All steps from the last checkpoint on; see `Trainer.fit`."""
-        start, seconds = 0, 0.0
-        resumable = checkpoint.latest(self.folder)
-        if resumable is not None:
-            state = checkpoint.restore(resumable, self.kept, self.optimizer)
-            start, seconds = int(state["step"]), state["train_seconds"]
-            self.observer.say(f"going on from step {start} of {self.steps}")
-        elif self.best and self.accelerator.is_main_process:
-            self.best.forget()
-        with self.stop:
-            seconds = self.train(start, seconds)
+    def fit(self, strict: bool) -> Fit:
+        """All steps from the newest valid checkpoint on; see `Trainer.fit`."""
+        state = self.checkpoints.resume(self.observer.say, strict)
+        if self._sum(state.step)[0] != state.step * self.accelerator.num_processes:
+            raise RuntimeError(f"processes read different checkpoints in {self.folder}: do all see the same files?")
+        if state.step:
+            self.best = state.best
+            self.observer.say(f"going on from step {state.step} of {self.steps}")
+        self.observer.begin(state.step)
+        with STOP:
+            if not state.scored:
+                self.validate(state.step)
+            seconds = self.train(state.step, state.train_seconds)
         selected = self.restore_best(self.best) if self.best else None
+        self.plain.train()  # drops what an evaluation before has kept of other parameters
         self.adaptation.method.finish(self.adaptation.updates.values())
         return Fit(self.steps, seconds, seconds / self.steps, selected)
 
@@ -143,12 +149,17 @@ class Loop:
             loss, norm = self.step(batches, step)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, factor * settings.learning_rate)
-            if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
-                self.validate(done)
-            if self.stop.came or self._due(settings.save_every, done):
-                self._save(done, seconds)
-            if self.stop.came:
-                raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
+            scored = True
+            try:
+                if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
+                    self.validate(done)
+            except Interrupted:
+                scored = False  # it is done again when the run goes on
+            stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
+            if stopping or self.save_due or done == self.steps or self._due(settings.save_every, done):
+                self._save(done, seconds, scored)
+            if stopping:
+                raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
         return seconds
 
     def validate(self, done: int) -> None:
@@ -161,18 +172,15 @@ class Loop:
         self.observer.log(named, done)
         self.observer.say(f"step {done}: {brief(named)}")
         if self.best:
-            if self.accelerator.is_main_process:
-                self.best.consider(done, scores)
-            self.accelerator.wait_for_everyone()
+            self.best = self.best.or_now(done, scores, self.trained)
 
     def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
-        try:
-            step, loss = best.restore()
-        except FileNotFoundError as error:
-            raise Diverged("trainer.select=best: the validation loss was never finite") from error
-        self.observer.say(f"selected step {step} of {self.steps}, with a validation loss of {loss:.4g}")
-        return step
+        if not best.step:
+            raise Diverged("trainer.select=best: the validation loss was never finite")
+        best.give_to(self.trained)
+        self.observer.say(f"selected step {best.step} of {self.steps}, with a validation loss of {best.loss:.4g}")
+        return best.step
 
     def step(self, batches: Iterator[list[dict[str, Any]]], step: int) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
@@ -197,13 +205,14 @@ class Loop:
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
-        value, stopping = self._sum(float(mean), float(self.stop.came))
-        size, self.stop.came = float(norm), stopping > 0  # every process stops after the same step
+        late = time.monotonic() - self.saved_at > 60 * (self.settings.save_minutes or math.inf)
+        value, stopping, saving = self._sum(float(mean), float(STOP.came), float(late))
+        # Every process saves and stops after the same step.
+        size, self.stopping, self.save_due = float(norm), stopping > 0, saving > 0
         if not (math.isfinite(value) and math.isfinite(size)):
-            last_good = checkpoint.latest(self.folder)
             raise Diverged(
                 f"step {step}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {last_good or 'none'}"
+                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {latest(self.folder) or 'none'}"
             )
         updates = self.adaptation.updates
         self.adaptation.method.after_backward(updates.values(), step)
@@ -231,11 +240,11 @@ class Loop:
             self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
         self.observer.progress(done, self.steps, f"loss {loss:.3f}")
 
-    def _save(self, done: int, seconds: float) -> None:
+    def _save(self, done: int, seconds: float, scored: bool) -> None:
         if self.accelerator.is_main_process:
-            state = {"step": done, "train_seconds": seconds}
-            checkpoint.save(self.folder, state, self.kept, self.optimizer)
+            self.checkpoints.save(State(done, seconds, self.best, scored))
         self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
 
     def _sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
