@@ -6,9 +6,11 @@ It detects damage (flipped bits, truncation, a lost or exchanged file), not forg
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 from randlora.errors import SettingsError
 
 MANIFEST = "manifest.json"
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 DRAFT = ".draft_"  # what the names of half-written files and folders begin with
 
 
@@ -68,6 +71,16 @@ def verify(folder: Path, needed: Iterable[str] = ()) -> None:
             raise Damaged(f"{path} does not list {name}")
     for name, (size, digest) in sealed.items():
         _verify_file(folder / name, size, digest)
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """In the system's words what is wrong with the disk, full or read-only and the like, if an error says that.
+
+    safetensors writes natively, and has the system's error in the text of its own.
+    """
+    native = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(native[1]) if native else None
+    return os.strerror(number) if number in _DISK_FAULTS else None
 
 
 def remove_drafts(folder: Path) -> None:

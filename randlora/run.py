@@ -18,6 +18,7 @@ from randlora.adapters import save_adapter
 from randlora.data.loader import Unreadable
 from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
+from randlora.integrity import disk_fault
 from randlora.records.console import Console
 from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
@@ -112,8 +113,11 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         remedy = "lower trainer.micro_batch_size or set trainer.precision=bf16"
         ended = {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}
     except Exception as error:
-        ended = {"error": f"{type(error).__name__}: {error}"}
-        record.say(traceback.format_exc(), everywhere=True)
+        fault = disk_fault(error)
+        if fault is None:
+            record.say(traceback.format_exc(), everywhere=True)
+        sentence = f"{fault} in {record.folder}, make room; {_kept(record) or LOST}"
+        ended = {"error": f"{type(error).__name__}: {error}" if fault is None else sentence}
     finally:
         result = replace(result, **ended)
         STOP.at_once = lambda: record.end(result)
@@ -121,6 +125,10 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
             record.finish(result)
             if code == FINISHED and accelerator.is_main_process:
                 shutil.rmtree(record.checkpoints, ignore_errors=True)
+        except OSError as error:  # its folder then says that no process runs it, and no more
+            code = FAILED
+            sentence = f"the result cannot be written ({error}); {_kept(record) or LOST}"
+            result = replace(result, status="failed", error=sentence)
         finally:
             record.close()
         accelerator.free_memory()
@@ -149,9 +157,13 @@ def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 def _interrupted(record: Record, why: str, without_checkpoint: str) -> dict[str, Any]:
     """The fields of the result of an interrupted run, with what the next attempt goes on from."""
+    return {"status": "interrupted", "error": f"{why}; {_kept(record) or without_checkpoint}"}
+
+
+def _kept(record: Record) -> str | None:
+    """What the next attempt goes on from, if there is a checkpoint."""
     latest = checkpoint.latest(record.checkpoints)
-    kept = f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
-    return {"status": "interrupted", "error": f"{why}; {kept or without_checkpoint}"}
+    return f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
 
 
 def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:

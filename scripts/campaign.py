@@ -1,9 +1,9 @@
 """A storm of faults over whole runs, and what became of them (randlora.analysis.campaign).
 
-    python scripts/campaign.py --trials 1000 --results trials.jsonl          # goes on where it was
-    python scripts/campaign.py --trials 400 --faults flipped,truncated,deleted,replaced --results files.jsonl
-    python scripts/campaign.py --trials 200 --peer --results peer.jsonl      # transformers' Trainer with PEFT's LoRA
-    python scripts/campaign.py --show experiments/faults/trials.jsonl.gz     # the table alone
+    python scripts/campaign.py --faults 1000                     # goes on where it was
+    python scripts/campaign.py --faults 400 --kinds flipped,truncated,deleted,replaced --seed 1
+    python scripts/campaign.py --faults 200 --peer               # transformers' Trainer with PEFT's LoRA
+    python scripts/campaign.py --show experiments/faults/*.gz    # the tables alone
 
 Runs are kept below --root while they are compared; the folders of trials that found something stay there.
 """
@@ -29,8 +29,8 @@ def command_line(arguments: Sequence[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=50, help="how many there are to be")
-    parser.add_argument("--faults", default="", help="only these kinds, with commas between")
+    parser.add_argument("--faults", type=int, default=50, help="how many there are to be")
+    parser.add_argument("--kinds", default="", help="only these, with commas between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", action="store_true", help="transformers' Trainer instead")
     parser.add_argument("--root", type=Path, default=Path("runs/campaign"), help="where the runs are")
@@ -51,12 +51,11 @@ def main() -> int:
     torch.set_num_threads(1)
     model = prepare(options.root.resolve())
     program = Peer(model) if options.peer else Ours(command_line, model)
-    faults = options.faults.split(",") if options.faults else campaign.FAULTS
-    storm = campaign.Campaign(program, options.root.resolve(), options.seed, faults)
+    kinds = options.kinds.split(",") if options.kinds else campaign.FAULTS
+    storm = campaign.Campaign(program, options.root.resolve(), options.seed, kinds)
     results = options.results or options.root / f"{program.name}.jsonl"
     done = campaign.read(results)
-    numbers = [number for number in range(options.trials) if number not in {trial.number for trial in done}]
-    for trial in storm.trials(numbers):
+    for trial in storm.trials([*done], options.faults):
         with results.open("a") as file:
             file.write(campaign.line(trial) + "\n")
         if not trial.clean:

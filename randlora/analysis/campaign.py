@@ -9,16 +9,17 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
 from typing import Any, Protocol
 
 from randlora.analysis.faults import DAMAGES, HUNG, AtCall, Ending, Signals, attempt, damage
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS
+from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
 
 FAULTS = ("killed", "killed in a write", "signalled", "disk full", *DAMAGES)
 STEPS, MOST_ATTEMPTS = 10, 12
@@ -121,16 +122,24 @@ class Campaign:
     """
 
     def __init__(self, program: Program, root: Path, seed: int = 0, faults: Sequence[str] = FAULTS):
+        for fault in faults:
+            check_choice("fault", fault, FAULTS)
         self.program, self.root, self.seed, self.faults = program, root / program.name, seed, faults
         self.root.mkdir(parents=True, exist_ok=True)
         self._references: dict[str, Reference] = {}
 
-    def trials(self, numbers: Iterable[int]) -> Iterator[Trial]:
-        """The trials of these numbers, each when it has ended."""
+    def trials(self, done: Sequence[Trial], faults: int) -> Iterator[Trial]:
+        """Trials beyond those `done`, each when it has ended, until they have all together seen so many faults."""
         gc.collect()
         gc.freeze()  # children then neither look through nor copy what is imported
-        for number in numbers:
-            yield self.trial(number)
+        numbers, struck = {trial.number for trial in done}, sum(len(trial.struck) for trial in done)
+        for number in count():
+            if struck >= faults:
+                return
+            if number not in numbers:
+                trial = self.trial(number)
+                struck += len(trial.struck)
+                yield trial
 
     def trial(self, number: int) -> Trial:
         """One trial, the same for the same seed, but for where a moment falls."""
@@ -138,13 +147,13 @@ class Campaign:
         fault = self.faults[number % len(self.faults)]
         settings = self.program.settings(rng, number // len(self.faults))
         storm = _Storm(self, Trial(self.program.name, number, fault, settings), rng)
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 2, 3))):
             storm.strike()
         while len(storm.trial.codes) < MOST_ATTEMPTS and not storm.ended:
             storm.run(None)
         storm.compare()
         if storm.trial.clean:
-            shutil.rmtree(storm.root)
+            shutil.rmtree(storm.kept)
         return storm.trial
 
     def reference(self, settings: Settings) -> Reference:
@@ -152,10 +161,11 @@ class Campaign:
         settings = settings | {"workers": 0, "save_every": 3}
         key = json.dumps(settings, sort_keys=True)
         if key not in self._references:
-            root = self.root / f"undisturbed_{len(self._references)}"
-            shutil.rmtree(root, ignore_errors=True)
-            root.mkdir()
-            ending = attempt(partial(self.program.main, settings, root), root, root.with_suffix(".log"))
+            kept = self.root / f"undisturbed_{len(self._references)}"
+            shutil.rmtree(kept, ignore_errors=True)
+            root = kept / "runs"
+            root.mkdir(parents=True)
+            ending = attempt(partial(self.program.main, settings, root), root, kept / "attempt.log")
             folder = self.program.folder(root)
             if ending.code != FINISHED or self.program.state(folder) != "finished":
                 raise RuntimeError(f"the undisturbed run of {settings} ended with {ending.code}: {ending.said}")
@@ -176,9 +186,10 @@ class _Storm:
         self.campaign, self.program, self.trial, self.rng = campaign, campaign.program, trial, rng
         self.reference = campaign.reference(trial.settings)
         self.seconds, self.calls = self.reference.seconds, int(1.3 * self.reference.calls)
-        self.root = campaign.root / f"trial_{trial.number}"
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir()
+        self.kept = campaign.root / f"trial_{trial.number}"
+        shutil.rmtree(self.kept, ignore_errors=True)
+        self.root = self.kept / "runs"
+        self.root.mkdir(parents=True)
         self.ended = False  # by an undisturbed attempt, and nothing has struck since
         self.finished = False  # when the last attempt began
         self.promise: int | None = None
@@ -213,7 +224,7 @@ class _Storm:
         trial, before = self.trial, self.program.steps(self.folder)
         self.finished = self._state() == "finished"
         main = partial(self.program.main, trial.settings, self.root)
-        log = self.root.with_suffix(f".{len(trial.codes)}.log")
+        log = self.kept / f"attempt_{len(trial.codes)}.log"
         ending = attempt(main, self.root, log, strike)
         trial.codes.append(ending.code)
         trial.tracebacks += "Traceback" in ending.said
@@ -239,7 +250,11 @@ class _Storm:
             trial.unreadable.append(f"an undisturbed attempt ended with {code}: {ending.said.strip()[-200:]}")
         if state.startswith("unreadable"):
             trial.unreadable.append(state)
-        if state == "running" or (code == FINISHED) > (state == "finished") or (code == INTERRUPTED and state == "dead"):
+        if (
+            state == "running"
+            or (code == FINISHED) > (state == "finished")
+            or (code == INTERRUPTED and state == "dead")
+        ):
             trial.false.append(f"{state or 'no record'} after exit code {code}")
         if state == "finished":
             trial.false.extend(f"finished, and {name} differs" for name in self._differences())
@@ -265,13 +280,15 @@ class _Storm:
 
     def _draw(self) -> Signals | AtCall:
         rng, fault = self.rng, self.trial.fault
-        moment = rng.uniform(0, self.seconds)
+        moment = self.seconds * max(rng.random(), rng.random())  # the first half is loading
         if fault == "killed":
             return Signals((moment,), (SIGKILL,), group=rng.random() < 0.5)
         if fault == "signalled":
             first = rng.choice((SIGTERM, SIGINT, SIGUSR1, SIGUSR2))
             second = rng.random() < 0.25
-            return Signals((moment, rng.uniform(0, 0.5))[: 1 + second], (first, SIGINT)[: 1 + second], rng.random() < 0.5)
+            return Signals(
+                (moment, rng.uniform(0, 0.5))[: 1 + second], (first, SIGINT)[: 1 + second], rng.random() < 0.5
+            )
         full = fault == "disk full"
         return AtCall(rng.randint(1, self.calls), full, full and rng.random() < 0.5, rng.random())
 
@@ -298,7 +315,7 @@ class _Storm:
     def _load(self, path: Path) -> None:
         """What becomes of a damaged adapter where it is loaded."""
         load = partial(self.program.load, self.trial.settings, self.folder, self.reference.folder)
-        ending = attempt(load, self.root, self.root.with_suffix(".load.log"))
+        ending = attempt(load, self.root, self.kept / "load.log")
         if ending.code == LOADED_DIFFERENT:
             self.trial.silent.append(f"{path.name} of the adapter was loaded")
         elif ending.code == WRONG_SETTINGS and path.name not in ending.said:
@@ -329,8 +346,8 @@ def line(trial: Trial) -> str:
 def table(trials: Sequence[Trial]) -> str:
     """Counts by program and kind of fault, as Markdown."""
     heads = (
-        "program", "fault", "trials", "faults", "attempts", "resumed", "identical", "most lost, intervals", "unreadable",
-        "false records", "silently used", "tracebacks",
+        "program", "fault", "trials", "faults", "attempts", "resumed", "identical", "most lost, intervals",
+        "unreadable", "false records", "silently used", "tracebacks",
     )  # fmt: skip
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for program in dict.fromkeys(trial.program for trial in trials):

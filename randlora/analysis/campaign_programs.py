@@ -22,7 +22,7 @@ from randlora.analysis.campaign import LOADED, LOADED_DIFFERENT, STEPS, Settings
 from randlora.analysis.faults import attempt
 from randlora.config import CONFIGS, settings
 from randlora.experiment import Experiment
-from randlora.records.temporary import state
+from randlora.records.record import state
 from randlora.records.result import Result
 
 _COMMON = (
@@ -44,6 +44,7 @@ def prepare(root: Path) -> Path:
     """
     for module in _IMPORTED:
         importlib.import_module(module)
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("vit")  # it is kept
     folder = root / "model"
     folder.mkdir(parents=True, exist_ok=True)
     ending = attempt(partial(_make_model, folder), folder, root / "model.log")
@@ -55,9 +56,11 @@ def prepare(root: Path) -> Path:
 def _make_model(folder: Path) -> int:
     from transformers import ViTConfig, ViTModel
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    configuration = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
     torch.manual_seed(0)
-    ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes), add_pooling_layer=False).save_pretrained(folder)
+    ViTModel(configuration, add_pooling_layer=False).save_pretrained(folder)
     return 0
 
 
@@ -114,7 +117,7 @@ class Ours:
         return LOADED_DIFFERENT  # only ever asked of damaged files
 
     def folder(self, root: Path) -> Path:
-        return next((path.parent for path in root.glob("*/*/*/*/config.yaml")), root / "none")
+        return next(iter(root.glob("*/*/*/*/")), root / "none")
 
     def state(self, folder: Path) -> str:
         return state(folder) if (folder / "status.json").is_file() else ""
@@ -174,7 +177,7 @@ class Peer:
         output, steps = root / "run", root.with_suffix(".steps")
         images, labels = load_digits(return_X_y=True)
         pixels = torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, 8, 8)
-        examples = [{"pixel_values": pixels[i], "labels": int(labels[i])} for i in range(26)]
+        examples: Any = [{"pixel_values": pixels[i], "labels": int(labels[i])} for i in range(26)]
 
         class Steps(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

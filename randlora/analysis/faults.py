@@ -9,6 +9,7 @@ write the same bytes through Python's files.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import io
 import mmap
@@ -110,10 +111,8 @@ def attempt(
         os.waitpid(process, 0)
         code = HUNG
     seconds = time.monotonic() - began
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)  # the workers of a killed process
-    except ProcessLookupError:
-        pass
     calls = int.from_bytes(counter[:8], "little")
     struck = calls >= strike.call if isinstance(strike, AtCall) else struck
     return Ending(code, seconds, calls, log.read_text(errors="replace"), struck)
@@ -168,8 +167,8 @@ class FileCalls:
             return real_open(path, flags, *args, **keywords)
 
         os.open = low_open
-        builtins.open = io.open = self._opener(io.open)  # type: ignore[assignment]
-        saved, flatten = torch.save, safetensors.torch.serialize_file
+        builtins.open = io.open = self._opener(io.open)
+        saved = torch.save
 
         def save(content: Any, file: Any, *args: Any, **keywords: Any) -> None:
             if not isinstance(file, str | os.PathLike):
@@ -180,11 +179,15 @@ class FileCalls:
                 stream.write(buffer.getvalue())
 
         def serialize_file(tensors: Any, file: Any, metadata: Any = None) -> None:
-            with open(file, "wb") as stream:
-                stream.write(safetensors.serialize(tensors, metadata=metadata))
+            try:
+                with open(file, "wb") as stream:
+                    stream.write(safetensors.serialize(tensors, metadata=metadata))
+            except OSError as error:  # as its native code has it
+                message = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+                raise safetensors.SafetensorError(message) from error
 
-        assert callable(flatten)
-        torch.save, safetensors.torch.serialize_file = save, serialize_file
+        torch.save = save  # type: ignore[assignment]
+        safetensors.torch.serialize_file = serialize_file  # type: ignore[assignment]
 
     def _ours(self, path: Any) -> bool:
         """Whether a path, or a file's number, is below the folder."""
@@ -248,7 +251,9 @@ class _File(io.FileIO):
     def write(self, data: Any) -> Any:
         """The bytes written."""
         content, write = bytes(data), super().write
-        return self._calls._call("write", lambda: write(content), lambda part: write(content[: int(part * len(content))]))
+        return self._calls._call(
+            "write", lambda: write(content), lambda part: write(content[: int(part * len(content))])
+        )
 
 
 def _child(program: Callable[[], int], log: Path, calls: FileCalls) -> None:
