@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,10 @@ from randlora.training.precision import autocast
 
 
 def dry_run(experiment: Experiment) -> dict[str, Any]:
-    """`counts`, `lengths`, and `memory` by `memory_plan`."""
-    return counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    """`counts`, `lengths`, `memory` by `memory_plan`, and the method's `remark` where it has one."""
+    remark = experiment.method.remark
+    plan = counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    return plan if remark is None else plan | {"remark": remark}
 
 
 def counts(experiment: Experiment) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
     `adapter_bytes` is the tensors' alone; a file has under 4 kB more.
     """
     backbone = experiment.model.meta_model()
-    report = experiment.adapt(backbone)
+    report = replace(experiment, method=experiment.method.grown()).adapt(backbone)
     head = sum(parameter.numel() for parameter in experiment.bind(backbone).head_parameters().values())
     return {
         "sites": [vars(site) for site in report.sites],
@@ -66,6 +68,7 @@ def table(plan: Mapping[str, Any]) -> str:
     if plan["memory"]:
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if name != "total")
         lines.append(f"memory of a step {plan['memory']['total'] / 2**30:.2f} GiB: {shares}")
+    lines += [plan["remark"]] if "remark" in plan else []
     return "\n".join(lines)
 
 
@@ -113,7 +116,8 @@ def _shapes(experiment: Experiment, description: Model) -> tuple[nn.Module, list
     trainer, task = experiment.trainer, experiment.task
     assert isinstance(task, KnownShapes)
     size = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
-    planned, backbone = replace(experiment, task=task.planned(size)), description.meta_model()
+    planned = replace(experiment, task=task.planned(size), method=experiment.method.grown())
+    backbone = description.meta_model()
     planned.adapt(backbone)
     model = planned.bind(backbone).model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -136,9 +140,9 @@ def _leave_meta(model: nn.Module) -> None:
             setattr(model.get_submodule(module), leaf, model.get_parameter(first))
 
 
-def saved(model: nn.Module, run: Callable[[], object]) -> list[int]:
-    """The bytes of every storage that `run` keeps for backward, without the model's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+def saved(model: nn.Module, run: Callable[[], object], inputs: Iterable[Tensor] = ()) -> list[int]:
+    """The bytes of every storage that `run` keeps for backward, without the model's own and those of `inputs`."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers(), *inputs]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
 import traceback
@@ -15,16 +16,19 @@ import torch
 from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
+from randlora.adapters.interface import describe, method_from
 from randlora.data.loader import Unreadable
 from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
-from randlora.integrity import disk_fault
+from randlora.integrity import disk_fault, write
+from randlora.models.base import Backbone
 from randlora.records.console import Console
 from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
 from randlora.signals import STOP, Interrupted
+from randlora.tasks.base import Splits
 from randlora.training import Diverged, checkpoint
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
@@ -180,6 +184,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     STOP.check(accelerator)
     splits = task.splits(backbone, experiment.budget)
     STOP.check(accelerator)
+    experiment, chosen = calibrated(experiment, backbone, splits, record, accelerator)
     report = experiment.adapt(backbone)
     bound = experiment.bind(backbone)
     head = bound.head_parameters()
@@ -217,18 +222,40 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         if head:
             tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
             save_file(tensors, record.folder / "adapter" / "head.safetensors")
-    headline = f"test/{task.headline}"
+    headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",
+        "calibrated": chosen,
         "headline": Headline(headline, metrics[headline]),
         "metrics": metrics,
-        "trainable_parameters": report.trainable_parameters,
         "head_parameters": head_size,
-        "total_parameters": report.total_parameters + head_size,
+        "total_parameters": report.total_parameters + grown + head_size,
         "adapter_bytes": adapter_bytes,
         "peak_memory_bytes": memory.bytes(),
         "examples": examples,
     }
+
+
+def calibrated(
+    experiment: Experiment, backbone: Backbone, splits: Splits, record: Record, accelerator: Accelerator
+) -> tuple[Experiment, dict[str, Any] | None]:
+    """The experiment with its method as training data make it, and what they chose, if anything.
+
+    A run that goes on takes what it began with, from calibrated.json.
+    """
+    before, path = experiment.method, record.folder / "calibrated.json"
+    if not before.calibration_examples:
+        return experiment, None
+    if path.is_file():
+        experiment = replace(experiment, method=method_from(json.loads(path.read_text())))
+    else:
+        experiment = experiment.calibrated(backbone, splits, accelerator)
+        if accelerator.is_main_process:
+            write(path, json.dumps(describe(experiment.method)) + "\n")
+    old = describe(before)
+    chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
+    record.say(f"{before.name} chose from training data: {chosen}")
+    return experiment, chosen
 
 
 def summary(result: Result) -> str:

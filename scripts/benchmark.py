@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from randlora.analysis.layer_speed import VARIANTS, markdown, measure
+from randlora.analysis.layer_speed import VARIANTS, measure, table
 from randlora.analysis.workloads import WORKLOADS
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
     options = parser.parse_args()
     if options.show is not None:
-        print(markdown(json.loads(options.show.read_text())["workloads"]))
+        workloads = json.loads(options.show.read_text())["workloads"]
+        print("\n\n".join(f"{name}\n\n{table(figures)}" for name, figures in workloads.items()))
         return
     names = options.only.split(",")
     for given, allowed in ((options.workloads, WORKLOADS), (names, VARIANTS)):
@@ -57,7 +58,7 @@ def main() -> None:
     for name in options.workloads or WORKLOADS:
         figures = measure(WORKLOADS[name], names, options.rounds, device)
         report["rounds"][name], report["workloads"][name] = options.rounds, figures
-        print("\n" + markdown({name: figures}), flush=True)
+        print(f"\n{name}\n\n{table(figures)}", flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
         gc.collect()

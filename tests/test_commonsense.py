@@ -223,7 +223,7 @@ def test_batched_generation_equals_one_by_one(language_model: Backbone, beams: i
     encoder, model = commonsense.encoder(language_model, training=False), commonsense.bind(language_model).model
     together = model.generate(encoder.collate([encoder(row) for row in ROWS])["inputs"], 0, beams, max_new_tokens=12)
     for row, made in zip(ROWS, together, strict=True):
-        ids = torch.tensor([encoder(row)["prefix"]])
+        ids = torch.tensor([encoder(row)["input_ids"]])
         asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         alone = language_model.module.generate(**asked, num_beams=beams, max_new_tokens=12, do_sample=False)
         expected = Letters().batch_decode(alone[:, ids.shape[1] :])

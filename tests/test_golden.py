@@ -118,13 +118,13 @@ def test_commonsense(task: str, row: dict, smollm2: Backbone) -> None:
     assert alone["labels"] == [-100] * (len(item["input_ids"]) - len(kept)) + kept
 
     generated = encoder(task, smollm2, training=False)(row)
-    assert generated["prefix"] == item["input_ids"][: len(generated["prefix"])]
-    assert item["input_ids"][len(generated["prefix"]) :] == kept
+    assert generated["input_ids"] == item["input_ids"][: len(generated["input_ids"])]
+    assert item["input_ids"][len(generated["input_ids"]) :] == kept
     likely = encoder(task, smollm2, "scoring=likelihood", training=False)(row)
     assert likely["tails"][0] == TAILS[task]
     right = likely["names"].index(likely["answer"])
-    assert [*likely["prefix"], *likely["tails"][right], tokenizer.eos_token_id] == item["input_ids"]
-    assert tokenizer.decode(generated["prefix"]).endswith("### Response:")
+    assert [*likely["input_ids"], *likely["tails"][right], tokenizer.eos_token_id] == item["input_ids"]
+    assert tokenizer.decode(generated["input_ids"]).endswith("### Response:")
 
 
 MEANINGS = [

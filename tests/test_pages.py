@@ -26,7 +26,7 @@ import table  # noqa: E402
 BY_HAND = {
     "image_protocol": ["where"],
     "published": ["file"],  # words
-    "speed": ["variant", "", "", "", "", "", "", "", "", "", "", "", "", "", "", ""],
+    "speed": ["variant", "", *["variant"] * 14],
     "training_speed": ["", "", "settings"],
 }
 

@@ -1,18 +1,22 @@
 """The neighbours of RandLoRA that train fixed shapes: each against its paper's formula, written out in float64."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import randlora
 from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy, settings
 from randlora.adapters import unfuse_attention
-from randlora.adapters.core import adapted_layers
+from randlora.adapters.calibration import States
+from randlora.adapters.core import adapted_layers, require_adaptation
 from randlora.adapters.files import TENSORS
-from randlora.adapters.interface import Update
+from randlora.adapters.interface import Step, Update
 from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.positions import Position, attention_heads, position
 from randlora.adapters.targets import places
@@ -20,8 +24,9 @@ from randlora.bases import draw
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
-from randlora.methods import EDoRA, LoRAMini, LoRTA, MELoRA, Method, MoRA
-from randlora.plan import counts, memory_plan
+from randlora.methods import EDoRA, FlatLoRA, GeLoRA, LoRAMini, LoRTA, MELoRA, Method, MoRA, gelora
+from randlora.methods.gelora import intrinsic_dimension
+from randlora.plan import counts, dry_run, memory_plan, table
 from randlora.rng import permutation
 
 SHAPES = [(24, 24), (60, 24), (24, 60), (72, 24)]  # (out, in)
@@ -341,6 +346,235 @@ def test_lorta_refuses_sites_off_its_grid(targets: list[str], reason: str) -> No
     with pytest.raises(SettingsError, match=reason):
         randlora.adapt(model, LoRTA(), targets)
     assert [name for name, _ in model.named_modules()] == names
+
+
+# Flat-LoRA
+
+
+def flat(sigma: float = 0.2, dropout: float = 0.0, name: str = "0", seed: int = 5) -> nn.Module:
+    """A map 300 × 400 in float64 with parameters away from their start."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(400, 300)})
+    randlora.adapt(model, FlatLoRA(rank=4, alpha=2, sigma=sigma, dropout=dropout), [name], seed)
+    model.double()
+    with torch.no_grad():
+        model[name].updates[0].B.normal_(std=0.1)
+    return model
+
+
+def at_step(model: nn.Module, number: int, total: int = 10) -> AdaptedLinear:
+    """The one layer, ready for training in that step."""
+    adaptation = require_adaptation(model)
+    adaptation.method.before_step(adaptation.updates.values(), Step(number, total, 1e-3, 0))
+    return next(iter(adapted_layers(model.train()).values()))
+
+
+def noise(layer: AdaptedLinear) -> Tensor:
+    """ε, from the images of the unit vectors."""
+    with torch.no_grad():
+        return (layer(torch.eye(400, dtype=torch.float64)) - layer.bias).T - layer.merged_weight()
+
+
+def test_flat_loras_noise_has_its_law() -> None:
+    """Rows of standard deviation σ_t ‖W'_i‖ / √in, independent entries, mean zero; σ_t from 0 to sigma by a cosine."""
+    model = flat()
+    assert noise(at_step(model, 0)).abs().max() < 1e-12
+    for number, share in ((5, 0.5), (8, (1 - math.cos(0.8 * math.pi)) / 2)):
+        layer = at_step(model, number)
+        rows = 0.2 * share * layer.merged_weight().norm(dim=1, keepdim=True) / 20
+        z = noise(layer) / rows
+        assert abs(z.mean()) < 4 / math.sqrt(z.numel())
+        assert z.square().mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / z.numel()))
+        assert z.square().mean(1).sub(1).abs().max() < 5 * math.sqrt(2 / 400)
+        assert z.pow(4).mean().item() == pytest.approx(3, abs=0.15)
+        assert abs((z[:, 1:] * z[:, :-1]).mean()) < 4 / math.sqrt(z.numel())
+        assert abs((z[1:] * z[:-1]).mean()) < 4 / math.sqrt(z.numel())
+
+
+def test_flat_loras_noise_depends_on_seed_step_and_site_alone() -> None:
+    first = noise(at_step(flat(), 5))
+    torch.manual_seed(77)
+    later = flat()
+    torch.randn(5)
+    assert torch.equal(noise(at_step(later, 5)), first)  # as after resuming, whatever torch's own generator says
+    for other in (at_step(flat(), 6), at_step(flat(name="1"), 5), at_step(flat(seed=6), 5)):
+        assert abs((noise(other) * first).mean()) < 0.02 * noise(other).std() * first.std()
+    before = torch.get_rng_state()
+    noise(at_step(later, 7))
+    assert torch.equal(torch.get_rng_state(), before)  # dropout draws what it would draw without noise
+
+
+def test_flat_lora_evaluates_merges_and_ends_without_noise() -> None:
+    model, x = flat(), torch.randn(5, 400, dtype=torch.float64)
+    layer = at_step(model, 5)
+    without = x @ layer.merged_weight().T + layer.bias
+    assert (layer(x) - without).abs().max() > 0.01
+    torch.testing.assert_close(layer.eval()(x), without)
+    with randlora.merged(model.train()):
+        torch.testing.assert_close(layer(x), without)
+    adaptation = require_adaptation(model)
+    assert adaptation.method.finish(adaptation.updates) is adaptation.method
+    torch.testing.assert_close(layer.train()(x), without)
+
+
+def test_flat_loras_gradients_are_those_at_the_noisy_weight() -> None:
+    """Oracle: autograd through x (W0 + ε + s B A)ᵀ with ε a constant; forward draws it again in a checkpoint."""
+    layer = at_step(flat(), 5)
+    update, epsilon = layer.updates[0], noise(layer)
+    x, g = torch.randn(2, 7, 400, dtype=torch.float64, requires_grad=True), torch.randn(2, 7, 300, dtype=torch.float64)
+    trained = [x, update.A, update.B]
+    y = x @ (layer.weight + epsilon + 0.5 * update.B @ update.A).T + layer.bias
+    expected = torch.autograd.grad((torch.tanh(y) * g).sum(), trained)
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.testing.assert_close(call(x), y, rtol=1e-12, atol=1e-12)
+        ours = torch.autograd.grad((torch.tanh(call(x)) * g).sum(), trained)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_flat_lora_compiles_with_its_noise_and_takes_a_new_one_without_compiling_again() -> None:
+    torch.compiler.reset()
+    model, x = flat(), torch.randn(5, 400, dtype=torch.float64)
+    compiled, outputs = torch.compile(at_step(model, 5), backend="aot_eager", fullgraph=True), []
+    for step in (5, 6):
+        layer = at_step(model, step)
+        with torch.compiler.set_stance("default" if step == 5 else "fail_on_recompile"):
+            outputs.append(compiled(x))
+        torch.testing.assert_close(outputs[-1], layer(x), rtol=1e-10, atol=1e-10)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("half_base", [False, True])
+def test_flat_loras_noise_in_half_precision(half_base: bool) -> None:
+    """The same noise as in float64, to what bfloat16 can say, and a gradient in float32."""
+    layer, x = at_step(flat(), 5), torch.randn(9, 400, dtype=torch.float64)
+    expected, without = layer(x), layer.eval()(x)
+    layer.train().float()
+    if half_base:
+        layer.base.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.float())
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.1 * (expected - without).norm()
+    y.float().square().sum().backward()
+    assert layer.updates[0].A.grad.dtype == torch.float32
+
+
+# GeLoRA
+
+
+@pytest.mark.parametrize(("dimension", "examples"), [(2, 400), (5, 1000), (10, 1000)])
+def test_twonn_finds_the_dimension_of_a_plane(dimension: int, examples: int) -> None:
+    """Gaussian points on a plane in 768 dimensions, some of them twice."""
+    rng = torch.Generator().manual_seed(dimension)
+    plane = torch.randn(dimension, 768, generator=rng)
+    points = torch.randn(examples, dimension, generator=rng) @ plane
+    estimate = intrinsic_dimension(torch.cat([points, points[:50]]))
+    assert estimate == pytest.approx(dimension, rel=0.12)
+    assert estimate == intrinsic_dimension(points)
+
+
+def test_twonn_is_its_formula() -> None:
+    """Four points on a line: neighbours by hand, the largest ratio left out."""
+    points = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # distances 1, 3; 1, 2; 2, 3; 4, 6
+    ratios, F = [1.5, 1.5, 2.0], [0.25, 0.5, 0.75]
+    slope = sum(-math.log(1 - f) * math.log(mu) for f, mu in zip(F, ratios, strict=True))
+    assert intrinsic_dimension(points, 0.1) == pytest.approx(slope / sum(math.log(mu) ** 2 for mu in ratios))
+    with pytest.raises(SettingsError, match="2 different examples are too few"):
+        intrinsic_dimension(points[[0, 1, 0, 1, 0]])
+
+
+class Widening(nn.Module):
+    """Blocks whose states have known dimensions: 2 enter, 6 leave the first, 3 the second, padding is noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(24, 24)}) for _ in range(2))
+        self.maps = [torch.randn(size, 24, generator=rng) for size in (2, 6, 3)]
+        self.calls = 0
+
+    def forward(self, coordinates: Tensor, attention_mask: Tensor) -> Tensor:
+        self.calls += 1
+        states = [coordinates[:, :, : len(A)] @ A for A in self.maps]
+        for layer, states_in, states_out in zip(self.layers, states, states[1:], strict=False):
+            self.block(layer, states_in, states_out)
+        return states[-1]
+
+    def block(self, layer: nn.Module, entering: Tensor, leaving: Tensor) -> None:
+        layer.forward = lambda hidden_states: (leaving, None)  # as blocks of transformers return
+        layer(hidden_states=entering)
+
+
+def widening_batches(count: int) -> list[dict[str, Tensor]]:
+    """Texts of two tokens and one of padding, whose states reach all dimensions."""
+    rng = torch.Generator().manual_seed(1)
+    mask = torch.tensor([[1, 1, 0]]).expand(100, 3)
+    return [{"coordinates": torch.randn(100, 3, 6, generator=rng), "attention_mask": mask} for _ in range(count)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_gelora_gives_ranks_by_the_growth_of_dimensions(pooling: str, tmp_path: Path) -> None:
+    """Oracle: TwoNN on the states written out; a file needs no data."""
+    model, batches, targets = Widening(), widening_batches(6), ["layers.*.mlp"]
+    chosen = randlora.calibrate(model, GeLoRA(pooling=pooling), targets, batches, lambda batch: model(**batch))
+    coordinates = torch.cat([batch["coordinates"] for batch in batches])
+    pooled = coordinates[:, :2].mean(1) if pooling == "mean" else coordinates[:, 0]
+    two, six, three = (intrinsic_dimension(pooled[:, : len(A)] @ A) for A in model.maps)
+    assert (two, six, three) == pytest.approx((2, 6, 3), rel=0.15)
+    assert chosen == GeLoRA(pooling=pooling, ranks={"layers.0": math.ceil(six - two) + 1, "layers.1": 1})
+    assert model.calls == 6
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert randlora.calibrate(model, chosen, targets, batches, lambda batch: model(**batch)) is chosen
+    assert model.calls == 6  # ranks that are there need no data
+
+    plain = lambda: nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(24, 24)}) for _ in "12")})  # noqa: E731
+    torch.manual_seed(0)
+    first, second = plain(), plain()
+    with pytest.raises(SettingsError, match="GeLoRA has no ranks yet"):
+        randlora.adapt(first, GeLoRA(), targets)
+    second.load_state_dict(first.state_dict())
+    report = randlora.adapt(first, chosen, targets)
+    assert [site.trainable_parameters for site in report.sites] == [48 * rank for rank in chosen.ranks.values()]
+    assert {layer.updates[0].scale for layer in adapted_layers(first).values()} == {32.0}
+    randlora.save_adapter(first, tmp_path)
+    assert json.loads((tmp_path / "adapter.json").read_text())["method"]["ranks"] == chosen.ranks
+    randlora.load_adapter(second, tmp_path)
+    assert require_adaptation(second).method == chosen
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ({}, [5, 1]), ({"rounding": "down"}, [4, 1]), ({"rounding": "nearest"}, [5, 1]), ({"largest": 3}, [3, 1]),
+        ({"mean_rank": 4}, [6, 2]), ({"mean_rank": 1}, [1, 1]), ({"mean_rank": 2.5}, [4, 1]),
+    ],
+)  # fmt: skip
+def test_geloras_options(settings: dict, ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block grows by 3.6, the second shrinks."""
+    dimensions = {f"layers.{i}": States(*map(torch.tensor, sizes)) for i, sizes in enumerate([(2.0, 5.6), (5.0, 1.0)])}
+    monkeypatch.setattr(gelora, "hidden_states", lambda *_: dimensions)
+    monkeypatch.setattr(gelora, "intrinsic_dimension", lambda points, _: float(points))
+    chosen = GeLoRA(**settings).calibrated(nn.Module(), ["layers.0.mlp", "layers.1.mlp"], [])
+    assert list(chosen.ranks.values()) == ranks
+
+
+def test_gelora_refuses_sites_and_blocks_that_it_has_no_rank_for(toy: Toy) -> None:
+    with pytest.raises(SettingsError, match="square is in no numbered block"):
+        randlora.adapt(toy, GeLoRA(ranks={"layers.0": 2}), ["square"])
+    with pytest.raises(SettingsError, match=r"no layers\.1, the block of layers\.1\.attn.*; it has layers\.0"):
+        randlora.adapt(Blocks(), GeLoRA(ranks={"layers.0": 2}), BLOCK_TARGETS)
+
+
+def test_a_plan_of_gelora_says_what_it_counts() -> None:
+    def plan(*overrides: str) -> dict:
+        return dry_run(Experiment.from_config(settings("dry_run=true", "task=mrpc", "model=minilm", *overrides)))
+
+    largest, even, lora = plan("method=gelora"), plan("method=gelora", "method.mean_rank=8"), plan("method=lora")
+    assert largest["trainable_parameters"] == 8 * lora["trainable_parameters"]
+    assert even["trainable_parameters"] == lora["trainable_parameters"]
+    assert "for rank 64 everywhere" in table(largest)
+    assert "for equal ranks of mean 8" in table(even)
+    assert "remark" not in lora
 
 
 # Where sites sit, and what the models count

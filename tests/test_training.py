@@ -15,13 +15,17 @@ from torch import nn
 
 import randlora
 from conftest import REPOSITORY
+from randlora.adapters.core import require_adaptation
+from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
     EDoRA,
+    FlatLoRA,
     FullFineTuning,
+    IncreLoRA,
     LoRA,
     LoRAMini,
     MELoRA,
@@ -30,6 +34,7 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    SoRA,
     VeRA,
 )
 from randlora.signals import StopRequest
@@ -152,7 +157,8 @@ def flattened(net: nn.Module) -> torch.Tensor:
 
 METHODS = [
     LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
-    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
+    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(), SoRA(rank=3),
+    IncreLoRA(rank=3, top=1), FlatLoRA(rank=3),
 ]  # fmt: skip
 
 
@@ -183,6 +189,24 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, micro: int) -> 
     whole, parts = model(), model()
     fit(whole, tmp_path / "a")
     fit(parts, tmp_path / "b", micro_batch_size=micro)
+    torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_out_of_it(tmp_path: Path) -> None:
+    method = FlatLoRA(rank=3, sigma=0.5)
+    whole, parts, broken, resumed, plain = (model(m, dropout=0.3) for m in [method] * 4 + [LoRA(rank=3)])
+    untouched = whole[0].base.weight.clone()
+    fit(whole, tmp_path / "whole")
+    assert torch.equal(whole[0].base.weight, untouched)
+    with pytest.raises(Interrupted):
+        fit(broken, tmp_path / "broken", StopsAt(7))
+    fit(resumed, tmp_path / "broken")
+    assert torch.equal(flattened(resumed), flattened(whole))
+    fit(plain, tmp_path / "plain")
+    assert (flattened(plain) - flattened(whole)).abs().max() > 0.01
+    whole, parts = model(method), model(method)
+    fit(whole, tmp_path / "without dropout")
+    fit(parts, tmp_path / "parts", micro_batch_size=3)
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
 
 
@@ -379,10 +403,15 @@ class Hooked(LoRA):
     """A method that asks for everything a trainer offers."""
 
     calls: ClassVar[list[str]] = []
+    steps: ClassVar[list[Step]] = []
 
     def parameter_groups(self, trained, rate, decay):  # type: ignore[no-untyped-def]
         self.calls.append("groups")
         return [{"params": [p], "lr": rate, "weight_decay": 0.0} for p in trained.values()]
+
+    def before_step(self, updates, step):  # type: ignore[no-untyped-def]
+        assert all(update.A.grad is None for update in updates)
+        self.calls.append(f"before_step {step.number}")
 
     def penalty(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("penalty")
@@ -391,17 +420,32 @@ class Hooked(LoRA):
     def after_backward(self, updates, step):  # type: ignore[no-untyped-def]
         assert all(update.A.grad is not None for update in updates)
         self.calls.append("after_backward")
+        return False
 
     def after_step(self, updates, step):  # type: ignore[no-untyped-def]
         self.calls.append("after_step")
+        self.steps.append(step)
 
     def finish(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("finish")
+        assert list(updates) == ["0", "3"]
+        return LoRA(rank=1)
 
 
-def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
-    fit(model(Hooked(rank=2)), tmp_path, max_steps=2, micro_batch_size=4)
-    assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
+def test_the_trainer_knows_the_six_calls_of_a_method(tmp_path: Path) -> None:
+    net = model(Hooked(rank=2))
+    fit(net, tmp_path, max_steps=2, micro_batch_size=4, warmup=2)
+    each = ["penalty", "after_backward", "after_step"]
+    assert Hooked.calls == ["groups", "before_step 0", *each, "before_step 1", *each, "finish"]
+    assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
+    assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
+
+
+ON_TWO = {
+    "uniform": RandLoRA(rank=3),
+    "kronecker": RandLoRA(rank=3, basis="kronecker"),
+    "noise": FlatLoRA(rank=3, sigma=0.5),
+}
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
@@ -413,11 +457,11 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "import test_training as t\n"
         "from accelerate import PartialState\n"
         "out = {}\n"
-        "for basis in ('uniform', 'kronecker'):\n"
-        "    net = t.model(t.RandLoRA(rank=3, basis=basis))\n"
-        "    t.fit(net, Path(sys.argv[1], basis), data=t.splits(validation=1), micro_batch_size=2)\n"
+        "for name, method in t.ON_TWO.items():\n"
+        "    net = t.model(method)\n"
+        "    t.fit(net, Path(sys.argv[1], name), data=t.splits(validation=1), micro_batch_size=2)\n"
         "    state, metrics = PartialState(), t.scores(net, t.splits(validation=1))\n"
-        "    out[basis] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
+        "    out[name] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
         "if state.is_main_process:\n"
         "    Path(sys.argv[1], 'out.json').write_text(json.dumps(out))\n"
         "state.wait_for_everyone()\n"
@@ -427,10 +471,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     of_two = json.loads((tmp_path / "out.json").read_text())
-    for basis in ("uniform", "kronecker"):
-        world, values, metrics = of_two[basis]
-        alone = model(RandLoRA(rank=3, basis=basis))
-        fit(alone, tmp_path / "alone" / basis, data=splits(validation=1))
+    for name, method in ON_TWO.items():
+        world, values, metrics = of_two[name]
+        alone = model(method)
+        fit(alone, tmp_path / "alone" / name, data=splits(validation=1))
         assert world == 2
         torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
         assert metrics == pytest.approx(scores(alone, splits(validation=1)))

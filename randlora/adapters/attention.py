@@ -67,7 +67,20 @@ class UnfusedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward, shapes and masks included (True hides, floats are added)."""
+        """As nn.MultiheadAttention.forward, whose arguments, shapes and masks these are.
+
+        Args:
+            query: (L, e), or (B, L, e) where `batch_first` and (L, B, e) elsewhere.
+            key, value: Likewise, of S positions.
+            key_padding_mask: (S) or (B, S); True hides a position, floats are added to its scores.
+            need_weights: Whether the attention's weights are returned, too.
+            attn_mask: (L, S) or (B·heads, L, S), as the other mask.
+            average_attn_weights: Whether the weights are the mean over heads, or those of each.
+            is_causal: That `attn_mask` is the causal one; it must be given all the same.
+
+        Returns:
+            The output, of the query's shape, and the weights (B, L, S) or (B, heads, L, S), or None.
+        """
         unbatched = query.dim() == 2
         first = 0 if unbatched or self.batch_first else 1
         q, k, v = (

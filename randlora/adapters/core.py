@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -156,6 +156,13 @@ def require_adaptation(model: nn.Module) -> Adaptation:
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def resume(model: nn.Module, names: Collection[str]) -> bool:
+    """Gives the updates the tensors that they had in a training, of the `names` in the model; see `Update.resume`."""
+    updates = {f"{prefix}.": module for prefix, module in model.named_modules() if isinstance(module, Update)}
+    own = {prefix: [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in updates}
+    return any([update.resume(own[prefix]) for prefix, update in updates.items()])
 
 
 @contextmanager

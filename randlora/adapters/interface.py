@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,6 +70,13 @@ class Update(nn.Module):
         """x W'ᵀ + b for x (..., in)."""
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
 
+    def resume(self, names: Collection[str]) -> bool:
+        """Takes the tensors that it had in a training, by name; their values come afterwards.
+
+        For updates that grow. Returns whether its tensors are others than before.
+        """
+        return False
+
     def keep(self, caching: bool) -> None:
         """Starts or ends keeping; see `randlora.adapters.core.cached`."""
         self.caching, self._kept = caching, None
@@ -102,6 +109,22 @@ class Context:
         return draw_basis(basis, name, rows, columns, sparsity, size, seed=self.seed, device=self.device)
 
 
+class Step(NamedTuple):
+    """Where a training is.
+
+    Args:
+        number: Of the optimiser's step, from 0.
+        total: How many there are.
+        rate: The learning rate of the updates in this step.
+        seed: Of the run.
+    """
+
+    number: int
+    total: int
+    rate: float
+    seed: int
+
+
 class Method:
     """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
 
@@ -116,6 +139,26 @@ class Method:
         """What records call the method."""
         return type(self).__name__.lower()
 
+    @property
+    def calibration_examples(self) -> int:
+        """How many training examples `calibrated` is to see before updates are built; 0 for none."""
+        return 0
+
+    def calibrated(self, model: nn.Module, sites: Sequence[str], passes: Iterable[object]) -> Method:
+        """The method with what it chooses from training data, which its fields then hold, as adapter files need them.
+
+        Args:
+            model: in evaluation mode, not adapted yet.
+            sites: the names of those to come.
+            passes: getting an item runs the model over a batch of training examples, without gradients.
+        """
+        return self
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence for a plan whose counts may not be those of the run, as it has no data; None: they are."""
+        return None
+
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
         raise NotImplementedError
@@ -128,28 +171,47 @@ class Method:
         """Whether slices that no target names become sites too, beside one that is, of the fused matrix `name`."""
         return False
 
+    def grown(self) -> Method:
+        """The method whose updates start as large as these become in a training, for what a run takes; itself here."""
+        return self
+
     def parameter_groups(self, trained: Mapping[str, nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
-        """The optimiser's groups, as torch.optim takes them.
+        """The optimiser's groups, as torch.optim takes them; a group's schedule, warm-up and all, begins at `born`.
 
         Args:
             trained: every trained tensor by name, as `Adaptation.trained` gives them.
             rate: the run's learning rate.
             decay: the run's weight decay.
+
+        Returns:
+            Groups, each with a `born` where its parameters came later than step 0: the first step that changes them.
         """
         return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
+
+    def before_step(self, updates: Iterable[Update], step: Step) -> None:
+        """Called before the first forward pass of a step."""
 
     def penalty(self, updates: Iterable[Update]) -> Tensor | None:
         """A term to add to the loss of each step, or None."""
         return None
 
-    def after_backward(self, updates: Iterable[Update], step: int) -> None:
-        """Called when the gradients of a step are complete and clipped, before the optimiser's step."""
+    def after_backward(self, updates: Iterable[Update], step: Step) -> bool:
+        """Called when the gradients of a step are complete and clipped, before the optimiser's step.
 
-    def after_step(self, updates: Iterable[Update], step: int) -> None:
+        Returns whether it has added or removed trained tensors. The optimiser then takes these as they are, with the
+        state that it has of those it knew. Every process must decide the same.
+        """
+        return False
+
+    def after_step(self, updates: Iterable[Update], step: Step) -> None:
         """Called after the optimiser's step."""
 
-    def finish(self, updates: Iterable[Update]) -> None:
-        """Called once, after the last step and before the final evaluation."""
+    def finish(self, updates: Mapping[str, Update]) -> Method:
+        """Called once, after the last step and before the final evaluation.
+
+        Returns the method that builds updates as these are now, by site, which the adapter's file names: itself here.
+        """
+        return self
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from randlora.analysis.timing import timed
+from randlora.analysis.timing import device_seconds_of
 from randlora.bases import DenseBasis, KroneckerBasis
 
 SIZES = ((800, 768, 768), (800, 3072, 768), (2048, 896, 896))  # tokens, large, small
@@ -22,7 +22,7 @@ def calibrate(device: torch.device) -> dict[str, float]:
     """
 
     def seconds(function: Callable[..., object], *operands: object) -> float:
-        return statistics.median([timed(device, lambda: function(*operands)) for _ in range(17)][2:])
+        return statistics.median([device_seconds_of(lambda: function(*operands), device) for _ in range(17)][2:])
 
     ratios: dict[str, list[float]] = {}
     for tokens, large, small in SIZES:

@@ -10,32 +10,34 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.adapters import adapt, cached, merged, save_adapter, unload
-from randlora.analysis.timing import interleaved
+from randlora.analysis.timing import device_seconds_of, interleaved
 from randlora.analysis.workloads import Workload
 from randlora.bases import Basis
 from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.plan import saved
 from randlora.records.memory import PeakMemory
+from randlora.studies.tables import markdown
 
 try:
     import peft
 except ImportError:
     peft = None  # type: ignore[assignment]
 
-MIB = 2**20
 RANK = 6  # of RandLoRA, as in the paper's B/32 runs
 Figures = dict[str, dict[str, float]]  # by variant and measure
-
-MethodFor = Callable[[nn.Module, Sequence[str]], Method]
 
 
 class Variant(NamedTuple):
@@ -46,12 +48,13 @@ class Variant(NamedTuple):
     ours: bool = True  # whether it is evaluated inside `merged`
 
 
-def _ours(method: Method | MethodFor, cached: bool = False) -> Variant:
-    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-        adapt(model, method if isinstance(method, Method) else method(model, targets), targets)
-        return model
+def _adapted(method: Method, model: nn.Module, targets: Sequence[str]) -> nn.Module:
+    adapt(model, method, targets)
+    return model
 
-    return Variant(build, cached)
+
+def _ours(method: Method, cached: bool = False) -> Variant:
+    return Variant(partial(_adapted, method), cached)
 
 
 def _peft(config: str, **settings: int) -> Variant:
@@ -73,7 +76,7 @@ def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
 VARIANTS = {
     "frozen": Variant(lambda model, _: model.requires_grad_(False)),  # the floor: nothing is trained
     "full": _ours(FullFineTuning(train="targets")),
-    "lora": _ours(lambda model, targets: LoRA(rank=lora_rank(model, targets))),
+    "lora": Variant(lambda model, targets: _adapted(LoRA(rank=lora_rank(model, targets)), model, targets)),
     "randlora": _ours(RandLoRA(rank=RANK)),
     "randlora_bf16": _ours(RandLoRA(rank=RANK, delta_dtype="bfloat16")),
     "randlora_cached": _ours(RandLoRA(rank=RANK), cached=True),
@@ -119,20 +122,7 @@ class Trial:
 
     def saved_bytes(self) -> int:
         """What autograd keeps between forward and backward, beside parameters, buffers and the input."""
-        held = [*self.model.parameters(), *self.model.buffers(), self.x]
-        known = {tensor.untyped_storage().data_ptr() for tensor in held}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = self.model(self.x)
-        del y
-        return sum(saved.values())
+        return sum(saved(self.model, lambda: self.model(self.x), [self.x]))
 
     def peak_bytes(self) -> int:
         """The most memory held during a step above what was held before it."""
@@ -142,7 +132,7 @@ class Trial:
         else:
             if platform.system() == "Linux":
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
-            start = _resident_bytes()
+            start = psutil.Process().memory_info().rss
         peak = PeakMemory(self.x.device)
         self.step()
         return max(0, peak.bytes() - start)
@@ -166,20 +156,19 @@ class Trial:
             return save_adapter(self.model, folder)
 
 
-def _resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch.device) -> Figures:
     """Trained parameters, seconds and bytes of the variants of these `names`; medians over the rounds."""
+
+    def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        timed = {name: partial(device_seconds_of, call, device) for name, call in calls.items()}
+        return {name: statistics.median(seconds) for name, seconds in interleaved(timed, rounds, warm_up=2).items()}
+
     trials = {name: Trial(workload, VARIANTS[name], device) for name in names}
     with ExitStack() as contexts:
         for name, trial in trials.items():
             if VARIANTS[name].cached:
                 contexts.enter_context(cached(trial.model))
-        step_seconds = interleaved(device, {name: trial.step for name, trial in trials.items()}, rounds)
+        step_seconds = medians({name: trial.step for name, trial in trials.items()})
         figures: Figures = {
             name: {
                 "trained": sum(p.numel() for p in trial.trained),
@@ -194,51 +183,31 @@ def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch
         for name, trial in trials.items():
             if VARIANTS[name].ours:
                 contexts.enter_context(merged(trial.model))
-        forward_seconds = interleaved(device, {name: trial.evaluate for name, trial in trials.items()}, rounds)
+        forward_seconds = medians({name: trial.evaluate for name, trial in trials.items()})
     for name in trials:
         figures[name]["evaluation_seconds"] = forward_seconds[name]
     return figures
 
 
 COLUMNS = (
-    "trained",
-    "ms",
-    "× frozen",
-    "× LoRA",
-    "PEFT / this",
-    "saved",
-    "peak",
-    "bases",
-    "file",
+    "variant", "trained", "ms", "× frozen", "× LoRA", "PEFT / this", "saved", "peak", "bases", "file",
     "evaluation × frozen",
-)
+)  # fmt: skip
 
 
-def rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """A table's cells, the variants in order; sizes in MiB, ratios of step times."""
+def table(figures: Figures) -> str:
+    """The variants in order as a Markdown table; sizes in MiB, ratios of step times."""
 
     def ratio(name: str, to: str, key: str = "step_seconds") -> str:
         return f"{figures[name][key] / figures[to][key]:.2f}" if name in figures and to in figures else ""
 
-    return [
+    rows = [
         [
-            name,
-            f"{figure['trained']:,}",
-            f"{1e3 * figure['step_seconds']:.1f}",
-            ratio(name, "frozen"),
-            ratio(name, "lora"),
-            ratio("peft_randlora", name),
-            *(f"{figure[key] / MIB:.2f}" for key in ("saved_bytes", "peak_bytes", "basis_bytes", "file_bytes")),
+            name, f"{figure['trained']:,}", f"{1e3 * figure['step_seconds']:.1f}",
+            ratio(name, "frozen"), ratio(name, "lora"), ratio("peft_randlora", name),
+            *(f"{figure[key] / 2**20:.2f}" for key in ("saved_bytes", "peak_bytes", "basis_bytes", "file_bytes")),
             ratio(name, "frozen", "evaluation_seconds"),
         ]
         for name, figure in figures.items()
-    ]
-
-
-def markdown(workloads: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The figures of every workload as a table under its name; sizes in MiB."""
-    head = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    return "\n\n".join(
-        "\n".join([f"{name}\n", *head, *(f"| {' | '.join(row)} |" for row in rows(figures))])
-        for name, figures in workloads.items()
-    )
+    ]  # fmt: skip
+    return markdown(COLUMNS, rows)

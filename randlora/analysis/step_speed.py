@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from randlora.analysis.timing import interleaved, seconds_of
 from randlora.data.loader import loader, training_keys
 from randlora.experiment import Experiment
 from randlora.tasks.base import Bound, Splits
@@ -23,7 +24,7 @@ from randlora.training.evaluate import to_device
 from randlora.training.precision import autocast
 from randlora.training.trainer import Loop, Trainer
 
-Step = Callable[[int], object]  # takes the training step of this number
+Step = Callable[[], object]  # takes the next training step
 
 
 class Quiet:
@@ -48,24 +49,18 @@ class Speeds(NamedTuple):
 def examples_per_second(experiment: Experiment, rounds: int, steps: int, workers: Sequence[int] = (0, 2)) -> Speeds:
     """Speeds of the bare loop, of ours with each number of `workers`, and of the loader alone.
 
-    A round takes `steps` steps of every one in turn; the first round, of one step, is not counted.
+    A round takes `steps` steps of every one in turn; the first round is not counted.
     """
     torch.manual_seed(experiment.budget.seed)
     backbone = experiment.model.load()
     splits = experiment.task.splits(backbone, experiment.budget)
     experiment.adapt(backbone)
-    bound, total = experiment.bind(backbone), rounds * steps
-    loops = {count: loop(experiment, bound, splits, total + 1, workers=count) for count in workers}
-    timed: dict[str, Step] = {"bare loop": bare_step(loops[workers[0]], experiment.trainer)}
-    timed |= {f"ours, {count} workers": our_step(ours) for count, ours in loops.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for round_ in range(rounds + 1):
-        for name, step in timed.items():
-            began = time.perf_counter()
-            for index in range(steps if round_ else 1):
-                step(round_ * steps + index)
-            if round_:
-                seconds[name].append((time.perf_counter() - began) / steps)
+    bound, total = experiment.bind(backbone), (rounds + 1) * steps
+    loops = {count: loop(experiment, bound, splits, total, workers=count) for count in workers}
+    called = {"bare loop": bare_step(loops[workers[0]], experiment.trainer)}
+    called |= {f"ours, {count} workers": our_step(ours) for count, ours in loops.items()}
+    timed = {name: partial(seconds_of, step, steps) for name, step in called.items()}
+    seconds = interleaved(timed, rounds, warm_up=1)
     speeds = {name: experiment.trainer.batch_size / statistics.median(values) for name, values in seconds.items()}
     ratios = {
         name: statistics.median(bare / own for bare, own in zip(seconds["bare loop"], values, strict=True))
@@ -88,25 +83,24 @@ def loop(
 
 
 def our_step(ours: Loop) -> Step:
-    """Steps of our loop, whose batches begin with the first."""
-    batches: list[Iterator] = []
+    """The next step of our loop, from the first on."""
 
-    def step(index: int) -> None:
-        if not batches:
-            batches.append(ours.batches(0))
-        ours.step(batches[0], index)
+    def steps() -> Iterator[object]:
+        batches = ours.batches(0)
+        for index in range(ours.steps):
+            yield ours.step(batches, ours.at(index))
 
-    return step
+    return steps().__next__
 
 
 def bare_step(like: Loop, trainer: Trainer) -> Step:
-    """Steps of the loop that everybody writes first, on one batch that stays in memory."""
+    """A step of the loop that everybody writes first, on one batch that stays in memory."""
     model, task, device = like.plain, like.task, like.accelerator.device
     parameters = list(like.trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=trainer.learning_rate)
     batch = to_device(next(like.batches(0))[0], device)
 
-    def step(_: int) -> None:
+    def step() -> None:
         model.train()
         with autocast(device.type, trainer.precision):
             loss = task.loss(model, batch)
@@ -124,7 +118,4 @@ def loader_speed(splits: Splits, trainer: Trainer, workers: int, steps: int) -> 
     keys = training_keys(len(splits.train), trainer.batch_size, range(steps + 1), seed=0)
     batches = loader(splits.train, keys, workers)
     next(batches)
-    began = time.perf_counter()
-    for _ in batches:
-        pass
-    return trainer.batch_size * steps / (time.perf_counter() - began)
+    return trainer.batch_size / seconds_of(lambda: next(batches), steps)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
 
-def timed(device: torch.device, call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object], times: int = 1) -> float:
+    """The seconds that a call takes, the mean of so many `times`."""
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times
+
+
+def device_seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of CPU time that a call takes; of the device's with CUDA."""
     if device.type != "cuda":
         began = time.process_time()
         call()
         return time.process_time() - began
+
+    def finished() -> None:
+        call()
+        torch.cuda.synchronize()
+
     torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return seconds_of(finished)
 
 
-def interleaved(device: torch.device, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each call, all of them once in every round, after two rounds that do not count.
+def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int, warm_up: int) -> dict[str, list[float]]:
+    """What each call returns in each round, such as its seconds, after `warm_up` rounds that do not count.
 
-    What disturbs the machine then disturbs all of them alike.
+    All of them have their turn in every round: what disturbs the machine then disturbs all of them alike.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            taken = timed(device, call)
-            if number >= 2:
-                seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    results = [{name: call() for name, call in calls.items()} for _ in range(warm_up + rounds)]
+    return {name: [result[name] for result in results[warm_up:]] for name in calls}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import peft
@@ -20,6 +21,7 @@ import transformers
 from torch.utils.data import Dataset, Subset
 
 from randlora.analysis.step_speed import loop, our_step
+from randlora.analysis.timing import interleaved, seconds_of
 from randlora.data.loader import Split, training_keys
 from randlora.data.texts import pad
 from randlora.errors import SettingsError
@@ -29,7 +31,7 @@ from randlora.tasks.language_model import IGNORED
 
 LORA, RANDLORA = 16, 5  # ranks: 1.18 % of Qwen2-0.5B's parameters each, as in the paper's Table 15
 PEER = "{method}, Trainer + PEFT"
-TimedStep = Callable[[int], float]  # takes the step of this number, and returns its seconds
+TimedStep = Callable[[], float]  # takes the next step, and returns its seconds
 
 
 class TokenSpeeds(NamedTuple):
@@ -64,12 +66,8 @@ def token_speeds(experiment: Experiment, rounds: int) -> TokenSpeeds:
         PEER.format(method="RandLoRA"): theirs(experiment, randlora, steps),
     }
     rows = Rows(experiment.task.splits(experiment.model.load(), experiment.budget).train, size, steps)
-    speeds = TokenSpeeds([], {name: [] for name in timed})
-    for index in range(steps):
-        for name, step in timed.items():
-            speeds.seconds[name].append(step(index))
-        speeds.tokens.append(sum(len(rows[i]["input_ids"]) for i in range(index * size, (index + 1) * size)))
-    return speeds
+    tokens = [sum(len(rows[i]["input_ids"]) for i in range(index * size, (index + 1) * size)) for index in range(steps)]
+    return TokenSpeeds(tokens, interleaved(timed, steps, warm_up=0))
 
 
 def ours(experiment: Experiment, method: Method, steps: int) -> TimedStep:
@@ -80,13 +78,7 @@ def ours(experiment: Experiment, method: Method, steps: int) -> TimedStep:
     experiment.adapt(backbone)
     bound = experiment.bind(backbone)
     step = our_step(loop(experiment, bound, splits, steps, workers=experiment.trainer.workers, precision="bf16"))
-
-    def timed(index: int) -> float:
-        began = time.perf_counter()
-        step(index)
-        return time.perf_counter() - began
-
-    return timed
+    return partial(seconds_of, step)
 
 
 def theirs(experiment: Experiment, config: peft.PeftConfig, steps: int) -> TimedStep:
@@ -99,18 +91,19 @@ def theirs(experiment: Experiment, config: peft.PeftConfig, steps: int) -> Timed
     def collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {**encode.collate(items)["inputs"], "labels": pad([item["labels"] for item in items], IGNORED)}
 
-    def timed(index: int) -> float:
-        clock = Clock()
-        arguments = transformers.TrainingArguments(
-            output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=size, bf16=True, save_strategy="no",
-            report_to=[], logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
-        part = Subset(rows, range(index * size, (index + 1) * size))
-        transformers.Trainer(model, arguments, collate, part, callbacks=[clock]).train()
-        return clock.seconds
+    def seconds() -> Iterator[float]:
+        for index in range(steps):
+            clock = Clock()
+            arguments = transformers.TrainingArguments(
+                output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=size, bf16=True,
+                save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True,
+                remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+            )  # fmt: skip
+            part = Subset(rows, range(index * size, (index + 1) * size))
+            transformers.Trainer(model, arguments, collate, part, callbacks=[clock]).train()
+            yield clock.seconds
 
-    return timed
+    return seconds().__next__
 
 
 class Rows(Dataset):

@@ -53,7 +53,16 @@ class DenseBasis(nn.Module):
         sparsity: float = 3.0,
         device: torch.device | str = "cpu",
     ) -> DenseBasis:
-        """The matrix `name` of a seed; see `randlora.bases.distributions`. On the meta device nothing is drawn."""
+        """The matrix `name` of a seed, rows × columns; see `randlora.bases.distributions`.
+
+        Args:
+            name: With the seed, the key of its random numbers.
+            rows, columns: Its size; a smaller matrix of the same key is its leading block.
+            seed: The run's.
+            distribution: ``uniform``, ``normal`` or ``ternary``.
+            sparsity: s of ``ternary``: an entry is 0 with probability 1 - 2/s.
+            device: Where it is kept; on ``meta`` nothing is drawn.
+        """
         ternary, meta = distribution == "ternary", torch.device(device).type == "meta"
         if meta:
             matrix = torch.empty(rows, columns, dtype=torch.int8 if ternary else torch.float32, device="meta")
@@ -86,7 +95,7 @@ class DenseBasis(nn.Module):
         return matrix[:rows, :columns]
 
     def compressed(self, rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> Tensor:
-        """The leading block, or its transpose, in compressed rows; built once for each block."""
+        """The leading (rows, columns) block in `dtype`, or its transpose, in compressed rows; built once for each."""
         key = (rows, columns, dtype, transposed)
         if key not in self._compressed:
             block = self.block(rows, columns, dtype)

@@ -28,7 +28,11 @@ LAYOUT = 1  # part of every key: raise it when the mapping from names to entries
 
 
 def draw(rows: int, columns: int, *key: str | int, distribution: str = "uniform", sparsity: float = 3.0) -> Tensor:
-    """A float32 (rows, columns) matrix; entry (i, j) depends on the key, the distribution, i and j alone."""
+    """A float32 (rows, columns) matrix of mean 0 and variance 1.
+
+    Entry (i, j) depends on the key, the distribution, i and j alone. `distribution` is uniform, normal or ternary,
+    whose entries are 0 with probability 1 - 2/sparsity and else ±√(sparsity/2).
+    """
     if distribution == "ternary":
         return signs(rows, columns, *key, sparsity=sparsity).float() * math.sqrt(sparsity / 2)
     uniform = unit_interval(_integers(rows, columns, key))

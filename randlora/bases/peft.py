@@ -24,7 +24,8 @@ def randlora_bases(
     """A (rank, small) and B (large, n·rank) of RandLoRA for every site, n its ceil(smaller side / rank).
 
     `shapes` are the sites' (out, in) by name; small and large are the sides of the smallest matrix that holds all.
-    Sites of one n share B, and all share A.
+    Sites of one n share B, and all share A. PEFT draws them from a torch.Generator of the seed, on the CPU; they are
+    moved to `device`, on which, if it is ``meta``, nothing is drawn.
     """
     A, B = _draw_randlora(rank, *_extent(shapes), seed, device)
     count = {site: math.ceil(min(shape) / rank) for site, shape in shapes.items()}
@@ -34,7 +35,10 @@ def randlora_bases(
 
 
 def vera_bases(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> dict[str, Pair]:
-    """A (rank, in) and B (out, rank) of VeRA, of the widest and the tallest site, for every site: one pair."""
+    """A (rank, in) and B (out, rank) of VeRA, of the widest and the tallest site, for every site: one pair.
+
+    Arguments as of `randlora_bases`.
+    """
     outputs, inputs = _extent(shapes)
     generator = torch.Generator().manual_seed(seed)
 

@@ -63,15 +63,10 @@ class Split(Dataset):
     """
 
     def __init__(
-        self,
-        table: Table,
-        rows: np.ndarray,
-        encode: Encoder,
-        augment_seed: int | None = None,
-        tolerance: float = 0.0,
+        self, table: Table, rows: np.ndarray, encode: Encoder, augment_seed: int | None = None, tolerance: float = 0.0
     ):
-        self.table, self.rows, self.encode, self.augment_seed = table, rows, encode, augment_seed
-        self.tolerance = tolerance
+        self.table, self.rows, self.encode = table, rows, encode
+        self.augment_seed, self.tolerance = augment_seed, tolerance
         self.skipped: dict[int, str] = {}  # what `loader` has left out so far
 
     def __len__(self) -> int:

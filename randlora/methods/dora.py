@@ -39,43 +39,64 @@ class DoRA(Method):
         return {site.name: DoRAUpdate(self, site, context) for site in sites}
 
 
-class DoRAUpdate(Update):
-    """The update of one site."""
+class MagnitudeUpdate(Update):
+    """W' = diag(m / ‖V‖) V with V = W0 + s B A: a trained magnitude m of each row over a low-rank change.
 
+    A subclass sets the fields below and gives `factors`.
+    """
+
+    scale: float  # s
+    dropout: float
+    detach_norm: bool
     squares: Tensor  # ‖W0‖² by row
+    magnitude: nn.Parameter
 
-    def __init__(self, method: DoRA, site: Site, context: Context):
-        super().__init__()
-        self.detach_norm = method.detach_norm
-        scale = relative_scale(method.rank, method.alpha)
-        self.low_rank = LoRAUpdate(site, method.rank, scale, method.dropout, context)
-        squares = dense(context.weights[site.name], torch.float32).square().sum(1)
-        self.register_buffer("squares", squares, persistent=False)
-        self.magnitude = nn.Parameter(squares.sqrt())
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank)."""
+        raise NotImplementedError
+
+    def start_magnitude(self, weight: Tensor) -> None:
+        """Sets m to the norms of W0's rows, so that W' starts at W0 where B A is zero."""
+        self.register_buffer("squares", dense(weight, torch.float32).square().sum(1), persistent=False)
+        self.magnitude = nn.Parameter(self.squares.sqrt())
 
     def factor(self, weight: Tensor) -> Tensor:
         """m / ‖V‖ (out,), without forming V: ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b·(A Aᵀ b), row by row."""
-        A, B = (matrix.detach() if self.detach_norm else matrix for matrix in (self.low_rank.A, self.low_rank.B))
-        s = self.low_rank.scale
         # In float32 whatever the autocast: what is added up here is small beside ‖w‖².
         with torch.autocast(weight.device.type, enabled=False):
+            A, B = (matrix.detach() if self.detach_norm else matrix for matrix in self.factors())
             crossed = F.linear(dense(weight, A.dtype), A)  # (out, rank)
-            squares = self.squares.to(A.dtype) + s * (B * (2 * crossed + s * F.linear(B, A @ A.T))).sum(1)
-            return self.magnitude / squares.sqrt()
+            moved = B * (2 * crossed + self.scale * F.linear(B, A @ A.T))
+            return self.magnitude / (self.squares.to(A.dtype) + self.scale * moved.sum(1)).sqrt()
 
     def delta(self, weight: Tensor) -> Tensor:
+        A, B = self.factors()
         factor = self.factor(weight)[:, None]
-        return (factor - 1) * weight.to(factor.dtype) + factor * self.low_rank.delta(weight)
+        return (factor - 1) * weight.to(factor.dtype) + factor * (self.scale * (B @ A))
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
-        A, B, dropout = self.low_rank.A, self.low_rank.B, self.low_rank.dropout
+        A, B = self.factors()
         y = base(x)
-        dropping = self.training and dropout > 0
-        dropped = F.dropout(x, dropout) if dropping else x
+        dropping = self.training and self.dropout > 0
+        dropped = F.dropout(x, self.dropout) if dropping else x
         held = base(dropped) if dropping else y
         if base.bias is not None:
             held = held - base.bias.to(y.dtype)
-        low = F.linear(F.linear(dropped, A.to(dropped.dtype)), (self.low_rank.scale * B).to(dropped.dtype))
+        low = F.linear(F.linear(dropped, A.to(dropped.dtype)), (self.scale * B).to(dropped.dtype))
         # Written as a change of the base's output, so that half precision does not round what has not changed.
         factor = self.factor(base.weight)
         return y + (factor - 1).to(y.dtype) * held + factor.to(y.dtype) * low
+
+
+class DoRAUpdate(MagnitudeUpdate):
+    """The update of one site."""
+
+    def __init__(self, method: DoRA, site: Site, context: Context):
+        super().__init__()
+        self.detach_norm, self.dropout = method.detach_norm, method.dropout
+        self.scale = relative_scale(method.rank, method.alpha)
+        self.low_rank = LoRAUpdate(site, method.rank, self.scale, 0.0, context)
+        self.start_magnitude(context.weights[site.name])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.low_rank.low_rank()

@@ -64,6 +64,15 @@ def choose_plan(
     is B's for one vector; W' takes d·c and passes over its D·d entries. A product that serves twice counts once, and
     so does W' where it is `kept` between forward and backward. The constants of a class of device say how much
     more small products (of Kronecker factors) and sparse ones cost, how much less low precision, and what a pass costs.
+
+    Args:
+        tokens: Input vectors of the layer, over the whole batch.
+        shape: (out, in) of the frozen matrix.
+        B: The fixed (D, N) matrix, as a map.
+        compute: The dtype of products with tokens.
+        delta: The dtype of the products that make up ΔW.
+        device_type: Whose constants are used, such as ``cpu``.
+        kept: Whether W' is kept from forward to backward, and over micro-batches.
     """
     rate, tall, small = COSTS.get(device_type, COSTS["cpu"]), shape[0] >= shape[1], min(shape)
     by_weight = rate["low_precision"] if delta.itemsize < 4 else 1.0
@@ -122,7 +131,15 @@ class Fixed(NamedTuple):
 
 
 def prepare(lambda_: Tensor, gamma: Tensor, weight: Tensor | None, fixed: Fixed, plan: ExecutionPlan) -> Tensor:
-    """W' (out, in) in the tokens' dtype where the plan needs it, else M (N, d)."""
+    """W' (out, in) in the tokens' dtype where the plan needs it, else M (N, d).
+
+    Args:
+        lambda_: λ (n, rank).
+        gamma: γ (n, d).
+        weight: W0 (out, in); None where the update stands alone, on a dropped input.
+        fixed: A, B and the scale.
+        plan: How to compute.
+    """
     M = fixed.factor(lambda_, gamma)
     if weight is None or not plan.forms_weight:
         return M.to(plan.token)

@@ -141,7 +141,10 @@ class RandLoRAUpdate(Update):
         return UpdatedLinear.apply(x, *trained, base.weight, base.bias, ready, fixed, plan)
 
     def plan(self, x: Tensor, weight: Tensor, B: Map, dropping: bool) -> ExecutionPlan:
-        """How to compute for this input: the cheapest way, if W0 + ΔW may be formed at all."""
+        """How to compute for x (..., in): the cheapest way, if W0 + ΔW may be formed at all.
+
+        `weight` is W0, `B` this site's fixed matrix; `dropping` says that the update has an input of its own.
+        """
         compute, delta = compute_dtype(x), self.delta_dtype or self.lambda_.dtype
         if dropping or not may_form_weight(weight):
             return ExecutionPlan(TOKENS, TOKENS, TOKENS, compute, delta)

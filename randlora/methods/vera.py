@@ -118,7 +118,14 @@ class Fixed(NamedTuple):
 
 
 def merging_pays(tokens: int, fixed: Fixed, compute: torch.dtype, device_type: str) -> bool:
-    """Whether forming W' (twice) is cheaper than products with the tokens, by the counts of `kernels.choose_plan`."""
+    """Whether forming W' (twice) is cheaper than products with the tokens, by the counts of `kernels.choose_plan`.
+
+    Args:
+        tokens: Input vectors of the layer, over the whole batch.
+        fixed: A (rank, in), B (out, rank) and the scale.
+        compute: The dtype of products with tokens.
+        device_type: Whose constants are used, such as ``cpu``.
+    """
     rate = COSTS.get(device_type, COSTS["cpu"])
     low = rate["low_precision"] if compute.itemsize < 4 else 1.0
     A, B = fixed.A, fixed.B

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora.models.base import Backbone
 from randlora.models.pretrained import Pretrained
@@ -20,16 +20,7 @@ class CausalLM(Pretrained):
     """The model with its language-model head. Features, for tasks that classify, are the last token's state."""
 
     kind: ClassVar[str] = "causal_lm"
-
-    def meta_model(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        return self._backbone(self.empty(MODEL_FOR_CAUSAL_LM_MAPPING))
-
-    def load(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        return self._backbone(self.pretrained(MODEL_FOR_CAUSAL_LM_MAPPING))
+    mapping: ClassVar[str] = "MODEL_FOR_CAUSAL_LM_MAPPING"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = super().tokenizer()
@@ -37,11 +28,11 @@ class CausalLM(Pretrained):
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         return tokenizer
 
-    def _backbone(self, module: nn.Module) -> Backbone:
+    def _backbone(self, module: Any) -> Backbone:
         return Backbone(
             module=module,
             kind=self.kind,
-            width=int(module.config.hidden_size),  # type: ignore[arg-type]
+            width=module.config.hidden_size,
             tokenizer=self.tokenizer,
             features=_last_token,
         )

@@ -6,24 +6,22 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from randlora.adapters.quantization import BITS, quantise
 from randlora.errors import SettingsError, check_choice
-from randlora.models.base import ARCHITECTURES, Model, package_file
+from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from transformers.models.auto.auto_factory import _LazyAutoMapping
 
-T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +40,8 @@ class Pretrained(Model):
         dtype: of the frozen weights; one of DTYPES.
         quantization: int8 or int4 for the frozen linear maps inside the blocks, by torchao; None for `dtype`.
     """
+
+    mapping: ClassVar[str] = "MODEL_MAPPING"  # transformers' name of its map from configurations to classes
 
     weights: str | None = None
     revision: str | None = None
@@ -78,23 +78,32 @@ class Pretrained(Model):
 
     def configuration(self) -> PretrainedConfig:
         """The transformers configuration, without the hub where an architecture is named."""
+        from transformers import AutoConfig
+
         if self.architecture is not None:
-            from transformers import AutoConfig
-
             return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
-        return _asked(self.name, lambda: _config(self.folder(), self.revision))
+        with _explained(self.name):
+            return AutoConfig.from_pretrained(self.folder(), revision=self.revision)
 
-    def empty(self, mapping: _LazyAutoMapping) -> nn.Module:
-        """The model on the meta device, of the class that `mapping` (transformers' own) has for its configuration."""
+    def meta_model(self) -> Backbone:
         with torch.device("meta"):
-            return self._prepared(self._random(mapping))
+            module = self._prepared(self._random())
+        return self._backbone(module)
 
-    def pretrained(self, mapping: _LazyAutoMapping) -> nn.Module:
-        """The same with its weights."""
-        module = self._prepared(self._random(mapping) if self._location is None else self._read(mapping))
+    def load(self) -> Backbone:
+        module = self._prepared(self._random() if self._location is None else self._read())
         if self.quantization:
             quantise(module, self.quantization)
-        return module
+        return self._backbone(module)
+
+    def _backbone(self, module: Any) -> Backbone:
+        """What tasks need to know of a module of this kind."""
+        raise NotImplementedError
+
+    def _class(self, configuration: PretrainedConfig) -> Any:
+        from transformers.models.auto import modeling_auto
+
+        return getattr(modeling_auto, self.mapping)[type(configuration)]
 
     def _prepared(self, module: Any) -> nn.Module:
         if self.gradient_checkpointing:
@@ -103,21 +112,19 @@ class Pretrained(Model):
             enable({"use_reentrant": False})
         return module
 
-    def _random(self, mapping: _LazyAutoMapping) -> nn.Module:
+    def _random(self) -> nn.Module:
         configuration = self.configuration()
-        cls: Any = mapping[type(configuration)]  # its own annotations are wrong
+        cls = self._class(configuration)
         return cls(configuration, **_without_pooler(cls)).to(DTYPES[self.dtype])
 
-    def _read(self, mapping: _LazyAutoMapping) -> nn.Module:
-        folder = self.folder()
-        configuration = _asked(self.name, lambda: _config(folder, self.revision))
-        cls: Any = mapping[type(configuration)]
-        return _asked(
-            self.name,
-            lambda: cls.from_pretrained(
-                folder, config=configuration, revision=self.revision, dtype=DTYPES[self.dtype], **_without_pooler(cls)
-            ),
-        )
+    def _read(self) -> nn.Module:
+        from transformers import AutoConfig
+
+        folder, revision, dtype = self.folder(), self.revision, DTYPES[self.dtype]
+        with _explained(self.name):
+            config = AutoConfig.from_pretrained(folder, revision=revision)  # of the weights, not of `architecture`
+            cls = self._class(config)
+            return cls.from_pretrained(folder, config=config, revision=revision, dtype=dtype, **_without_pooler(cls))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises SettingsError where there are none."""
@@ -125,7 +132,8 @@ class Pretrained(Model):
 
         if self._location is None:
             raise SettingsError(f"model {self.name} has random weights and so no tokenizer: give model.weights")
-        return _asked(self.name, lambda: AutoTokenizer.from_pretrained(self.folder(), revision=self.revision))
+        with _explained(self.name):
+            return AutoTokenizer.from_pretrained(self.folder(), revision=self.revision)
 
     def folder(self) -> str:
         """What from_pretrained takes: the folder or hub name; a GGUF file is converted to a folder once."""
@@ -137,21 +145,16 @@ class Pretrained(Model):
         return str(_converted(Path(location), self.install))
 
 
-def _config(folder: str, revision: str | None) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, revision=revision)
-
-
 def _without_pooler(cls: type) -> dict[str, bool]:
     """Encoders come without BERT's pooler, which no task here uses and which would count as a linear map."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}  # type: ignore[misc]
 
 
-def _asked(name: str, call: Callable[[], T]) -> T:
-    """What `call` gives; transformers' errors about files and hub as one SettingsError on the model `name`."""
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Makes transformers' errors about files and hub one SettingsError on the model `name`."""
     try:
-        return call()
+        yield
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise SettingsError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -34,21 +34,11 @@ class TextEncoder(Pretrained):
         check_choice("model.pooling", self.pooling, ("first", "mean"))
         check_range("model.head_dropout", self.head_dropout, 0, 1)
 
-    def meta_model(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.empty(MODEL_MAPPING))
-
-    def load(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.pretrained(MODEL_MAPPING))
-
-    def _backbone(self, module: nn.Module) -> Backbone:
+    def _backbone(self, module: Any) -> Backbone:
         return Backbone(
             module=module,
             kind=self.kind,
-            width=int(module.config.hidden_size),  # type: ignore[arg-type]
+            width=module.config.hidden_size,
             tokenizer=self.tokenizer,
             features=partial(_pooled, self.pooling),
             head_hidden=self.head_hidden,

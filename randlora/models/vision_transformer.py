@@ -34,24 +34,14 @@ class VisionTransformer(Pretrained):
         super().__post_init__()
         check_count("model.image_size", self.image_size)
 
-    def meta_model(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.empty(MODEL_MAPPING))
-
-    def load(self) -> Backbone:
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-        return self._backbone(self.pretrained(MODEL_MAPPING))
-
-    def _backbone(self, module: nn.Module) -> Backbone:
+    def _backbone(self, module: Any) -> Backbone:
         options = {}
         if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
             options["interpolate_pos_encoding"] = True  # ViT asks for it; DINOv2 always does
         return Backbone(
             module=module,
             kind=self.kind,
-            width=int(module.config.hidden_size),  # type: ignore[arg-type]
+            width=module.config.hidden_size,
             pixels=Pixels(self.image_size, tuple(self.mean), tuple(self.std)),  # type: ignore[arg-type]
             features=partial(_class_token, options),
         )

@@ -18,6 +18,7 @@ from randlora.adapters.interface import Method
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
 from randlora.errors import SettingsError
+from randlora.methods.dora import DoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA
 from randlora.methods.vera import VeRA
@@ -25,7 +26,7 @@ from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
 
 # What changes the mathematics of an adapter, with the only value that is understood here.
 _PLAIN: dict[str, Any] = {
-    "use_dora": False, "use_qalora": False, "use_bdlora": None, "lora_bias": False, "rank_pattern": {},
+    "use_qalora": False, "use_bdlora": None, "lora_bias": False, "rank_pattern": {},
     "alpha_pattern": {}, "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "alora_invocation_tokens": None, "bias": "none", "sparse": False, "very_sparse": False,
 }  # fmt: skip
@@ -33,7 +34,7 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (Pi
 # PEFT's names of the tensors of a site, and ours.
 _TRAINED = {
     "lora_A": "A", "lora_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d", "randlora_lambda": "lambda_",
-    "randlora_gamma": "gamma",
+    "randlora_gamma": "gamma", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
 _REPEATED = ("randlora_A", "randlora_B")  # PEFT repeats the bases at every site
 
@@ -46,8 +47,8 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     would have in PEFT.
 
     Raises:
-        SettingsError: for pickles, unknown types and variants such as DoRA, and for modules that the model does not
-            have; the model is then as it was.
+        SettingsError: for pickles, unknown types and variants such as rank_pattern, and for modules that the model does
+            not have; the model is then as it was.
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
@@ -94,7 +95,8 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     try:
         if peft_type == "LORA":
             scale = math.sqrt(settings["r"]) if settings.get("use_rslora") else 1.0
-            return LoRA(settings["r"], settings["lora_alpha"] * scale, settings.get("lora_dropout", 0.0))
+            method = DoRA if settings.get("use_dora") else LoRA
+            return method(settings["r"], settings["lora_alpha"] * scale, settings.get("lora_dropout", 0.0))
         if peft_type == "VERA":
             return VeRA(settings["r"], settings.get("d_initial", 0.1), settings.get("vera_dropout", 0.0), basis="peft")
         if peft_type == "RANDLORA":
@@ -125,7 +127,8 @@ def _fill(adaptation: Adaptation, by_site: dict[str, dict[str, Tensor]], folder:
         if strange:
             raise SettingsError(f"{folder / TENSORS}: {site} has {min(strange)}, which is not understood here")
         stored = {_TRAINED[name]: tensor for name, tensor in by_site[site].items() if name in _TRAINED}
-        for name, parameter in update.named_parameters():
+        for path, parameter in update.named_parameters():
+            name = path.rpartition(".")[2]  # DoRA's A and B are a LoRA's
             value = stored.get(name)
             value = value.T if value is not None and name == "lambda_" else value
             if value is None or value.shape != parameter.shape:

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,12 +22,14 @@ from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
 from randlora.methods.common import LowRankUpdate, relative_scale
-from randlora.methods.lora import LoRA, LoRAUpdate
+from randlora.methods.dora import DoRA, DoRAUpdate
+from randlora.methods.lora import LoRAUpdate
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
 from randlora.methods.vera import VeRA, VeRAUpdate
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
+Number = TypeVar("Number", bound=float)
 
 INFERENCE_ONLY = (
     "This adapter is for inference with PEFT: it computes the same outputs, but training it further there, or after "
@@ -36,7 +39,8 @@ SCALES_DIFFER = (
     "The scale of {method} differs from site to site here, and PEFT has no such scale, so it is multiplied into "
     "trained parameters."
 )
-FACTORS_ARE_MADE = "PEFT would train the two factors of each site, which {method} makes of other parameters."
+TRAINS_OTHERWISE = "PEFT would train the two factors of each site as those of a plain LoRA, and {method} does not."
+NORM_IS_CONSTANT = "PEFT takes the norm as a constant in backward, and this DoRA, of detach_norm=False, does not."
 
 
 class Contents(NamedTuple):
@@ -53,11 +57,13 @@ class Contents(NamedTuple):
 def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     """Writes the adapter of `model` for PEFT.
 
+    Every low-rank update is written as a LoRA; ranks and scales that differ between sites go into PEFT's rank_pattern
+    and alpha_pattern. DoRA is written with ``use_dora``.
+
     Trained further, with ``PeftModel.from_pretrained(..., is_trainable=True)``, the adapter follows the path that it
-    would have here, as long as one scale holds at every site: always for LoRA, for VeRA at sites of one input size or
+    would have here: always for LoRA, GeLoRA and DoRA as its authors have it, for VeRA at sites of one input size or
     with ``basis=peft``, for RandLoRA without `divide_by_root` or at sites of one number of bases. Other adapters, and
-    the LoRAs that MELoRA, LoRA-Mini and LoRTA become, are for inference: a warning says so, and
-    INFERENCE_ONLY.txt beside the files.
+    the LoRAs that other methods become, are for inference: a warning says so, and INFERENCE_ONLY.txt beside the files.
 
     PEFT's own files hold the bases once more for every site; on loading it warns that these copies are missing, and
     does without them.
@@ -77,8 +83,8 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     adaptation = require_adaptation(model)
     _check_sites(model, adaptation)
     method = adaptation.method
-    if isinstance(method, LoRA):
-        settings, tensors, inference_only = _lora(method, adaptation)
+    if isinstance(method, DoRA):
+        settings, tensors, inference_only = _dora(method, adaptation)
     elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
         settings, tensors, inference_only = _low_rank(adaptation)
     elif isinstance(method, VeRA):
@@ -125,29 +131,46 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _lora(method: LoRA, adaptation: Adaptation) -> Contents:
-    alpha = 2 * method.rank if method.alpha is None else method.alpha
-    settings = {"peft_type": "LORA", "r": method.rank, "lora_alpha": _number(alpha), "lora_dropout": method.dropout}
-    tensors: dict[str, Tensor] = {}
-    for site, update in _updates(adaptation, LoRAUpdate):
-        tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.A
-        tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.B
-    return Contents(settings, tensors)
-
-
 def _low_rank(adaptation: Adaptation) -> Contents:
-    """A LoRA of the factors that the method's parameters make; SettingsError where sites differ in rank or scale."""
-    tensors: dict[str, Tensor] = {}
-    shapes = set()
-    for site, update in _updates(adaptation, LowRankUpdate):
+    """A LoRA of each site's own rank and scale; one without any rank left gets one that is zero, which PEFT needs."""
+    updates = _updates(adaptation, LowRankUpdate)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for site, update in updates:
         A, B = update.low_rank()
-        tensors |= {f"{PREFIX}{site.name}.lora_A.weight": A, f"{PREFIX}{site.name}.lora_B.weight": B}
-        shapes.add((A.shape[0], update.scale, update.dropout))
-    if len(shapes) > 1:
-        raise SettingsError("the sites differ in rank, scale or dropout, and a LoRA of PEFT has one: merge instead")
-    ((rank, scale, dropout),) = shapes
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": _number(scale * rank), "lora_dropout": dropout}
-    return Contents(settings, tensors, FACTORS_ARE_MADE)
+        factors[site.name] = (A, B) if len(A) else (A.new_zeros(1, site.in_features), B.new_zeros(site.out_features, 1))
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update in updates}
+    dropouts = {update.dropout for _, update in updates}
+    if len(dropouts) > 1:
+        raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
+    (rank, rank_pattern), (alpha, alpha_pattern) = _commonest(ranks), _commonest(alphas)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropouts.pop()}
+    if rank_pattern or alpha_pattern:
+        settings |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in factors.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+    alike = all(type(update) is LoRAUpdate for _, update in updates)
+    return Contents(settings, tensors, "" if alike else TRAINS_OTHERWISE)
+
+
+def _commonest(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The commonest of the sites' values, and those of the other sites by the pattern that matches that site alone."""
+    ((common, _),) = Counter(values.values()).most_common(1)
+    return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
+
+
+def _dora(method: DoRA, adaptation: Adaptation) -> Contents:
+    alpha = _number(relative_scale(method.rank, method.alpha) * method.rank)
+    settings = {
+        "peft_type": "LORA", "r": method.rank, "lora_alpha": alpha, "lora_dropout": method.dropout, "use_dora": True,
+    }  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for site, update in _updates(adaptation, DoRAUpdate):
+        tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.low_rank.A
+        tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.low_rank.B
+        tensors[f"{PREFIX}{site.name}.lora_magnitude_vector"] = update.magnitude
+    return Contents(settings, tensors, "" if method.detach_norm else NORM_IS_CONSTANT)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:

@@ -47,8 +47,10 @@ def collect(runs: Path, study: Path, collection: str = "records", replace_differ
             )
         results[key] = result
         assert result.path is not None
-        curves[key] = _curve(result.path.with_name("metrics.jsonl"))
-    order = sorted(results, key=lambda key: (key[0], *_names(results[key])))
+        curve = result.path.with_name("metrics.jsonl")  # a run that failed early has none
+        curves[key] = [json.loads(line) for line in curve.read_text().splitlines()] if curve.is_file() else []
+    names = {key: (result.task, result.model, result.method) for key, result in results.items()}
+    order = sorted(results, key=lambda key: (key[0], *names[key], key[1]))
     study.mkdir(parents=True, exist_ok=True)
     compress([results[key] for key in order], study / RESULTS)
     rows = ({"collection": key[0], "signature": key[1], **row} for key in order for row in curves.get(key, []))
@@ -69,15 +71,6 @@ def read_curves(study: Path) -> dict[Key, list[dict[str, Any]]]:
 
 def _key(result: Result) -> Key:
     return result.collection, result.signature
-
-
-def _names(result: Result) -> tuple[str, ...]:
-    return result.task, result.model, result.method, result.signature
-
-
-def _curve(file: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a run that failed early has none."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _without_folders(result: Result) -> Result:

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import ttest_1samp
 
 from randlora.errors import SettingsError
 from randlora.records import Result
 from randlora.records.predictions import example_scores
 from randlora.records.signature import modern
-from randlora.studies.statistics import paired_difference
+from randlora.studies.statistics import Difference, paired_difference, student_difference
 
 
 class Cell(NamedTuple):
@@ -49,11 +48,11 @@ def percent(result: Result) -> float:
 
 
 def finished(results: Sequence[Result]) -> list[Result]:
-    """Those that ended by themselves, the only ones to compare; SettingsError when there is none."""
+    """Those that ended by themselves, by cell and method, the only ones to compare; SettingsError for none."""
     kept = [result for result in results if result.status == "finished"]
     if not kept:
         raise SettingsError("none of the runs has finished: the same command goes on with an unfinished one")
-    return kept
+    return sorted(kept, key=lambda result: (cell(result).order, result.method, result.signature))
 
 
 def value(result: Result, key: str) -> str:
@@ -108,14 +107,11 @@ def spread(scores: Sequence[float], mean: str = ".1f", deviation: str = ".1f") -
 
 
 class Pairs(NamedTuple):
-    """Scores of two settings under the same seeds, per cent; their mean difference, its 95 % interval and its p."""
+    """Scores of two settings under the same seeds, per cent, and their difference."""
 
     first: Sequence[float]
     second: Sequence[float]
-    mean: float
-    low: float
-    high: float
-    p: float  # two-sided, of a mean difference of zero
+    difference: Difference
 
 
 def paired(results: Sequence[Result], key: str, first: str, second: str, examples: bool = False) -> dict[Cell, Pairs]:
@@ -134,47 +130,39 @@ def paired(results: Sequence[Result], key: str, first: str, second: str, example
         SettingsError: No cell has finished runs of both, a cell has fewer than two seeds with both, two runs of a
             cell have the same seed and value, or predictions are missing or of other examples.
     """
-    groups: dict[tuple[Cell, str], dict[tuple[str, int], Result]] = {}
+    groups: dict[tuple[Cell, str], dict[str, dict[int, Result]]] = {}
     for result in finished(results):
         setting = value(result, key)
         if setting in (first, second):
             group = cell(result), "" if key == "method" else result.method
-            runs = groups.setdefault(group, {})
-            if (setting, result.seed) in runs:
+            by_seed = groups.setdefault(group, {first: {}, second: {}})[setting]
+            if result.seed in by_seed:
                 raise SettingsError(
                     f"{result.path}: a second run of {key}={setting} with this task, model and seed "
                     f"({result.signature}); choose with --only"
                 )
-            runs[setting, result.seed] = result
-    differences = {}
-    for (where, _), runs in sorted(groups.items(), key=lambda group: group[0][0].order):
-        if {setting for setting, _ in runs} == {first, second}:
-            differences[where] = _difference(where, key, runs, first, second, examples)
-    if not differences:
+            by_seed[result.seed] = result
+    pairs = {}
+    for (where, _), runs in groups.items():
+        if all(runs.values()):
+            seeds = sorted(runs[first].keys() & runs[second].keys())
+            if len(seeds) < 2:
+                both = f"{len(seeds)} seeds have both {key}={first} and {second}"
+                raise SettingsError(f"{where.task}, {where.model}: {both}; two are needed")
+            ours, theirs = ([runs[setting][seed] for seed in seeds] for setting in (first, second))
+            pairs[where] = _pairs(where, ours, theirs, examples)
+    if not pairs:
         raise SettingsError(f"--paired {key}={first},{second}: no task and model has finished runs of both")
-    return differences
+    return pairs
 
 
-def _difference(
-    where: Cell, key: str, runs: Mapping[tuple[str, int], Result], first: str, second: str, examples: bool
-) -> Pairs:
-    seeds = sorted(seed for setting, seed in runs if setting == first and (second, seed) in runs)
-    if len(seeds) < 2:
-        raise SettingsError(
-            f"{where.task}, {where.model}: {len(seeds)} seeds have both {key}={first} and {second}; two are needed"
-        )
-    columns = [[percent(runs[setting, seed]) for seed in seeds] for setting in (first, second)]
-    if examples:
-        scores = [{seed: example_scores(runs[setting, seed]) for seed in seeds} for setting in (first, second)]
-        if len({tuple(of_run) for of_runs in scores for of_run in of_runs.values()}) > 1:
-            raise SettingsError(f"{where.task}, {where.model}: the runs were scored on different test examples")
-        arrays = ({seed: 100 * np.array([*of_run.values()]) for seed, of_run in of_runs.items()} for of_runs in scores)
-        difference = paired_difference(*arrays)
-        return Pairs(columns[0], columns[1], difference.mean, difference.low, difference.high, difference.p)
-    points = [score - other for score, other in zip(*columns, strict=True)]
-    mean = statistics.mean(points)
-    if len(set(points)) == 1:  # no deviation to test against
-        return Pairs(columns[0], columns[1], mean, mean, mean, float(mean == 0))
-    test = ttest_1samp(points, 0.0)
-    interval = test.confidence_interval(0.95)
-    return Pairs(columns[0], columns[1], mean, float(interval.low), float(interval.high), float(test.pvalue))
+def _pairs(where: Cell, ours: Sequence[Result], theirs: Sequence[Result], examples: bool) -> Pairs:
+    """Of runs with the same seeds in one order."""
+    first, second = [percent(run) for run in ours], [percent(run) for run in theirs]
+    if not examples:
+        return Pairs(first, second, student_difference(first, second))
+    scores = [[example_scores(run) for run in runs] for runs in (ours, theirs)]
+    if len({tuple(of_run) for of_runs in scores for of_run in of_runs}) > 1:
+        raise SettingsError(f"{where.task}, {where.model}: the runs were scored on different test examples")
+    arrays = (dict(enumerate(100 * np.array([[*of_run.values()] for of_run in of_runs]))) for of_runs in scores)
+    return Pairs(first, second, paired_difference(*arrays))

@@ -23,10 +23,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its interval, and the two-sided p-value of the sign-flip test.
-
-    `p` cannot fall below 2 / 2^seeds: .0625 for five seeds, .03125 for six.
-    """
+    """A mean difference, its interval, and the two-sided p-value of a mean difference of zero."""
 
     mean: float
     low: float
@@ -43,7 +40,9 @@ def paired_difference(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Difference:
-    """The mean of first - second over the seeds that both have.
+    """The mean of first - second over the seeds that both have, with the p-value of the sign-flip test.
+
+    That p cannot fall below 2 / 2^seeds: .0625 for five seeds, .03125 for six.
 
     Args:
         first: by seed, a score, or the scores of all test examples (examples,) in one order.
@@ -64,6 +63,17 @@ def paired_difference(
     differences = np.stack([np.atleast_1d(np.subtract(first[run], second[run], dtype=float)) for run in shared])
     low, high = _bca_interval(differences, level, resamples, np.random.default_rng(seed))
     return Difference(float(differences.mean()), low, high, sign_flip_p(differences.mean(1)), len(shared))
+
+
+def student_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """The mean of first - second over runs in one order, with Student's 95 % interval and p-value."""
+    points = np.subtract(first, second)
+    mean = float(points.mean())
+    if np.ptp(points) == 0:  # no deviation to test against
+        return Difference(mean, mean, mean, float(mean == 0), len(points))
+    test = stats.ttest_1samp(points, 0.0)
+    interval = test.confidence_interval(0.95)
+    return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(points))
 
 
 def sign_flip_p(differences: Sequence[float] | Array) -> float:

@@ -52,7 +52,7 @@ def over_seeds(results: Sequence[Result]) -> str:
     """A row per method: finished runs that differ in their seed alone."""
     names = ["task", "model", "shots", "method", "trained parameters", "metric", "zero-shot", "after training"]
     rows = []
-    for runs in _groups(results):
+    for runs in by_settings(results):
         result, where, scores = runs[0], cell(runs[0]), [percent(run) for run in runs]
         peaks = [run.peak_memory_bytes / 2**20 for run in runs if run.peak_memory_bytes]
         rows.append([
@@ -67,7 +67,7 @@ def over_seeds(results: Sequence[Result]) -> str:
 def best(results: Sequence[Result], keys: Sequence[str]) -> str:
     """The settings that a search ends with, by the mean validation score over seeds; the test score takes no part."""
     groups: dict[tuple, dict[tuple[str, ...], list[float]]] = {}
-    for result in _sorted(finished(results)):
+    for result in finished(results):
         settings = tuple(value(result, key) for key in keys)
         if result.validation is not None:
             scores = groups.setdefault((cell(result), result.method), {}).setdefault(settings, [])
@@ -84,7 +84,7 @@ def best(results: Sequence[Result], keys: Sequence[str]) -> str:
 def every_metric(results: Sequence[Result]) -> str:
     """A table per task: all that its test set measures, in the units of the results, mean ± sample deviation."""
     tasks: dict[str, list[list[Result]]] = {}
-    for runs in _groups(results):
+    for runs in by_settings(results):
         tasks.setdefault(runs[0].task, []).append(runs)
     return "\n\n".join(_metrics_of(groups) for groups in tasks.values())
 
@@ -123,7 +123,7 @@ def beside_published(results: Sequence[Result], folder: Path) -> str:
                 budget = int(row["shots"] or 0) or None, float(row["fraction"] or 0) or None
                 published[row["model"], row["method"], *budget] = path.stem, row
     rows = []
-    for runs in _groups(results):
+    for runs in by_settings(results):
         result, where = runs[0], cell(runs[0])
         budget = where.shots, where.fraction or (None if where.shots else 1.0)
         table, row = published.get((where.model, result.method, *budget), ("", {}))
@@ -148,21 +148,14 @@ def differences(results: Sequence[Result], key: str, first: str, others: Sequenc
     rows = [
         [
             f"{first} - {other}", where.task, where.model, where.data, spread(pair.first), spread(pair.second),
-            f"{round(pair.mean, 2) + 0.0:+.2f}", f"{pair.low:+.2f} to {pair.high:+.2f}", len(pair.first),
+            f"{round(gap.mean, 2) + 0.0:+.2f}", f"{gap.low:+.2f} to {gap.high:+.2f}", gap.seeds,
             f"{p:.3f}" if p >= 0.001 else "< 0.001",
         ]
-        for (where, other, pair), p in zip(pairs, holm([pair.p for _, _, pair in pairs]), strict=True)
+        for (where, other, pair), p in zip(pairs, holm([pair.difference.p for *_, pair in pairs]), strict=True)
+        for gap in [pair.difference]
     ]  # fmt: skip
     scores = [first, "the other", "difference, points", "95 % interval", "seeds", "p, Holm"]
     return markdown([key, "task", "model", "shots", *scores], rows)
-
-
-def _groups(results: Sequence[Result]) -> list[list[Result]]:
-    return by_settings(_sorted(results))
-
-
-def _sorted(results: Sequence[Result]) -> list[Result]:
-    return sorted(results, key=lambda result: (cell(result).order, result.method, result.signature))
 
 
 def _count(parameters: int | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,8 +19,8 @@ from randlora.data.loader import Encoder, Item
 from randlora.data.questions import question
 from randlora.data.sources import Joined, Source, Table
 from randlora.data.subsets import subsample
-from randlora.data.texts import pad, pad_inputs
-from randlora.errors import check_choice, check_count
+from randlora.data.texts import PromptEncoder, pad, pad_inputs
+from randlora.errors import check_choice
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch
 from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModelTask
@@ -42,9 +43,7 @@ class Commonsense(LanguageModelTask):
             `test_size` bounds each. None: the test set is the source's own.
         scoring: ``generation`` (the first of the question's possible answers in the response counts, none is wrong) or
             ``likelihood`` (the answer that makes "the correct answer is ANSWER" most likely).
-        beams, max_new_tokens: Of the beam search, for ``generation``.
         train_on_inputs: Whether the loss is over the prompt's tokens too, as published.
-        max_length: Longer training texts are cut to this many tokens.
     """
 
     headline: ClassVar[str] = "accuracy"
@@ -53,15 +52,12 @@ class Commonsense(LanguageModelTask):
 
     tests: Source | None = None
     scoring: str = "generation"
-    beams: int = 4
-    max_new_tokens: int = 32
     train_on_inputs: bool = True
     max_length: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("task.scoring", self.scoring, ("generation", "likelihood"))
-        for name in ("beams", "max_new_tokens", "max_length"):
-            check_count(f"task.{name}", getattr(self, name))
 
     def check(self) -> None:
         super().check()
@@ -92,10 +88,7 @@ class Commonsense(LanguageModelTask):
         if self.scoring == "likelihood":
             predicted = self._most_likely(model, batch)
         else:
-            tokenizer = batch["tokenizer"]
-            limits = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens}
-            generated = model.generate(batch["inputs"], tokenizer.pad_token_id, **limits)
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+            texts = self.generate(model, batch)
             predicted = [first_answer(text, words) for text, words in zip(texts, batch["recognised"], strict=True)]
         return {"predicted": predicted, "label": batch["answer"], "set": batch["set"]}
 
@@ -144,41 +137,36 @@ class ResponseEncoder(LabelledTokens):
         return self.labelled(asked + f"the correct answer is {right}", hidden)
 
 
-class QuestionEncoder(Encoder):
-    """Prompts to go on from, padded on the left; for likelihoods, with the answers' tokens."""
+class QuestionEncoder(PromptEncoder):
+    """Questions to go on from; for likelihoods, with the answers' tokens."""
 
     def __init__(self, tokenizer: Any, likelihood: bool):
-        self.tokenizer, self.likelihood = tokenizer, likelihood
+        super().__init__(tokenizer)
+        self.likelihood = likelihood
 
     def __call__(self, example: Item) -> dict[str, Any]:
         posed = question(example)
         asked = prompt(posed.text)
-        item = {"answer": posed.answer, "set": example.get("set", ""), "recognised": posed.recognised}
+        known = {"answer": posed.answer, "set": example.get("set", ""), "recognised": posed.recognised}
         if not self.likelihood:
-            return {**item, "prefix": self.tokenizer(asked)["input_ids"][: prompt_tokens(self.tokenizer, asked)]}
+            return self.prompt(self.tokenizer(asked)["input_ids"][: prompt_tokens(self.tokenizer, asked)], **known)
         rows = [self.tokenizer(asked + f"the correct answer is {name}")["input_ids"] for name in posed.choices]
         shared = common_prefix(rows)
-        tails = [row[shared:] for row in rows]
-        return {**item, "names": posed.choices, "prefix": rows[0][:shared], "tails": tails}
-
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["prefix"])
+        return self.prompt(rows[0][:shared], names=posed.choices, tails=[row[shared:] for row in rows], **known)
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        batch: dict[str, Any] = {key: [item[key] for item in items] for key in ("answer", "set", "recognised")}
-        batch["tokenizer"] = self.tokenizer
-        rows = [item["prefix"] for item in items]
-        if self.likelihood:
-            batch["names"] = [item["names"] for item in items]
-            if all(len(tail) == 1 for item in items for tail in item["tails"]):
-                batch["targets"] = pad([[tail[0] for tail in item["tails"]] for item in items], IGNORED)
-            else:
-                rows = [item["prefix"] + tail for item in items for tail in item["tails"]]
-                batch["rows"] = [len(item["tails"]) for item in items]
-                batch["targets"] = pad([tail for item in items for tail in item["tails"]], IGNORED, side="left")
-        padded = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-        return batch | {"inputs": pad_inputs(padded, self.tokenizer.pad_token_id, side="left")}
+        batch = super().collate(items)
+        if not self.likelihood:
+            return batch
+        answers = batch.pop("tails")
+        if all(len(tail) == 1 for tails in answers for tail in tails):
+            return batch | {"targets": pad([[tail[0] for tail in tails] for tails in answers], IGNORED)}
+        rows = [self.prompt(item["input_ids"] + tail) for item in items for tail in item["tails"]]
+        return batch | {
+            "inputs": pad_inputs(rows, self.tokenizer.pad_token_id, side="left"),
+            "rows": [len(tails) for tails in answers],
+            "targets": pad([tail for tails in answers for tail in tails], IGNORED, side="left"),
+        }
 
 
 def prompt_tokens(tokenizer: Any, asked: str) -> int:
@@ -192,9 +180,4 @@ def prompt_tokens(tokenizer: Any, asked: str) -> int:
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many first tokens all rows share."""
-    length = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return length
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
-from randlora.data.texts import pad_inputs
+from randlora.data.texts import PromptEncoder
 from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch
@@ -37,7 +37,7 @@ class DataToText(LanguageModelTask):
 
     Args:
         label_smoothing: Of the loss, from 0 to 1.
-        beams, max_new_tokens, length_penalty: Of the beam search that makes the texts.
+        length_penalty: Of the beam search.
         no_repeat_ngram: No n-gram of so many tokens comes twice within a text; 0: no such rule.
     """
 
@@ -50,9 +50,8 @@ class DataToText(LanguageModelTask):
     no_repeat_ngram: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("task.label_smoothing", self.label_smoothing, 0, 1)
-        for name in ("beams", "max_new_tokens", "max_length"):
-            check_count(f"task.{name}", getattr(self, name))
         check_count("task.no_repeat_ngram", self.no_repeat_ngram, 0)
         check_range("task.length_penalty", self.length_penalty, 0)
 
@@ -72,17 +71,10 @@ class DataToText(LanguageModelTask):
         return model(batch["inputs"], batch["positions"], batch["targets"], self.label_smoothing)
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
-        tokenizer, prompt = batch["tokenizer"], batch["inputs"]["input_ids"].shape[1]
-        generated = model.generate(
-            batch["inputs"],
-            tokenizer.pad_token_id,
-            num_beams=self.beams,
-            max_new_tokens=self.max_new_tokens,
-            length_penalty=self.length_penalty,
-            logits_processor=[NoRepeats(self.no_repeat_ngram, prompt)] if self.no_repeat_ngram else None,
-        )
-        texts = [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
-        return {"made": texts, "references": batch["references"]}
+        prompt = batch["inputs"]["input_ids"].shape[1]
+        rules = [NoRepeats(self.no_repeat_ngram, prompt)] if self.no_repeat_ngram else None
+        texts = self.generate(model, batch, length_penalty=self.length_penalty, logits_processor=rules)
+        return {"made": [text.strip() for text in texts], "references": batch["references"]}
 
     def score(self, columns: Mapping[str, list]) -> dict[str, float]:
         metrics = scores(columns["made"], columns["references"])
@@ -122,26 +114,11 @@ class ReferenceEncoder(LabelledTokens):
         return self.labelled(f"{asked} {example['reference']}", hidden=len(self.tokenizer(asked)["input_ids"]))
 
 
-class MeaningEncoder(Encoder):
-    """Meanings to go on from, padded on the left, with the references to compare with."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+class MeaningEncoder(PromptEncoder):
+    """Meanings to go on from, with the references to compare with."""
 
     def __call__(self, example: Item) -> dict[str, Any]:
-        ids = self.tokenizer(_prompt(example))["input_ids"]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "references": example["references"]}
-
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["input_ids"])
-
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        return {
-            "inputs": pad_inputs(items, self.tokenizer.pad_token_id, side="left"),  # type: ignore[arg-type]
-            "references": [item["references"] for item in items],
-            "tokenizer": self.tokenizer,
-        }
+        return self.prompt(self.tokenizer(_prompt(example))["input_ids"], references=example["references"])
 
 
 class NoRepeats:

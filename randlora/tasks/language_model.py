@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.loader import Encoder, Item, Split
-from randlora.data.texts import pad, pad_inputs
+from randlora.data.loader import Item, Split
+from randlora.data.texts import TokenEncoder, pad, pad_inputs
+from randlora.errors import check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch, Bound, Budget, Splits, Task
 from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
@@ -20,11 +21,12 @@ from randlora.tasks.mixins import KnownShapes, UnequalExamples
 IGNORED = -100  # cross_entropy's ignore_index: the label of tokens that are not learned
 
 
-class LabelledTokens(Encoder):
+class LabelledTokens(TokenEncoder):
     """Items of `input_ids`, `attention_mask` and `labels`, padded on the right; longer texts are cut."""
 
     def __init__(self, tokenizer: Any, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
+        super().__init__(tokenizer)
+        self.max_length = max_length
 
     def labelled(self, text: str, hidden: int) -> dict[str, list[int]]:
         """A text and the end token, all of it learned but the first `hidden` tokens.
@@ -35,12 +37,8 @@ class LabelledTokens(Encoder):
         hidden = min(hidden, len(ids))
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * hidden + ids[hidden:]}
 
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["input_ids"])
-
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        inputs = pad_inputs(items, self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        inputs = pad_inputs(items, self.tokenizer.pad_token_id)
         return {"inputs": inputs, **learned(pad([item["labels"] for item in items], IGNORED))}
 
 
@@ -56,11 +54,19 @@ class LanguageModelTask(KnownShapes, UnequalExamples, Task):
 
     Args:
         max_length: Longer training texts are cut to this many tokens.
+        beams: Of the beam search that writes texts.
+        max_new_tokens: The most tokens that it writes.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
     max_length: int = 512
+    beams: int = 4
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "max_new_tokens", "max_length"):
+            check_count(f"task.{name}", getattr(self, name))
 
     def bind(self, backbone: Backbone) -> Bound:
         return Bound(LanguageModel(backbone))
@@ -72,6 +78,13 @@ class LanguageModelTask(KnownShapes, UnequalExamples, Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["inputs"], batch["positions"], batch["targets"])
+
+    def generate(self, model: nn.Module, batch: Batch, **settings: Any) -> list[str]:
+        """What the model writes after the prompts of a batch of PromptEncoder; `settings` as in LanguageModel."""
+        limits = {"num_beams": self.beams, "max_new_tokens": self.max_new_tokens}
+        tokenizer = batch["tokenizer"]
+        ids = model.generate(batch["inputs"], tokenizer.pad_token_id, **limits, **settings)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def terms(self, batch: Batch) -> int:
         return len(batch["targets"])

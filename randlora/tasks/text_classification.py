@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,56 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.data.labels import Names, check_names, check_real_valued, class_names, described, labelled
-from randlora.data.loader import Encoder, Item
+from randlora.data.loader import Item
 from randlora.data.sources import Table, check_columns
-from randlora.data.texts import pad_inputs
+from randlora.data.texts import TokenEncoder, pad_inputs
 from randlora.errors import SettingsError, check_choice, check_count
 from randlora.models.base import Backbone, Model
 from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.mixins import KnownShapes
 
-
-def _accuracy(label: Sequence[float], predicted: Sequence[float]) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(label, predicted)
+Metric = Callable[[Sequence[float], Sequence[float]], float]  # of the labels and the predictions
 
 
-def _f1(label: Sequence[float], predicted: Sequence[float]) -> float:
-    from sklearn.metrics import f1_score
+def _of_scikit_learn(name: str, **settings: float) -> Metric:
+    def metric(label: Sequence[float], predicted: Sequence[float]) -> float:
+        from sklearn import metrics
 
-    return f1_score(label, predicted, zero_division=0.0)
+        return float(getattr(metrics, name)(label, predicted, **settings))
 
-
-def _matthews(label: Sequence[float], predicted: Sequence[float]) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(label, predicted)
+    return metric
 
 
-def _pearson(label: Sequence[float], predicted: Sequence[float]) -> float:
-    from scipy.stats import pearsonr
+def _correlation(name: str) -> Metric:
+    def metric(label: Sequence[float], predicted: Sequence[float]) -> float:
+        from scipy import stats
 
-    return _defined(pearsonr(label, predicted).statistic)
+        correlation = float(getattr(stats, name)(label, predicted).statistic)
+        return 0.0 if math.isnan(correlation) else correlation  # a constant prediction correlates with nothing
 
-
-def _spearman(label: Sequence[float], predicted: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return _defined(spearmanr(label, predicted).statistic)
+    return metric
 
 
-def _defined(correlation: float) -> float:
-    """A constant prediction correlates with nothing; SciPy calls that NaN."""
-    return 0.0 if correlation != correlation else float(correlation)
-
-
-METRICS: Mapping[str, Callable[[Sequence[float], Sequence[float]], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+METRICS: Mapping[str, Metric] = {
+    "accuracy": _of_scikit_learn("accuracy_score"),
+    "f1": _of_scikit_learn("f1_score", zero_division=0.0),
+    "matthews": _of_scikit_learn("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }
 
 
@@ -150,7 +137,7 @@ class TextClassification(KnownShapes, Task):
         label, predicted = columns["label"], columns["predicted"]
         if self.classifies:
             label = [int(value) for value in label]
-        scores = {metric: float(METRICS[metric](label, predicted)) for metric in self.metrics}
+        scores = {metric: METRICS[metric](label, predicted) for metric in self.metrics}
         return scores | {"loss": sum(columns["loss"]) / len(label)}
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -159,11 +146,12 @@ class TextClassification(KnownShapes, Task):
         return F.mse_loss(outputs.float().squeeze(-1), labels, reduction="none")
 
 
-class TextEncoder(Encoder):
+class TextEncoder(TokenEncoder):
     """Tokenised texts and a float32 label (-1 would be a hidden one, and is refused)."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int):
-        self.tokenizer, self.texts, self.max_length = tokenizer, list(texts), max_length
+        super().__init__(tokenizer)
+        self.texts, self.max_length = list(texts), max_length
 
     def __call__(self, example: Item) -> dict[str, Any]:
         if example["label"] == -1:
@@ -171,13 +159,9 @@ class TextEncoder(Encoder):
         encoded = self.tokenizer(*(example[name] for name in self.texts), truncation=True, max_length=self.max_length)
         return {**encoded, "label": float(example["label"])}
 
-    @staticmethod
-    def length(item: Item) -> int:
-        return len(item["input_ids"])
-
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         labels = torch.tensor([item["label"] for item in items], dtype=torch.float32)
-        return {"inputs": pad_inputs(items, self.tokenizer.pad_token_id), "label": labels}  # type: ignore[arg-type]
+        return {"inputs": pad_inputs(items, self.tokenizer.pad_token_id), "label": labels}
 
 
 class TextHead(nn.Module):
@@ -188,14 +172,11 @@ class TextHead(nn.Module):
         assert backbone.features is not None
         self.backbone, self.features = backbone.module, backbone.features
         device = next(backbone.module.parameters()).device
-        layers: list[nn.Module] = [nn.Dropout(backbone.head_dropout)]
+        width, dropout = backbone.width, backbone.head_dropout
+        layers: list[nn.Module] = [nn.Dropout(dropout)]
         if backbone.head_hidden:
-            layers += [
-                nn.Linear(backbone.width, backbone.width, device=device),
-                nn.Tanh(),
-                nn.Dropout(backbone.head_dropout),
-            ]
-        self.head = nn.Sequential(*layers, nn.Linear(backbone.width, outputs, device=device))
+            layers += [nn.Linear(width, width, device=device), nn.Tanh(), nn.Dropout(dropout)]
+        self.head = nn.Sequential(*layers, nn.Linear(width, outputs, device=device))
         for layer in self.head:
             if isinstance(layer, nn.Linear) and device.type != "meta":
                 nn.init.normal_(layer.weight, std=0.02)  # as BERT's and RoBERTa's classifiers

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from randlora.training.best_step import BestStep
 
 FORMAT = 2  # 1 had no manifest and is not read
 TENSORS, STATE = "tensors.safetensors", "state.json"
+OF_MODEL, OF_OPTIMIZER, OF_BEST = "trained/", "optimizer/", "best/"  # what the names of tensors begin with
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class State:
     scored: bool = True
 
 
+class Tensors(NamedTuple):
+    """What a checkpoint is of.
+
+    Args:
+        kept: Every tensor to keep beside the optimiser's, by name.
+        optimizer: Over those of them that are trained.
+    """
+
+    kept: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one training.
@@ -51,20 +64,14 @@ class Checkpoints:
     Args:
         folder: Where they are.
         settings: What makes it this training and no other, as plain data; a checkpoint of other settings is not read.
-        kept: Every tensor to keep beside the optimiser's, by name.
-        trained: Those of them that the best step has.
-        optimizer: Over the trained tensors.
         keep_last: How many stay.
     """
 
     folder: Path
     settings: Mapping[str, Any]
-    kept: Mapping[str, Tensor]
-    trained: Mapping[str, Tensor]
-    optimizer: torch.optim.Optimizer
     keep_last: int
 
-    def save(self, state: State) -> Path:
+    def save(self, state: State, model: Tensors) -> Path:
         """Writes ``folder/step_N``, then removes those beyond the newest `keep_last`, and any of later steps.
 
         Later ones were passed over when this training was resumed. OSError when the disk is full; the older
@@ -74,12 +81,12 @@ class Checkpoints:
         draft = self.folder / f"{DRAFT}{final.name}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        tensors = {f"trained/{name}": tensor.detach() for name, tensor in self.kept.items()}
-        for name, tensor in self.kept.items():
-            for key, value in self.optimizer.state.get(tensor, {}).items():
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        tensors = {OF_MODEL + name: tensor.detach() for name, tensor in model.kept.items()}
+        for name, tensor in model.kept.items():
+            for key, value in model.optimizer.state.get(tensor, {}).items():
+                tensors[f"{OF_OPTIMIZER}{key}/{name}"] = torch.as_tensor(value)
         best = state.best
-        tensors |= {f"best/{name}": tensor for name, tensor in (best.parameters if best else {}).items()}
+        tensors |= {OF_BEST + name: tensor for name, tensor in (best.parameters if best else {}).items()}
         content = {
             "format": FORMAT,
             "step": state.step,
@@ -104,12 +111,15 @@ class Checkpoints:
             _discard(path)
         return final
 
-    def resume(self, say: Callable[[str], None], strict: bool = False) -> State:
+    def resume(
+        self, model: Callable[[Collection[str]], Tensors], say: Callable[[str], None], strict: bool = False
+    ) -> State:
         """Fills the tensors and the optimiser from the newest valid checkpoint; returns its state.
 
         What a killed process has left half-written is removed.
 
         Args:
+            model: Gives the tensors to fill, for the names of those that a checkpoint has: some grow in a training.
             say: Told of every checkpoint that is passed over, and why.
             strict: Whether to stop where there are checkpoints and none is valid, instead of starting again.
 
@@ -123,7 +133,7 @@ class Checkpoints:
         reasons = []
         for path in _newest_first(self.folder):
             try:
-                return self._restore(path)
+                return self._restore(path, model)
             except Damaged as error:
                 reasons.append(str(error))
                 say(f"passing over a checkpoint: {error}")
@@ -136,26 +146,25 @@ class Checkpoints:
             say("no checkpoint can be gone on from: starting again at step 0")
         return State()
 
-    def _restore(self, path: Path) -> State:
-        """All of a checkpoint, or Damaged and nothing changed."""
+    def _restore(self, path: Path, model: Callable[[Collection[str]], Tensors]) -> State:
+        """All of a checkpoint, or Damaged and nothing filled."""
         content = self._content(path)
-        best = content["best"]
-        expected = {f"trained/{name}": tensor for name, tensor in self.kept.items()}
-        if best and best["step"]:
-            expected |= {f"best/{name}": tensor for name, tensor in self.trained.items()}
-        self._check(path / TENSORS, expected, content["tensors"])
+        stored = _header(path / TENSORS)
+        kept, optimizer = model([name.removeprefix(OF_MODEL) for name in stored if name.startswith(OF_MODEL)])
+        _check(path / TENSORS, stored, kept, content["tensors"])
         tensors = load_file(path / TENSORS)
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.kept}
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in kept}
         for entry, value in tensors.items():
-            if entry.startswith("optimizer/"):
+            if entry.startswith(OF_OPTIMIZER):
                 _, key, name = entry.split("/", 2)
-                states[name][key] = value.to("cpu" if key == "step" else self.kept[name].device)
+                states[name][key] = value.to("cpu" if key == "step" else kept[name].device)
         with torch.no_grad():
-            for name, tensor in self.kept.items():
-                tensor.copy_(tensors[f"trained/{name}"])
+            for name, tensor in kept.items():
+                tensor.copy_(tensors[OF_MODEL + name])
                 if states[name]:
-                    self.optimizer.state[tensor] = states[name]
-        parameters = {name: tensors[f"best/{name}"] for name in self.trained if f"best/{name}" in tensors}
+                    optimizer.state[tensor] = states[name]
+        best = content["best"]
+        parameters = {name.removeprefix(OF_BEST): tensors[name] for name in tensors if name.startswith(OF_BEST)}
         step = BestStep(best["step"], best["loss"], parameters) if best else None
         return State(content["step"], content["train_seconds"], step, content["scored"])
 
@@ -173,28 +182,32 @@ class Checkpoints:
                 raise Damaged(f"{path} was written with {name}={then.get(name)!r}, and this is {now.get(name)!r}")
         return content
 
-    def _check(self, path: Path, expected: Mapping[str, Tensor], count: int) -> None:
-        """Damaged unless the header has every expected tensor, as it should be, and of others the optimiser's alone."""
-        try:
-            with safe_open(path, "pt") as file:
-                stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                dtypes = {name: part.get_dtype() for name, part in stored.items()}
-                shapes = {name: tuple(part.get_shape()) for name, part in stored.items()}
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{path} cannot be read: {error}") from error
-        for name, tensor in expected.items():
-            if name not in stored:
-                raise Damaged(f"{path} lacks {name}")
-            if shapes[name] != tuple(tensor.shape) or dtypes[name] != _NAMES.get(tensor.dtype):
-                raise Damaged(
-                    f"{path} has {name} as {dtypes[name]} {shapes[name]}, and this model has it as "
-                    f"{_NAMES.get(tensor.dtype)} {tuple(tensor.shape)}"
-                )
-        for name in stored.keys() - expected.keys():
-            if not name.startswith("optimizer/") or name.split("/", 2)[2] not in self.kept:
-                raise Damaged(f"{path} has {name}, and this model has no such tensor")
-        if len(stored) != count:
-            raise Damaged(f"{path} has {len(stored)} tensors, and {count} were written")
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype, as safetensors calls it, and shape of every tensor in a file, by name; Damaged if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path} cannot be read: {error}") from error
+
+
+def _check(
+    path: Path, stored: Mapping[str, tuple[str, tuple[int, ...]]], kept: Mapping[str, Tensor], count: int
+) -> None:
+    """Damaged unless a header has all tensors of the model, as they should be, and of others those that belong."""
+    for name, tensor in kept.items():
+        if OF_MODEL + name not in stored:
+            raise Damaged(f"{path} lacks {OF_MODEL}{name}")
+        wanted = _NAMES.get(tensor.dtype), tuple(tensor.shape)
+        if stored[OF_MODEL + name] != wanted:
+            raise Damaged(f"{path} has {name} as {stored[OF_MODEL + name]}, and this model has it as {wanted}")
+    for name in stored.keys() - {OF_MODEL + name for name in kept}:
+        if not name.startswith(OF_BEST) and (not name.startswith(OF_OPTIMIZER) or name.split("/", 2)[2] not in kept):
+            raise Damaged(f"{path} has {name}, and this model has no such tensor")
+    if len(stored) != count:
+        raise Damaged(f"{path} has {len(stored)} tensors, and {count} were written")
 
 
 # What safetensors calls the dtypes.

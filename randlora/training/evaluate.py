@@ -32,7 +32,7 @@ def evaluate(
     precision: str = "fp32",
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """The task's metrics over all examples of a split, by name; see `predictions`, of which they are the scores."""
+    """The task's metrics over all examples of a split, by name: scores of `predictions`, whose arguments these are."""
     columns = predictions(
         task, model, split, accelerator, batch_size=batch_size, workers=workers, precision=precision, say=say
     )
@@ -100,7 +100,10 @@ def mean_loss(
     precision: str = "fp32",
     say: Callable[[str], None] = print,
 ) -> float:
-    """The task's loss over all examples of a split that is encoded as for training, by its terms; see `evaluate`."""
+    """The task's loss over all examples of a split that is encoded as for training, a mean over the loss's terms.
+
+    Arguments as of `predictions`.
+    """
     device, sums = accelerator.device, torch.zeros(2, dtype=torch.float64)
     model.to(device).eval()
     share = once(split, accelerator, batch_size, workers, say)
@@ -108,9 +111,16 @@ def mean_loss(
         for batch in share:
             weight = terms(task, batch)
             sums += torch.tensor([float(task.loss(model, batch)) * weight, weight], dtype=torch.float64)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(device), "sum").cpu()
-    return float(sums[0] / sums[1])
+    total, weights = summed(accelerator, *sums.tolist())
+    return total / weights
+
+
+def summed(accelerator: Accelerator, *values: float) -> list[float]:
+    """Each value summed over all processes."""
+    if accelerator.num_processes == 1:
+        return [*values]
+    total: Any = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
 
 
 def terms(task: Task, batch: Batch) -> int:
@@ -128,6 +138,7 @@ def once(
 ) -> Iterator[Batch]:  # fmt: skip
     """Every example of a split once, in batches on the device; where it is `shared`, this process's part of them.
 
+    Batches have up to `batch_size` examples, read by `workers` processes; `say` hears of those that cannot be read.
     Raises Interrupted between two batches, on every process, when a signal has come to any.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if shared else (0, 1)

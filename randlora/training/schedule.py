@@ -16,13 +16,18 @@ def check_schedule(schedule: str, warmup: float, final: float) -> None:
     check_range("trainer.final_rate", final, 0, 1.0001)
 
 
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Of a training of so many steps: `warmup` is a part of them below 1 and a number of them from 1 on."""
+    return round(warmup * steps) if warmup < 1 else int(warmup)
+
+
 def rate_factor(step: int, steps: int, schedule: str, warmup: float, final: float) -> float:
     """What the learning rates are multiplied by at `step` (from 0) of `steps`.
 
-    `warmup` is a part of the steps below 1 and a number of steps from 1 on; the rate rises linearly over it. Then
-    cosine or linear decay to `final` times the rate at the end.
+    The rate rises linearly over the steps of `warmup` (see `warmup_steps`). Then cosine or linear decay to `final`
+    times the rate at the end.
     """
-    rising = round(warmup * steps) if warmup < 1 else int(warmup)
+    rising = warmup_steps(warmup, steps)
     if step < rising:
         return (step + 1) / rising
     if schedule == "constant":

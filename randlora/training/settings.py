@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from randlora.adapters.core import Adaptation
 from randlora.data.loader import Split
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
 from randlora.records.signature import EXCLUDED_FROM_HASH
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
-from randlora.training.schedule import check_schedule
+from randlora.training.schedule import check_schedule, rate_factor, warmup_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,6 +125,20 @@ class Settings:
         """The optimiser's steps over a training set of this size."""
         per_epoch = max(examples / self.batch_size, self.min_steps_per_epoch)
         return self.max_steps or max(1, round(self.epochs * per_epoch))
+
+    def rate_factor(self, step: int, steps: int, born: int = 0) -> float:
+        """Of the rate at `step` of `steps` for parameters that came at step `born`, whose warm-up is as long as any."""
+        rising = warmup_steps(self.warmup, steps)
+        return rate_factor(step - born, steps - born, self.schedule, rising, self.final_rate)
+
+    def parameter_groups(self, adaptation: Adaptation, head: nn.Module | None) -> list[dict[str, Any]]:
+        """The optimiser's groups: those of the method, and the head."""
+        rate, decay = self.learning_rate, self.weight_decay
+        groups = adaptation.method.parameter_groups(adaptation.trained(), rate, decay)
+        if head is not None:
+            rate = self.head_learning_rate or rate
+            groups.append({"params": [*head.parameters()], "lr": rate, "weight_decay": decay})
+        return groups
 
     def accelerator(self) -> Accelerator:
         """The devices and processes of this run."""

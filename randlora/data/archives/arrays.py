@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from PIL import Image
 
-from randlora.data.archives.base import Archive, Image, Rows, lines_of, spaced
-
-if TYPE_CHECKING:
-    import PIL.Image
+from randlora.data.archives.base import Archive, Rows, archive, lines_of, spaced
 
 
 def svhn(root: Path) -> Archive:
@@ -22,11 +20,9 @@ def svhn(root: Path) -> Archive:
 
     def rows(split: str) -> Rows:
         stored = loadmat(root / f"{split}_32x32.mat")
-        return [
-            (partial(_image, stored["X"][..., i]), int(label) % 10) for i, label in enumerate(stored["y"].reshape(-1))
-        ]
+        return _images(np.moveaxis(stored["X"], -1, 0), stored["y"].reshape(-1) % 10)
 
-    return Archive([str(digit) for digit in range(10)], {"train": rows("train"), "test": rows("test")})
+    return archive([str(digit) for digit in range(10)], rows, train="train", test="test")
 
 
 def stl10(root: Path) -> Archive:
@@ -35,10 +31,9 @@ def stl10(root: Path) -> Archive:
     def rows(split: str) -> Rows:
         pixels = np.fromfile(root / "stl10_binary" / f"{split}_X.bin", np.uint8).reshape(-1, 3, 96, 96)
         labels = np.fromfile(root / "stl10_binary" / f"{split}_y.bin", np.uint8)
-        return [(partial(_image, pixels[i].transpose(2, 1, 0)), int(label) - 1) for i, label in enumerate(labels)]
+        return _images(pixels.transpose(0, 3, 2, 1), labels - 1)
 
-    names = lines_of(root / "stl10_binary" / "class_names.txt")
-    return Archive(names, {"train": rows("train"), "test": rows("test")})
+    return archive(lines_of(root / "stl10_binary" / "class_names.txt"), rows, train="train", test="test")
 
 
 def cifar100(root: Path) -> Archive:
@@ -47,10 +42,9 @@ def cifar100(root: Path) -> Archive:
 
     def rows(split: str) -> Rows:
         pixels = np.asarray(stored[split]["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return [(partial(_image, pixels[i]), int(label)) for i, label in enumerate(stored[split]["fine_labels"])]
+        return _images(pixels, stored[split]["fine_labels"])
 
-    names = [spaced(name) for name in stored["meta"]["fine_label_names"]]
-    return Archive(names, {"train": rows("train"), "test": rows("test")})
+    return archive([spaced(name) for name in stored["meta"]["fine_label_names"]], rows, train="train", test="test")
 
 
 def _unpickle(file: Path) -> dict[str, Any]:
@@ -81,29 +75,26 @@ def pascal_voc(root: Path) -> Archive:
     """VOCdevkit/VOC2007/: JPEGImages/, Annotations/, ImageSets/Main/. Every annotated object is one cropped image."""
     base = root / "VOCdevkit" / "VOC2007"
 
-    def crop(file: Path, box: Sequence[float]) -> PIL.Image.Image:
-        from PIL import Image
-
+    def crop(file: Path, box: Sequence[float]) -> Image.Image:
         with Image.open(file) as image:
             left, upper, right, lower = (round(side) for side in box)
             return image.convert("RGB").crop((left, upper, right, lower))
 
-    def rows(split: str) -> Iterator[tuple[Image, int]]:
+    def rows(split: str) -> Rows:
+        objects: Rows = []
         for key in lines_of(base / "ImageSets" / "Main" / f"{split}.txt"):
             for item in ElementTree.parse(base / "Annotations" / f"{key}.xml").iter("object"):
-                box = item.find("bndbox")
+                box, name = item.find("bndbox"), item.findtext("name") or ""
                 sides = tuple(float(box.findtext(side) or "nan") for side in ("xmin", "ymin", "xmax", "ymax"))
-                yield partial(crop, base / "JPEGImages" / f"{key}.jpg", sides), VOC.index(item.findtext("name") or "")
+                objects.append((partial(crop, base / "JPEGImages" / f"{key}.jpg", sides), VOC.index(name)))
+        return objects
 
-    files = {"train": "train", "validation": "val", "test": "test"}
-    return Archive([_APART.get(n, n) for n in VOC], {split: list(rows(file)) for split, file in files.items()})
+    return archive([_APART.get(n, n) for n in VOC], rows, train="train", validation="val", test="test")
 
 
-def _image(pixels: np.ndarray) -> PIL.Image.Image:
-    """From uint8 (height, width, 3)."""
-    from PIL import Image
-
-    return Image.fromarray(pixels)
+def _images(pixels: np.ndarray, labels: Sequence[int] | np.ndarray) -> Rows:
+    """Rows of uint8 (N, height, width, 3) and N labels."""
+    return [(partial(Image.fromarray, image), int(label)) for image, label in zip(pixels, labels, strict=True)]
 
 
 READERS = (svhn, stl10, cifar100, pascal_voc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -18,6 +18,11 @@ class Archive(NamedTuple):
 
     names: list[str]
     splits: dict[str, Rows]
+
+
+def archive(names: list[str], rows: Callable[[Any], Rows], **parts: Any) -> Archive:
+    """The archive whose `rows` of each split are made from that split's part, such as a file's name."""
+    return Archive(names, {split: rows(part) for split, part in parts.items()})
 
 
 def spaced(name: str) -> str:

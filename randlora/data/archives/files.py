@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from randlora.data.archives.base import Archive, Rows, by_folder, folders_in, lines_of, spaced
+from randlora.data.archives.base import Archive, Rows, archive, by_folder, folders_in, lines_of, spaced
 from randlora.rng import permutation
 
 
@@ -19,23 +20,24 @@ def cars(root: Path) -> Archive:
 
     names = loadmat(root / "devkit" / "cars_meta.mat", squeeze_me=True)["class_names"].tolist()
 
-    def rows(annotations: Path, images: str) -> Rows:
-        listed = np.atleast_1d(loadmat(annotations, squeeze_me=True)["annotations"])
+    def rows(part: tuple[str, str]) -> Rows:
+        annotations, images = part
+        listed = np.atleast_1d(loadmat(root / annotations, squeeze_me=True)["annotations"])
         return [(root / images / str(row["fname"]), int(row["class"]) - 1) for row in listed]
 
-    train = rows(root / "devkit" / "cars_train_annos.mat", "cars_train")
-    return Archive(names, {"train": train, "test": rows(root / "cars_test_annos_withlabels.mat", "cars_test")})
+    test = "cars_test_annos_withlabels.mat", "cars_test"
+    return archive(names, rows, train=("devkit/cars_train_annos.mat", "cars_train"), test=test)
 
 
 def dtd(root: Path) -> Archive:
     """images/CLASS/, labels/train1.txt, val1.txt, test1.txt; the first of ten splits, validation added to training."""
     folders = folders_in(root / "images")
 
-    def rows(*files: str) -> Rows:
+    def rows(files: Sequence[str]) -> Rows:
         lines = [line for file in files for line in lines_of(root / "labels" / file)]
         return [(root / "images" / line, folders.index(line.split("/")[0])) for line in lines]
 
-    return Archive([spaced(f) for f in folders], {"train": rows("train1.txt", "val1.txt"), "test": rows("test1.txt")})
+    return archive([spaced(f) for f in folders], rows, train=["train1.txt", "val1.txt"], test=["test1.txt"])
 
 
 EUROSAT = {
@@ -84,7 +86,7 @@ def resisc45(root: Path) -> Archive:
         files = [(line.rpartition("_")[0], line) for line in lines_of(root / f"resisc45-{split}.txt")]
         return [(root / "NWPU-RESISC45" / name / file, folders.index(name)) for name, file in files]
 
-    return Archive([spaced(f) for f in folders], {"train": rows("train"), "test": rows("test")})
+    return archive([spaced(f) for f in folders], rows, train="train", test="test")
 
 
 def sun397(root: Path) -> Archive:
@@ -96,7 +98,7 @@ def sun397(root: Path) -> Archive:
         return [(root / "SUN397" / line[1:], labels[line.rpartition("/")[0]]) for line in lines_of(root / file)]
 
     names = [spaced(name[3:]).replace("/", " ") for name in classes]
-    return Archive(names, {"train": rows("Training_01.txt"), "test": rows("Testing_01.txt")})
+    return archive(names, rows, train="Training_01.txt", test="Testing_01.txt")
 
 
 def food101(root: Path) -> Archive:
@@ -108,7 +110,7 @@ def food101(root: Path) -> Archive:
         listed = json.loads((base / "meta" / f"{split}.json").read_text())
         return [(base / "images" / f"{key}.jpg", folders.index(name)) for name in folders for key in listed[name]]
 
-    return Archive([spaced(f) for f in folders], {"train": rows("train"), "test": rows("test")})
+    return archive([spaced(f) for f in folders], rows, train="train", test="test")
 
 
 def caltech101(root: Path) -> Archive:
@@ -135,7 +137,7 @@ def fgvc_aircraft(root: Path) -> Archive:
         lines = (line.split(" ", 1) for line in lines_of(base / f"images_variant_{split}.txt"))
         return [(base / "images" / f"{key}.jpg", names.index(name)) for key, name in lines]
 
-    return Archive(names, {"train": rows("train"), "validation": rows("val"), "test": rows("test")})
+    return archive(names, rows, train="train", validation="val", test="test")
 
 
 def flowers102(root: Path) -> Archive:
@@ -144,26 +146,23 @@ def flowers102(root: Path) -> Archive:
 
     labels = loadmat(root / "imagelabels.mat", squeeze_me=True)["labels"]
     ids = loadmat(root / "setid.mat", squeeze_me=True)
-    splits: dict[str, Rows] = {
-        split: [(root / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in np.atleast_1d(ids[key])]
-        for split, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid"))
-    }
-    return Archive([str(label + 1) for label in range(int(labels.max()))], splits)
+
+    def rows(key: str) -> Rows:
+        return [(root / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in np.atleast_1d(ids[key])]
+
+    names = [str(label + 1) for label in range(int(labels.max()))]
+    return archive(names, rows, train="trnid", validation="valid", test="tstid")
 
 
 def oxford_pets(root: Path) -> Archive:
     """images/Abyssinian_1.jpg, annotations/trainval.txt, annotations/test.txt."""
-    lines = {
-        split: [line.split() for line in lines_of(root / "annotations" / file)]
-        for split, file in (("train", "trainval.txt"), ("test", "test.txt"))
-    }
-    breeds = {int(label): key.rpartition("_")[0] for key, label, *_ in lines["train"]}
-    names = [spaced(breeds[label]) for label in sorted(breeds)]
-    splits: dict[str, Rows] = {
-        split: [(root / "images" / f"{key}.jpg", int(label) - 1) for key, label, *_ in rows]
-        for split, rows in lines.items()
-    }
-    return Archive(names, splits)
+
+    def rows(file: str) -> Rows:
+        lines = (line.split() for line in lines_of(root / "annotations" / file))
+        return [(root / "images" / f"{key}.jpg", int(label) - 1) for key, label, *_ in lines]
+
+    breeds = {label: image.stem.rpartition("_")[0] for image, label in rows("trainval.txt")}
+    return archive([spaced(breeds[label]) for label in sorted(breeds)], rows, train="trainval.txt", test="test.txt")
 
 
 def cub200(root: Path) -> Archive:
@@ -184,25 +183,24 @@ def country211(root: Path) -> Archive:
     """country211/train/AD/, valid/, test/. Names are country codes; the task's YAML has words."""
     base = root / "country211"
     folders = folders_in(base / "train")
-    names = {"train": "train", "validation": "valid", "test": "test"}
-    return Archive(folders, {split: by_folder(base / name, folders) for split, name in names.items()})
+
+    def rows(part: str) -> Rows:
+        return by_folder(base / part, folders)
+
+    return archive(folders, rows, train="train", validation="valid", test="test")
 
 
 def ucf101(root: Path) -> Archive:
     """UCF-101-midframes/CLASS/, split_zhou_UCF101.json: the middle frame of every video."""
     listed = json.loads((root / "split_zhou_UCF101.json").read_text())
     actions = {int(label): name for rows in listed.values() for _, label, name in rows}
-    names = [_words(actions[label]) for label in sorted(actions)]
-    splits: dict[str, Rows] = {
-        split: [(root / "UCF-101-midframes" / file, int(label)) for file, label, _ in listed[key]]
-        for split, key in (("train", "train"), ("validation", "val"), ("test", "test"))
-    }
-    return Archive(names, splits)
+    # Apply_Eye_Makeup and ApplyEyeMakeup as words.
+    names = [" ".join(re.findall(r"[A-Z][a-z]*|[a-z]+|\d+", actions[label])) for label in sorted(actions)]
 
+    def rows(key: str) -> Rows:
+        return [(root / "UCF-101-midframes" / file, int(label)) for file, label, _ in listed[key]]
 
-def _words(name: str) -> str:
-    """Apply_Eye_Makeup and ApplyEyeMakeup as words."""
-    return " ".join(re.findall(r"[A-Z][a-z]*|[a-z]+|\d+", name))
+    return archive(names, rows, train="train", validation="val", test="test")
 
 
 def imagenet(root: Path) -> Archive:
