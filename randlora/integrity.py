@@ -45,7 +45,7 @@ def seal(folder: Path, files: Iterable[str]) -> None:
     entries: dict[str, dict[str, int | str]] = {}
     for name in sorted(files):
         sync(folder / name)
-        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     write(folder / MANIFEST, _manifest(entries))
 
 
@@ -106,7 +106,7 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
         present = path.stat().st_size
         if present != size:
             raise Damaged(f"{path} is damaged: it has {present:,} bytes, and {size:,} were written")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise Damaged(f"{path} is damaged: its SHA-256 is not that of what was written")
     except FileNotFoundError as error:
         raise Damaged(f"{path} is missing") from error
@@ -114,7 +114,8 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
         raise Damaged(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
-from randlora.integrity import MANIFEST, Damaged, seal, verify, write
+from randlora.integrity import MANIFEST, Damaged, sha256, verify, write
 from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.lock import OWNER_FILES, Lock, living
@@ -24,7 +24,7 @@ from randlora.records.metrics import Row, keep_until
 from randlora.records.result import Result
 
 # What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
-SEALED = ("result.json", METRICS, predictions.NAME, f"adapter/{MANIFEST}")
+SEALED = (METRICS, predictions.NAME, f"adapter/{MANIFEST}")
 
 
 @runtime_checkable
@@ -110,8 +110,7 @@ class Record:
                 self._set_aside()
             else:
                 self._clear()
-            for name in ("result.json", MANIFEST):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / "result.json").unlink(missing_ok=True)
             write(self.folder / "config.yaml", config_yaml)
             self._status("running")
         except OSError as error:
@@ -171,12 +170,11 @@ class Record:
             predictions.write_columns(self.folder, columns)
 
     def write(self, result: Result) -> None:
-        """Writes result.json and status.json, and seals what a finished run has left."""
+        """Writes result.json, with the checksums of what a finished run has left, and status.json."""
         if self.writes:
-            result.write(self.folder / "result.json")
+            left = [name for name in SEALED if result.status == "finished" and (self.folder / name).is_file()]
+            result.write(self.folder / "result.json", left)
             self._status(result.status)
-            if result.status == "finished":
-                seal(self.folder, [name for name in SEALED if (self.folder / name).is_file()])
 
     def finish(self, result: Result) -> None:
         """Writes the result and tells the mirrors."""
@@ -231,11 +229,17 @@ def state(folder: Path) -> str:
 
 
 def _verify(result: Result, folder: Path) -> None:
-    """Raises Damaged unless all is as it was written; of an adapter of before, without a manifest, the size is known."""
+    """Raises Damaged unless a finished run's folder has what it left, as it was written; of old ones less is known."""
+    if result.signature != folder.name:
+        raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
+    for name, digest in result.files.items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder / name} is missing")
+        if sha256(folder / name) != digest:
+            raise Damaged(f"{folder / name} is damaged: its SHA-256 is not that of what was written")
     adapter = folder / "adapter"
-    for sealed in (folder, adapter):
-        if (sealed / MANIFEST).is_file():
-            verify(sealed)
+    if (adapter / MANIFEST).is_file():
+        verify(adapter)
     if sum(path.stat().st_size for path in adapter.glob("*")) < (result.adapter_bytes or 1):
         raise Damaged(f"{adapter} is not whole")
 
