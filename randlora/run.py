@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
 from randlora.adapters.interface import describe, method_from
@@ -218,10 +217,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:
-        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter")
-        if head:
-            tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
-            save_file(tensors, record.folder / "adapter" / "head.safetensors")
+        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
     headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",
