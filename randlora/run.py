@@ -19,7 +19,7 @@ from randlora.adapters.interface import describe, method_from
 from randlora.data.loader import Unreadable
 from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
-from randlora.integrity import write
+from randlora.integrity import disk_fault, write
 from randlora.models.base import Backbone
 from randlora.plan import check_memory
 from randlora.records.console import Console
@@ -121,9 +121,12 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         remedy = "lower trainer.micro_batch_size or set trainer.precision=bf16"
         ended = {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}
     except Exception as error:
-        alone = lost(error, accelerator, experiment.trainer.peer_timeout)
-        ended = {"error": alone or f"{type(error).__name__}: {error}"}
-        record.say(traceback.format_exc(), everywhere=True)
+        fault, alone = disk_fault(error), lost(error, accelerator, experiment.trainer.peer_timeout)
+        if fault is None:
+            record.say(traceback.format_exc(), everywhere=True)
+            ended = {"error": alone or f"{type(error).__name__}: {error}"}
+        else:
+            ended = {"error": f"{fault} in {record.folder}, make room; {_kept(record) or LOST}"}
     finally:
         if code != FINISHED:
             ended = peers.first(ended)
@@ -134,6 +137,10 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
             record.finish(result)
             if code == FINISHED and accelerator.is_main_process:
                 shutil.rmtree(record.checkpoints, ignore_errors=True)
+        except OSError as error:  # its folder then says that no process runs it, and no more
+            code = FAILED
+            sentence = f"the result cannot be written ({error}); {_kept(record) or LOST}"
+            result = replace(result, status="failed", error=sentence)
         finally:
             record.close()
         accelerator.free_memory()
@@ -162,9 +169,13 @@ def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 def _interrupted(record: Record, why: str, without_checkpoint: str) -> dict[str, Any]:
     """The fields of the result of an interrupted run, with what the next attempt goes on from."""
+    return {"status": "interrupted", "error": f"{why}; {_kept(record) or without_checkpoint}"}
+
+
+def _kept(record: Record) -> str | None:
+    """What the next attempt goes on from, if there is a checkpoint."""
     latest = checkpoint.latest(record.checkpoints)
-    kept = f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
-    return {"status": "interrupted", "error": f"{why}; {kept or without_checkpoint}"}
+    return f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
 
 
 def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:

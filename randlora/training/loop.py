@@ -27,7 +27,7 @@ from randlora.training.optimizers import Optimizer
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.outcome import Diverged, Fit
 from randlora.training.precision import attention_rule, autocast
-from randlora.training.settings import Observer
+from randlora.training.settings import Observer, Settings
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
