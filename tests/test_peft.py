@@ -358,3 +358,15 @@ def test_a_dora_with_gradient_through_its_norm_is_for_inference(tmp_path: Path) 
     randlora.adapt(ours, DoRA(rank=4, detach_norm=False), TARGETS)
     with pytest.warns(UserWarning, match=r"takes the norm as a constant in backward"):
         randlora.to_peft(ours, tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused_and_the_model_stays(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(16), CONFIGS["lora"]())
+    with torch.no_grad():
+        next(p for name, p in theirs.named_parameters() if "lora_B" in name)[0, 0] = float("inf")
+    theirs.save_pretrained(tmp_path)
+    ours = Net(16)
+    before = [(name, id(p), p.requires_grad) for name, p in ours.named_parameters()]
+    with pytest.raises(SettingsError, match="values that are not finite"):
+        randlora.from_peft(ours, tmp_path)
+    assert [(name, id(p), p.requires_grad) for name, p in ours.named_parameters()] == before
