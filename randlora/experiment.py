@@ -68,8 +68,8 @@ class Experiment:
             )
         )  # fmt: skip
         check_count("seed", config["seed"], 0)
-        for name in ("resume", "predictions"):
-            check_choice(name, config[name], (True, False))
+        check_choice("predictions", config["predictions"], (True, False))
+        check_choice("resume", config["resume"], (True, False, "strict"))
         check_choice("dry_run", config["dry_run"], (True, False, "json"))
         for name, allowed in (("run_root", str), ("data_root", str | None), ("tags", list)):
             if not isinstance(config[name], allowed):

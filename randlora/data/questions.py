@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from randlora.data.sources import Hub, Joined
+from randlora.data.sources import Hub, Joined, Source
 from randlora.errors import SettingsError, check_choice
 
 _FORMAT = "Answer format: "
@@ -127,7 +127,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class QuestionSets:
+class QuestionSets(Source):
     """Public sets of questions, one after the other; every example says in `set` which it is from.
 
     Of WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does.
@@ -163,11 +163,8 @@ class QuestionSets:
                 raise SettingsError(f"{name}: the {split} split has {len(tables[name])} rows, expected {expected}")
         return Joined(tables)
 
-    def available(self) -> list[str]:
-        return list(self.splits)
-
-    def class_names(self) -> None:
-        """Questions have no classes."""
+    def available(self) -> Sequence[str]:
+        return self.splits
 
     def _part(self, name: str, configuration: str | None = None) -> Hub:
         published = SETS[name]

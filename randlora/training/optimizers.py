@@ -35,6 +35,10 @@ class Optimizer:
             if name not in known:
                 raise SettingsError(f"optimizer.{name}: torch.optim.{algorithm} has {', '.join(known)}")
 
+    def describe(self) -> dict[str, Any]:
+        """The class's name and its settings, as plain data."""
+        return {"algorithm": self.algorithm, **self.settings}
+
     def check(self, weight_decay: float) -> None:
         """Takes a step with a small matrix; SettingsError where torch refuses it.
 

@@ -11,6 +11,7 @@ from torch import nn
 from randlora.adapters.core import Adaptation
 from randlora.data.loader import Split
 from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.records.signature import EXCLUDED_FROM_HASH
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.schedule import check_schedule, rate_factor, warmup_steps
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 class Observer(Protocol):
     """What is told of a training while it goes."""
+
+    def begin(self, step: int) -> None:
+        """Training goes on after `step` steps; what was logged of later ones belongs to an attempt that was lost."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """What is known after `step` steps, by name."""
@@ -55,7 +59,10 @@ class Settings:
         select: The parameters that a run ends with: ``last``, or ``best``, those of lowest validation loss among every
             `evaluate_every` steps and the last one, the first of equals.
         sampling: How training examples are drawn: ``permutation``, each once an epoch, or ``replacement``.
-        save_every: Steps between checkpoints; None: one when interrupted.
+        save_every: Steps between checkpoints; None: by time alone. One is always made after the last step, and when
+            interrupted.
+        save_minutes: Minutes after which a checkpoint is made, beside `save_every`; None: by steps alone.
+        keep_last: How many checkpoints stay until the run is finished.
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
         workers: Processes that read and decode; 0 for none beside this one.
@@ -79,6 +86,8 @@ class Settings:
     select: str = "last"
     sampling: str = "permutation"
     save_every: int | None = None
+    save_minutes: float | None = 5
+    keep_last: int = 2
     log_every: int = 10
     device: str = "auto"
     workers: int = 0
@@ -89,7 +98,7 @@ class Settings:
             if getattr(self, name) is not None:
                 check_count(f"trainer.{name}", getattr(self, name))
         check_count("trainer.min_steps_per_epoch", self.min_steps_per_epoch, 0)
-        for name in ("batch_size", "evaluation_batch_size", "log_every"):
+        for name in ("batch_size", "evaluation_batch_size", "keep_last", "log_every"):
             check_count(f"trainer.{name}", getattr(self, name))
         check_count("trainer.workers", self.workers, 0)
         check_positive("trainer.learning_rate", self.learning_rate)
@@ -97,6 +106,8 @@ class Settings:
             check_positive("trainer.head_learning_rate", self.head_learning_rate)
         if self.max_grad_norm is not None:
             check_positive("trainer.max_grad_norm", self.max_grad_norm)
+        if self.save_minutes is not None:
+            check_positive("trainer.save_minutes", self.save_minutes)
         check_range("trainer.weight_decay", self.weight_decay, 0)
         check_schedule(self.schedule, self.warmup, self.final_rate)
         check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
@@ -105,6 +116,10 @@ class Settings:
         check_choice("trainer.select", self.select, ("last", "best"))
         if self.select == "best" and self.evaluate_every is None:
             raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that change the result, by name: all but those that the run's signature leaves out."""
+        return {key: value for key, value in vars(self).items() if f"trainer.{key}" not in EXCLUDED_FROM_HASH}
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size."""
