@@ -15,7 +15,21 @@ import randlora
 from conftest import BLOCK_TARGETS, Blocks
 from randlora.adapters.core import require_adaptation
 from randlora.errors import SettingsError
-from randlora.methods import DoRA, EDoRA, IncreLoRA, LoRA, LoRAMini, LoRTA, MELoRA, Method, NoLA, RandLoRA, SoRA, VeRA
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    GeLoRA,
+    IncreLoRA,
+    LoRA,
+    LoRAMini,
+    LoRTA,
+    MELoRA,
+    Method,
+    NoLA,
+    RandLoRA,
+    SoRA,
+    VeRA,
+)
 
 peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
 
@@ -351,6 +365,26 @@ def test_ranks_and_scales_of_each_site_are_patterns_of_peft(tmp_path: Path) -> N
     found = {name: (m.r["default"], m.scaling["default"]) for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     expected = {"inner.square": (1, 2.0), "square": (3, 0.5), "tall": (2, 1.25)}
     assert found == {f"base_model.model.{name}": value for name, value in expected.items()}
+
+
+def test_geloras_ranks_are_patterns_and_train_on_in_peft(tmp_path: Path) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(24, 24)}) for _ in range(2))}))
+    ours, plain = models
+    randlora.adapt(ours, GeLoRA(scale=3, ranks={"h.0": 2, "h.1": 5}), ["h.*.fc"])
+    randomise(ours)
+    randlora.to_peft(ours, tmp_path)
+    assert not (tmp_path / "INFERENCE_ONLY.txt").exists()
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).base_model.model
+    x = torch.randn(9, 24)
+    for own, other in zip(ours["h"], theirs["h"], strict=True):
+        assert_close(own["fc"](x), other["fc"](x))
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_a_dora_with_gradient_through_its_norm_is_for_inference(tmp_path: Path) -> None:
