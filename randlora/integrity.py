@@ -6,9 +6,11 @@ It detects damage (flipped bits, truncation, a lost or exchanged file), not forg
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 from randlora.errors import SettingsError
 
 MANIFEST = "manifest.json"
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 DRAFT = ".draft_"  # what the names of half-written files and folders begin with
 
 
@@ -42,7 +45,7 @@ def seal(folder: Path, files: Iterable[str]) -> None:
     entries: dict[str, dict[str, int | str]] = {}
     for name in sorted(files):
         sync(folder / name)
-        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     write(folder / MANIFEST, _manifest(entries))
 
 
@@ -70,6 +73,16 @@ def verify(folder: Path, needed: Iterable[str] = ()) -> None:
         _verify_file(folder / name, size, digest)
 
 
+def disk_fault(error: BaseException) -> str | None:
+    """In the system's words what is wrong with the disk, full or read-only and the like, if an error says that.
+
+    safetensors writes natively, and has the system's error in the text of its own.
+    """
+    native = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(native[1]) if native else None
+    return os.strerror(number) if number in _DISK_FAULTS else None
+
+
 def remove_drafts(folder: Path) -> None:
     """Removes what a writer that was killed has left half-written directly in `folder`."""
     for path in folder.glob(f"{DRAFT}*"):
@@ -93,7 +106,7 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
         present = path.stat().st_size
         if present != size:
             raise Damaged(f"{path} is damaged: it has {present:,} bytes, and {size:,} were written")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise Damaged(f"{path} is damaged: its SHA-256 is not that of what was written")
     except FileNotFoundError as error:
         raise Damaged(f"{path} is missing") from error
@@ -101,7 +114,8 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
         raise Damaged(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import shutil
@@ -15,16 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
 from randlora.adapters.interface import describe, method_from
 from randlora.data.loader import Unreadable
 from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
-from randlora.integrity import write
+from randlora.integrity import disk_fault, write
 from randlora.models.base import Backbone
+from randlora.plan import check_memory
 from randlora.records.console import Console
 from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOTHING = "nothing was begun: the same command begins"  # of an interrupted run without a checkpoint
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 LOST = "there was no checkpoint yet: the same command begins again"
 
 
@@ -87,6 +84,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
+    check_memory(experiment, accelerator.device)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,
@@ -132,10 +130,10 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
             record.finish(result)
             if code == FINISHED and accelerator.is_main_process:
                 shutil.rmtree(record.checkpoints, ignore_errors=True)
-        except OSError as error:
-            sentence = f"the record cannot be written: {_refused(error, record)}"
+        except OSError as error:  # its folder then says that no process runs it, and no more
             if result.error:
                 record.console.say(f"{result.status}: {result.error}")
+            sentence = f"the result cannot be written: {_disk(error, record)}"
             code, result = FAILED, replace(result, status="failed", error=sentence)
         finally:
             record.close()
@@ -164,30 +162,19 @@ def _failure(error: Exception, record: Record, accelerator: Accelerator, trainer
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
         return {
             "error": f"a process that reads data has died ({first}); is there memory for trainer.workers="
-            f"{trainer.workers}? {_kept(record)}"
+            f"{trainer.workers}? {_kept(record) or LOST}"
         }
-    unwritable = isinstance(error, OSError) and error.errno in UNWRITABLE
-    unwritable |= isinstance(error, SafetensorError) and "os error" in text
-    if unwritable or (accelerator.is_main_process and not record.folder.is_dir()):
-        return {"error": _refused(error, record)}
+    if disk_fault(error) or (accelerator.is_main_process and not record.folder.is_dir()):
+        return {"error": _disk(error, record)}
     sentence = lost(error, accelerator, trainer.peer_timeout)
     return {"error": sentence} if sentence else {}
 
 
-def _refused(error: Exception, record: Record) -> str:
+def _disk(error: Exception, record: Record) -> str:
     """A sentence for a file that cannot be written."""
     if not record.folder.is_dir():
         return f"the run folder {record.folder} is gone ({error})"
-    why, name = str(error), record.folder
-    if isinstance(error, OSError) and error.strerror:
-        why, name = error.strerror, error.filename or name
-    return f"{why}: {name}; {_kept(record)}"
-
-
-def _kept(record: Record) -> str:
-    """What the next attempt goes on from."""
-    latest = checkpoint.latest(record.checkpoints)
-    return f"last good checkpoint: {latest}; the same command goes on from it" if latest else LOST
+    return f"{disk_fault(error) or error} in {record.folder}, make room; {_kept(record) or LOST}"
 
 
 def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
@@ -210,9 +197,13 @@ def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 def _interrupted(record: Record, why: str, without_checkpoint: str) -> dict[str, Any]:
     """The fields of the result of an interrupted run, with what the next attempt goes on from."""
+    return {"status": "interrupted", "error": f"{why}; {_kept(record) or without_checkpoint}"}
+
+
+def _kept(record: Record) -> str | None:
+    """What the next attempt goes on from, if there is a checkpoint."""
     latest = checkpoint.latest(record.checkpoints)
-    kept = f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
-    return {"status": "interrupted", "error": f"{why}; {kept or without_checkpoint}"}
+    return f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
 
 
 def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:
@@ -263,10 +254,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:
-        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter")
-        if head:
-            tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
-            save_file(tensors, record.folder / "adapter" / "head.safetensors")
+        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
     headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",

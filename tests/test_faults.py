@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -178,7 +179,7 @@ def test_a_disk_that_is_full_at_any_write(
         if known == "finished":
             assert adapter(about) == unbroken, first
         if known == "failed":
-            assert Result.read(about.folder / "result.json").error.startswith("No space left on device: "), first
+            assert Result.read(about.folder / "result.json").error.startswith("No space left on device in "), first
         assert start(about) == FINISHED, first
         assert adapter(about) == unbroken, first
         steps = [json.loads(line) for line in (about.folder / "metrics.jsonl").read_text().splitlines()]
@@ -245,7 +246,7 @@ def test_a_dead_process_that_reads_data(tmp_path: Path, monkeypatch: pytest.Monk
     assert start(about) == FAILED
     result = Result.read(about.folder / "result.json")
     assert result.error.startswith("a process that reads data has died (DataLoader worker (pid")
-    assert f"last good checkpoint: {checkpoint.latest(about.folder / 'checkpoints')};" in result.error
+    assert re.search(r"checkpoint at step \d+: the same command goes on$", result.error)
     parent.unlink()
     assert start(about) == FINISHED
 

@@ -51,6 +51,7 @@ def test_the_keys_of_the_file(tmp_path: Path) -> None:
         "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes", "train_seconds",
         "seconds_per_step", "peak_memory_bytes", "steps", "seed", "signature", "config", "versions", "commit", "device",
         "error", "examples", "task_version", "selected_step", "micro_batch_size",
+        "calibrated", "sha256", "files",
     }  # fmt: skip
 
 
@@ -103,6 +104,18 @@ def test_a_damaged_file_is_a_sentence(change: dict[str, object], part: str, tmp_
     with pytest.raises(SettingsError) as error:
         Result.read(path)
     assert str(error.value).startswith(f"{path}: {part}")
+
+
+def test_a_changed_digit_is_damage(tmp_path: Path) -> None:
+    """Still JSON, and still a result: its own checksum tells."""
+    path = tmp_path / "result.json"
+    RESULT.write(path)
+    text = path.read_text()
+    assert text.count('"steps": 7') == 1
+    path.write_text(text.replace('"steps": 7', '"steps": 8'))
+    for reader in (Result.read, lambda path: read(path.parent)):
+        with pytest.raises(SettingsError, match=f"{path} is damaged: its SHA-256"):
+            reader(path)
 
 
 @pytest.mark.parametrize("key", ["task", "seed", "signature", "config", "headline", "status"])

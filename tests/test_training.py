@@ -1,5 +1,6 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ import randlora
 from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
-from randlora.data.sources import ArrayImages
+from randlora.data.sources import ArrayImages, Source
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
@@ -36,7 +37,9 @@ from randlora.methods import (
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training import checkpoint as checkpoints
 from randlora.training.evaluate import prefixed
+from randlora.training.loop import Loop
 from randlora.training.schedule import rate_factor
 from randlora.training.watch import LossWatch
 
@@ -54,6 +57,8 @@ class Bars(Task):
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
 
     headline: ClassVar[str] = "accuracy"
+
+    source: Source | None = None  # type: ignore[assignment]
 
     def bind(self, backbone):  # type: ignore[no-untyped-def]
         return Bound(backbone.module)
@@ -306,6 +311,112 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert result.steps == 20
 
 
+CHANGING = {
+    "grows": (IncreLoRA(rank=4, top=1, gain=2, interval=3, dropout=0.2), [1, 7, 10]),
+    "closes gates": (SoRA(rank=4, sparsity=1.0, final_sparsity=8.0, dropout=0.2), [7, 12]),
+}
+
+
+@pytest.mark.parametrize(("method", "stops"), CHANGING.values(), ids=CHANGING)
+def test_a_method_that_changes_shape_resumes_to_the_same_bits(method: Method, stops: list[int], tmp_path: Path) -> None:
+    """Growth is in steps 0, 6, 9 and 12: stopped after the first, in the middle and right after a round."""
+    unbroken = model(method, dropout=0.3)
+    fit(unbroken, tmp_path / "a")
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"step {stop} of 20"):
+            fit(model(method, dropout=0.3), tmp_path / "b", StopsAt(stop))
+    resumed = model(method, dropout=0.3)
+    fit(resumed, tmp_path / "b")
+    ends = [require_adaptation(net).method for net in (unbroken, resumed)]
+    assert ends[0] == ends[1]
+    assert torch.equal(flattened(resumed), flattened(unbroken))
+    assert torch.equal(resumed.eval()(torch.ones(1, 16)), unbroken.eval()(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("top", "gain", "rounds"),
+    [(1, 1, 4), (2, 1, 2), (1, 3, 2), (2, 2, 1), (2, 3, 1), (9, 4, 1)],
+)
+def test_ranks_end_exactly_at_the_target(top: int, gain: int, rounds: int, tmp_path: Path) -> None:
+    """Two sites of rank 1, to a rank of 3 on average: 4 to gain, which a round of several need not divide."""
+    method, ranks = IncreLoRA(rank=3, top=top, gain=gain, interval=2), []
+    net = model(method)
+
+    class Ranks(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            ranks.append(sum(update.rank for update in updates))
+
+    updates = [*require_adaptation(net).updates.values()]
+    result = fit(net, tmp_path, Ranks(), max_steps=14)
+    expected = [2, 2, 2, 2]  # a round in step 4, 6, 8 …, when as many have been taken
+    for _ in range(rounds):
+        expected += 2 * [min(6, expected[-1] + top * gain)] if top < 2 else 2 * [min(6, expected[-1] + 2 * gain)]
+    assert ranks == (expected + 14 * [6])[:14]
+    chosen = require_adaptation(net).method.ranks
+    assert sum(chosen.values()) == 6
+    assert result.trainable_parameters == chosen["0"] * (16 + 12 + 1) + chosen["3"] * (12 + 4 + 1)
+    assert [*(p.shape for p in net.parameters() if p.requires_grad)] == [
+        (chosen["0"], 16), (12, chosen["0"]), (chosen["3"], 12), (4, chosen["3"]),
+    ]  # fmt: skip
+
+
+def test_what_is_born_later_has_a_warm_up_and_moments_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sites, one round in step 4: λ of the ranks that step 0 began in advance are born in step 5, a and b in 1."""
+    rates: dict[int, dict[int, float]] = {}
+    taken: list[Loop] = []
+    plain_at = Loop.at
+
+    def at(self: Loop, step: int) -> Step:
+        where = plain_at(self, step)
+        for group in self.optimizer.param_groups:
+            rates.setdefault(group["born"], {})[step] = group["lr"]
+        taken[:] = [self]
+        return where
+
+    monkeypatch.setattr(Loop, "at", at)
+    net = model(IncreLoRA(rank=2, top=2, gain=1, interval=2))
+    update, ages = require_adaptation(net).updates["0"], {}
+
+    class Ages(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            state = taken[0].optimizer.state
+            ages[step] = {name: int(state[p]["step"]) for name, p in update.named_parameters() if p in state}
+
+    fit(net, tmp_path, Ages(), max_steps=12, warmup=2, learning_rate=0.1, final_rate=0.0)
+    cosine = lambda done: 0.05 * (1 + math.cos(math.pi * done))  # noqa: E731
+    for born, end in ((0, 11), (1, 11), (5, 11)):
+        steps = [0.05, 0.1, *(cosine(k / (10 - born)) for k in range(10 - born))]
+        assert rates[born] == pytest.approx(dict(zip(range(born, end + 1), steps, strict=True)))
+    assert ages[4] == {"a.0_0": 4, "b.0_0": 4, "lambda_.0_0": 4, "a.1_0": 3, "b.1_0": 3}
+    assert ages[11] == {
+        "a.0_0": 11, "a.1_0": 10, "b.0_0": 11, "b.1_0": 10, "lambda_.0_0": 11, "lambda_.5_0": 6,
+    }  # fmt: skip
+
+
+def test_a_run_too_short_to_grow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"after 4 rounds of 1 sites, one every 4 steps .* the run has 20: lower"):
+        fit(model(IncreLoRA(rank=3, top=1, interval=4)), tmp_path)
+    net = model(IncreLoRA(rank=3, top=1))  # a third of 30 steps for a start and four rounds: one in 2 steps
+    fit(net, tmp_path / "third", max_steps=30)
+    assert sum(require_adaptation(net).method.ranks.values()) == 6
+
+
+def test_the_best_step_of_a_method_that_grows_has_the_ranks_of_its_time(tmp_path: Path) -> None:
+    """The validation loss is lowest while the sites have gained but the first ranks."""
+    net = model(IncreLoRA(rank=5, top=1, gain=1, interval=1))
+    observer = Quiet()
+    result = select_best(net, tmp_path, observer)
+    ranks = require_adaptation(net).method.ranks
+    assert sum(ranks.values()) == min(10, 2 + max(0, result.selected_step - 2)) < 10
+    images = torch.stack([splits().validation[row, row]["image"] for row in range(5)])
+    labels = torch.tensor([splits().validation[row, row]["label"] for row in range(5)])
+    loss = F.cross_entropy(net(images), labels).item()
+    said = [line for line in observer.said if line.startswith(f"selected step {result.selected_step} of 15")]
+    assert loss == pytest.approx(float(said[0].split()[-1]), rel=0.01)  # without the ranks in advance
+
+
 def test_a_decomposition_that_comes_out_otherwise_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,11 +499,9 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
-    from randlora.training import checkpoint
-
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoints.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
@@ -430,8 +539,8 @@ def test_schedules() -> None:
     [
         ({"schedule": "step"}, "trainer.schedule='step': choose one of cosine, linear, constant"),
         ({"warmup": -1}, "trainer.warmup=-1: must be a number of at least 0"),
-        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and below 1.0001"),
-        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and below 1.0001"),
+        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and at most 1"),
+        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and at most 1"),
     ],
 )
 def test_schedules_that_cannot_be_followed_are_a_sentence(changes: dict, sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
-from randlora.integrity import MANIFEST, Damaged, verify, write
+from randlora.integrity import MANIFEST, Damaged, sha256, verify, write
 from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.lock import OWNER_FILES, Lock, living
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row, keep_until
 from randlora.records.result import Result
+
+# What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
+SEALED = (METRICS, predictions.NAME, f"adapter/{MANIFEST}")
 
 
 @runtime_checkable
@@ -68,11 +72,11 @@ class Record:
         return self.folder / "checkpoints"
 
     def finished(self) -> Result | None:
-        """The result of the run, if it has finished and its adapter is as it was saved."""
+        """The result of the run, if it has finished and what it left is as it was written."""
         try:
             result = Result.read(self.folder / "result.json")
             if result.status == "finished":
-                _verify_adapter(result, self.folder / "adapter")
+                _verify(result, self.folder)
                 return result
         except SettingsError:
             pass
@@ -151,7 +155,8 @@ class Record:
             self.console.say(text)
         if not self.writes:
             return
-        with (self.folder / "train.log").open("a") as file:
+        # The console has it; what cannot be written and matters is told of where it is written.
+        with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def progress(self, step: int, steps: int, text: str) -> None:
@@ -165,9 +170,10 @@ class Record:
             predictions.write_columns(self.folder, columns)
 
     def write(self, result: Result) -> None:
-        """Writes result.json and status.json."""
+        """Writes result.json, with the checksums of what a finished run has left, and status.json."""
         if self.writes:
-            result.write(self.folder / "result.json")
+            left = [name for name in SEALED if result.status == "finished" and (self.folder / name).is_file()]
+            result.write(self.folder / "result.json", left)
             self._status(result.status)
 
     def finish(self, result: Result) -> None:
@@ -203,7 +209,7 @@ class Record:
             return
         try:
             if result.status == "finished":
-                _verify_adapter(result, self.folder / "adapter")
+                _verify(result, self.folder)
         except Damaged as error:
             self.say(f"the run had finished, but {error}: it is done again")
 
@@ -222,12 +228,20 @@ def state(folder: Path) -> str:
     return "running" if living(folder) else "dead"
 
 
-def _verify_adapter(result: Result, folder: Path) -> None:
-    """Raises Damaged unless the adapter is as it was saved; of one without a manifest, of before, the size is known."""
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    elif sum(path.stat().st_size for path in folder.glob("*")) < (result.adapter_bytes or 1):
-        raise Damaged(f"{folder} is not whole")
+def _verify(result: Result, folder: Path) -> None:
+    """Raises Damaged unless a finished run's folder has what it left, as it was written; of old ones less is known."""
+    if result.signature != folder.name:
+        raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
+    for name, digest in result.files.items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder / name} is missing")
+        if sha256(folder / name) != digest:
+            raise Damaged(f"{folder / name} is damaged: its SHA-256 is not that of what was written")
+    adapter = folder / "adapter"
+    if (adapter / MANIFEST).is_file():
+        verify(adapter)
+    if sum(path.stat().st_size for path in adapter.glob("*")) < (result.adapter_bytes or 1):
+        raise Damaged(f"{adapter} is not whole")
 
 
 def versions() -> dict[str, str]:

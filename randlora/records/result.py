@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from randlora.errors import SettingsError
-from randlora.integrity import write
+from randlora.integrity import Damaged, sha256, sync, write
 
 SCHEMA = 2  # 1: records before November 2026, without names and budget at the top level
 STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted")
@@ -55,6 +56,7 @@ class Result:
         schema: Version of this list.
         path: The file that the result was read from; not written.
         collection: The part of a study that the run belongs to; not written.
+        files: The SHA-256 of the files that a finished run left beside its result.json, by name; in that file alone.
     """
 
     task: str
@@ -88,6 +90,7 @@ class Result:
     schema: int = SCHEMA
     path: Path | None = field(default=None, compare=False)
     collection: str = field(default="", compare=False)
+    files: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def metric(self) -> str:
@@ -114,7 +117,10 @@ class Result:
         """The result that `to_json` gave, or that of a record of schema 1; SettingsError names `path` and the key."""
         if not isinstance(content, Mapping):
             raise SettingsError(f"{path}: a result is a mapping, and this is {content!r:.60}; {_REMEDY}")
-        content = content if "schema" in content else _of_schema_1(content)
+        content = dict(content) if "schema" in content else _of_schema_1(content)
+        if content.pop("sha256", None) not in (None, _digest(content)):  # results of before had none
+            raise Damaged(f"{path} is damaged: its SHA-256 is not that of its content; {_REMEDY}")
+        files = content.pop("files", {})
         if content["schema"] != SCHEMA:
             raise SettingsError(f"{path}: 'schema' is {content['schema']!r}; this version reads 1 and {SCHEMA}")
         for key in content:
@@ -130,11 +136,14 @@ class Result:
         if content["status"] not in STATUSES:
             raise SettingsError(f"{path}: 'status' is {content['status']!r}, not one of {', '.join(STATUSES)}")
         headline = Headline(**content["headline"])
-        return cls(**{**content, "headline": headline}, path=path, collection=collection)
+        return cls(**{**content, "headline": headline}, path=path, collection=collection, files=files)
 
-    def write(self, path: Path) -> None:
-        """Writes result.json; the file appears whole or not at all."""
-        write(path, json.dumps(self.to_json(), indent=1) + "\n")
+    def write(self, path: Path, files: Iterable[str] = ()) -> None:
+        """Writes result.json, whole or not at all, with the SHA-256 of these files beside it and of its own content."""
+        for name in files:
+            sync(path.parent / name)
+        content = self.to_json() | {"files": {name: sha256(path.parent / name) for name in files}}
+        write(path, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -147,9 +156,13 @@ class Result:
 
 
 _REMEDY = "remove the file, or make it again by the run's command"
-_HINTS = {key: hint for key, hint in get_type_hints(Result).items() if key not in ("path", "collection")}
+_HINTS = {key: hint for key, hint in get_type_hints(Result).items() if key not in ("path", "collection", "files")}
 _MEASURED = ("headline", "metrics", "train_seconds", "seconds_per_step")  # what may be NaN or infinite
 _REQUIRED = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING} | {"status"}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _of_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:

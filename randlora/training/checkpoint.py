@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from randlora.adapters.header import Entry, entry, header
 from randlora.errors import SettingsError
 from randlora.integrity import DRAFT, Damaged, remove_drafts, seal, sync, verify
 from randlora.training.best_step import BestStep
@@ -151,15 +151,15 @@ class Checkpoints:
     def _restore(self, path: Path, model: Callable[[Collection[str]], Tensors]) -> State:
         """All of a checkpoint, or Damaged and nothing filled."""
         content = self._content(path)
-        stored = _header(path / TENSORS)
+        stored = header(path / TENSORS)
         kept, optimizer = model([name.removeprefix(OF_MODEL) for name in stored if name.startswith(OF_MODEL)])
         _check(path / TENSORS, stored, kept, content["tensors"])
         tensors = load_file(path / TENSORS)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in kept}
-        for entry, value in tensors.items():
-            if entry.startswith(OF_OPTIMIZER):
-                _, key, name = entry.split("/", 2)
-                states[name][key] = value.to("cpu" if key == "step" else kept[name].device)
+        for name, value in tensors.items():
+            if name.startswith(OF_OPTIMIZER):
+                _, key, parameter = name.split("/", 2)
+                states[parameter][key] = value.to("cpu" if key == "step" else kept[parameter].device)
         with torch.no_grad():
             for name, tensor in kept.items():
                 tensor.copy_(tensors[OF_MODEL + name])
@@ -185,38 +185,18 @@ class Checkpoints:
         return content
 
 
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype, as safetensors calls it, and shape of every tensor in a file, by name; Damaged if it cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path} cannot be read: {error}") from error
-
-
-def _check(
-    path: Path, stored: Mapping[str, tuple[str, tuple[int, ...]]], kept: Mapping[str, Tensor], count: int
-) -> None:
+def _check(path: Path, stored: Mapping[str, Entry], kept: Mapping[str, Tensor], count: int) -> None:
     """Damaged unless a header has all tensors of the model, as they should be, and of others those that belong."""
     for name, tensor in kept.items():
         if OF_MODEL + name not in stored:
             raise Damaged(f"{path} lacks {OF_MODEL}{name}")
-        wanted = _NAMES.get(tensor.dtype), tuple(tensor.shape)
-        if stored[OF_MODEL + name] != wanted:
-            raise Damaged(f"{path} has {name} as {stored[OF_MODEL + name]}, and this model has it as {wanted}")
+        if stored[OF_MODEL + name] != entry(tensor):
+            raise Damaged(f"{path} has {name} as {stored[OF_MODEL + name]}, and this model has it as {entry(tensor)}")
     for name in stored.keys() - {OF_MODEL + name for name in kept}:
         if not name.startswith(OF_BEST) and (not name.startswith(OF_OPTIMIZER) or name.split("/", 2)[2] not in kept):
             raise Damaged(f"{path} has {name}, and this model has no such tensor")
     if len(stored) != count:
         raise Damaged(f"{path} has {len(stored)} tensors, and {count} were written")
-
-
-# What safetensors calls the dtypes.
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def latest(folder: Path) -> Path | None:
