@@ -15,7 +15,7 @@ import randlora
 from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
-from randlora.data.sources import ArrayImages
+from randlora.data.sources import ArrayImages, Source
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
@@ -56,6 +56,8 @@ class Bars(Task):
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
 
     headline: ClassVar[str] = "accuracy"
+
+    source: Source | None = None  # type: ignore[assignment]
 
     def bind(self, backbone):  # type: ignore[no-untyped-def]
         return Bound(backbone.module)
