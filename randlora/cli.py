@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
 from randlora.overrides import explained
 from randlora.signals import STOP, Interrupted
 
@@ -43,8 +43,9 @@ def _main() -> int:
             sys.exit(INTERRUPTED)
         code, objective = execute(config)
         codes.append(code)
-        if code == INTERRUPTED:
-            sys.exit(INTERRUPTED)  # asked to stop: the rest of a sweep stops too
+        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
+        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            sys.exit(code)
         return objective
 
     register_resolvers()

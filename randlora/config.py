@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from randlora.errors import SettingsError
+from annotated_types import DocInfo, Len
+
+from randlora.bounds import Bounded, Count, Folder, Fraction, Seed, declared
+from randlora.errors import SettingsError, check_choice
 from randlora.overrides import explained
 
 if TYPE_CHECKING:
@@ -19,6 +24,41 @@ _PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a clone, inside it where a wheel is installed.
 CONFIGS = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "train.yaml").is_file())
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
+
+FOLDERS = ("run_root", "data_root", "model.weights", "model.search")  # which may be read from the environment
+PARTS = ("method", "model", "task", "trainer", "optimizer", "logger")
+
+
+@dataclass(frozen=True)
+class General(Bounded):
+    """The settings of any run beside its parts; YAML gives their defaults and says what they are."""
+
+    section: ClassVar[str] = ""
+
+    seed: Seed
+    targets: (
+        Annotated[str, DocInfo("one of the model's sets")]
+        | Annotated[Sequence[str], Len(1), DocInfo("a list of patterns")]
+    )
+    shots: Count | None
+    fraction: Fraction | None
+    run_root: Folder
+    data_root: Folder | None
+    dry_run: bool | Literal["json"]
+    predictions: bool
+    resume: bool | Literal["strict"]
+    tags: Annotated[Sequence[str], DocInfo("a list such as [first,second]")]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> General:
+        """Those of a run's settings; SettingsError for a wrong one, one that is missing, and one that nothing reads."""
+        names = declared(cls)
+        for name in config:
+            check_choice("setting", name, (*PARTS, *names))  # a key that nothing reads would be ignored
+        for name in (*PARTS, *names):
+            if name not in config:
+                raise SettingsError(f"{name} must be given: add {name}=VALUE")
+        return cls(**{name: config[name] for name in names})
 
 
 def register_resolvers() -> None:
@@ -47,12 +87,33 @@ def settings(*overrides: str) -> dict[str, Any]:
 def plain(config: DictConfig) -> dict[str, Any]:
     """A composed config as dicts, lists and scalars, interpolations resolved.
 
-    Raises SettingsError where an interpolation cannot be resolved or a value is missing.
+    Raises SettingsError where an interpolation cannot be resolved, where it reads the environment for anything but one
+    of the FOLDERS, since a record and its mirrors hold what it gives, and where a value is missing.
     """
     from omegaconf import OmegaConf
 
+    for key, value in _texts(OmegaConf.to_container(config)):
+        if re.search(r"\$\{.*\benv\b", value, re.DOTALL) and not key.startswith(FOLDERS):
+            raise SettingsError(
+                f"{key}={value}: would put a variable of the environment into the record; only "
+                f"{', '.join(FOLDERS)} may read one, so write the value itself"
+            )
     with explained():
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def _texts(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """The texts among the keys and values of plain data, each with the dotted key where it stands."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield path, key
+            yield from _texts(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, path)
+    elif isinstance(value, str):
+        yield path, value
 
 
 def build(config: object) -> Any:

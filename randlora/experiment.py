@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from randlora.adapters import Report, adapt, calibrate
-from randlora.config import build
+from randlora.bounds import FolderName, check
+from randlora.config import General, build
 from randlora.data.loader import loader, training_keys
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.errors import SettingsError
 from randlora.methods import Method
 from randlora.models.base import Backbone, Model
 from randlora.records.record import Logger
@@ -24,11 +25,6 @@ from randlora.training.evaluate import to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-SETTINGS = (
-    "method", "model", "task", "trainer", "optimizer", "logger", "seed", "targets", "shots", "fraction", "run_root",
-    "data_root", "dry_run", "predictions", "resume", "tags",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,34 +52,25 @@ class Experiment:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Experiment:
         """From composed settings; SettingsError with one sentence for whatever is wrong."""
-        for name in config:
-            check_choice("setting", name, SETTINGS)  # a key that nothing reads would be ignored
-        for name in SETTINGS:
-            if name not in config:
-                raise SettingsError(f"{name} must be given: add {name}=VALUE")
+        general = General.from_config(config)
         method, model, task, trainer, optimizer = (
             _part(config, name, base)
             for name, base in (
                 ("method", Method), ("model", Model), ("task", Task), ("trainer", Trainer), ("optimizer", Optimizer),
             )
         )  # fmt: skip
-        check_count("seed", config["seed"], 0)
-        check_choice("predictions", config["predictions"], (True, False))
-        check_choice("resume", config["resume"], (True, False, "strict"))
-        check_choice("dry_run", config["dry_run"], (True, False, "json"))
-        for name, allowed in (("run_root", str), ("data_root", str | None), ("tags", list)):
-            if not isinstance(config[name], allowed):
-                shape = "a list such as [first,second]" if allowed is list else "a folder"
-                raise SettingsError(f"{name}={config[name]!r}: must be {shape}")
-        budget = Budget(config["seed"], config["shots"], config["fraction"])
-        patterns = model.patterns(config["targets"])
+        check("method", {"name": FolderName}, {"name": method.name})
+        budget = Budget(general.seed, general.shots, general.fraction)
+        patterns = model.patterns(general.targets)
         task.check_model(model)
+        check("", {"logger": Mapping[str, Mapping]}, config)
         loggers = [_part(config["logger"], name, Logger) for name in config["logger"]]
-        if not config["dry_run"]:
+        if not general.dry_run:
             model.check()
             task.check()
+        trainer.steps(task.training_size(budget))  # refuses shots where there are no classes
+        if not general.dry_run:
             optimizer.check(trainer.weight_decay)
-        task.training_size(budget)  # refuses shots where there are no classes
         return cls(method, model, task, trainer, optimizer, loggers, patterns, budget, config)
 
     @property
@@ -117,8 +104,13 @@ class Experiment:
         return replace(self, method=method)
 
     def adapt(self, backbone: Backbone) -> Report:
-        """Puts the method's updates into the backbone's module, in place."""
-        return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
+        """Puts the method's updates into the backbone's module, in place; SettingsError for sizes beyond all memory."""
+        try:
+            return adapt(backbone.module, self.method, self.patterns, self.budget.seed)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise SettingsError(f"{self.method}: makes a matrix that torch cannot count; lower its sizes") from error
 
     def bind(self, backbone: Backbone) -> Bound:
         """The adapted model with the task's head.

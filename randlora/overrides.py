@@ -42,7 +42,14 @@ def explain(error: BaseException) -> str:
         full_key = str(getattr(cause, "full_key", None) or key[1])
         names = [str(name) for name in parent or () if name not in ("_target_", "hydra")]
         where = full_key.rpartition(".")[0] or "the command line"
+        if not names:
+            return f"{full_key}: no such setting; choose an option of the group, {where}=NAME; see --help"
         return f"{full_key}: no such setting; {where} has {', '.join(names)}{_did_you_mean(key[1], names)}"
+    unresolved = re.search(r"Error resolving interpolation .*, possible interpolation keys: (.*)", text)
+    if unresolved:  # the options of model and method together name a file of rates
+        lacking = [group for group in ("model", "method") if group not in unresolved[1].split(", ")]
+        if lacking:
+            return f"{lacking[0]}: every run has one; give {lacking[0]}=NAME; see --help"
     if "Missing mandatory value" in f"{text}\n{cause}":
         missing = getattr(cause, "full_key", "a setting")
         return f"{missing} must be given: add {missing}=VALUE"

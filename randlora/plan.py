@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from randlora.adapters.quantization import quantised_maps, stored_bytes
+from randlora.errors import SettingsError
 from randlora.experiment import Experiment
 from randlora.models import Model
 from randlora.tasks.mixins import KnownShapes
@@ -40,6 +42,29 @@ def counts(experiment: Experiment) -> dict[str, Any]:
         "total_parameters": report.total_parameters + head,
         "adapter_bytes": 4 * report.saved_parameters,
     }
+
+
+def check_memory(experiment: Experiment, device: torch.device) -> None:
+    """Raises SettingsError where the model, its updates and what the optimiser keeps are more than the device's memory.
+
+    Only for methods with a size above 1,024: others are small beside their model, and are spared the time to build it.
+    """
+    if all(size <= 1024 for size in vars(experiment.method).values() if isinstance(size, int)):
+        return
+    backbone = experiment.model.meta_model()
+    experiment.adapt(backbone)
+    model = experiment.bind(backbone).model
+    held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    needed = sum(tensor.nbytes for tensor in held) + sum(4 * parameter.numel() for parameter in trained)
+    needed += experiment.optimizer.state_bytes(trained)
+    cuda = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
+    if needed > there:
+        raise SettingsError(
+            f"{experiment.method}: needs {needed / 2**30:,.0f} GiB for {sum(p.numel() for p in trained):,} trained "
+            f"parameters and what they stand on, and there are {there / 2**30:,.0f} GiB; lower its sizes"
+        )
 
 
 def lengths(experiment: Experiment) -> dict[str, float]:

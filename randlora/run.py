@@ -21,6 +21,7 @@ from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
 from randlora.integrity import disk_fault, write
 from randlora.models.base import Backbone
+from randlora.plan import check_memory
 from randlora.records.console import Console
 from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
@@ -31,6 +32,7 @@ from randlora.tasks.base import Splits
 from randlora.training import Diverged, checkpoint
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
+from randlora.training.processes import Peers, lost
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +82,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
+    check_memory(experiment, accelerator.device)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,
@@ -95,12 +98,14 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         commit=commit(),
         device=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
     )
+    peers = Peers(accelerator, record.folder.name)
     STOP.at_once = lambda: record.end(replace(result, **_interrupted(record, "ended at once by a second SIGINT", LOST)))
     code, ended = FAILED, {}  # what the result has besides
     try:
         record.start_loggers()
         record.say(f"run folder {record.folder}")
-        ended = train(experiment, record, accelerator)
+        with peers.watched(lambda failure: record.end(replace(result, **failure))):
+            ended = train(experiment, record, accelerator)
         code = FINISHED
     except SettingsError as error:
         ended = {"error": str(error)}
@@ -116,12 +121,16 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         remedy = "lower trainer.micro_batch_size or set trainer.precision=bf16"
         ended = {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}
     except Exception as error:
-        fault = disk_fault(error)
+        fault, alone = disk_fault(error), lost(error, accelerator, experiment.trainer.peer_timeout)
         if fault is None:
             record.say(traceback.format_exc(), everywhere=True)
-        sentence = f"{fault} in {record.folder}, make room; {_kept(record) or LOST}"
-        ended = {"error": f"{type(error).__name__}: {error}" if fault is None else sentence}
+            ended = {"error": alone or f"{type(error).__name__}: {error}"}
+        else:
+            ended = {"error": f"{fault} in {record.folder}, make room; {_kept(record) or LOST}"}
     finally:
+        if code != FINISHED:
+            ended = peers.first(ended)
+            code = INTERRUPTED if ended.get("status") == "interrupted" else FAILED
         result = replace(result, **ended)
         STOP.at_once = lambda: record.end(result)
         try:

@@ -20,20 +20,24 @@ import torch
 
 from randlora.analysis.layer_speed import VARIANTS, measure, table
 from randlora.analysis.workloads import WORKLOADS
+from randlora.bounds import count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; all if none")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas; of %(default)s")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--json", type=Path, help="where to write the figures; workloads that it has already are kept")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
     options = parser.parse_args()
     if options.show is not None:
-        workloads = json.loads(options.show.read_text())["workloads"]
+        try:
+            workloads = json.loads(options.show.read_text())["workloads"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--show {options.show}: no figures of --json ({type(error).__name__}: {error})")
         print("\n\n".join(f"{name}\n\n{table(figures)}" for name, figures in workloads.items()))
         return
     names = options.only.split(",")
@@ -41,6 +45,8 @@ def main() -> None:
         for name in given:
             if name not in allowed:
                 parser.error(f"{name!r} is not one of {', '.join(allowed)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     report = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora.analysis.step_speed import examples_per_second
+from randlora.bounds import count
 from randlora.config import settings
 from randlora.errors import exit_code
 from randlora.experiment import Experiment
@@ -43,8 +44,8 @@ def beside_peft(experiment: Experiment, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beside", choices=("loop", "peft"), default="loop")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="of a round beside the bare loop; beside PEFT it is one")
+    parser.add_argument("--rounds", type=count, default=9)
+    parser.add_argument("--steps", type=count, default=4, help="of a round beside the bare loop; beside PEFT it is one")
     parser.add_argument("--json", type=Path, help="where the figures are added, as a list")
     options, overrides = parser.parse_known_args()
     experiment = Experiment.from_config(settings(*overrides))

@@ -22,7 +22,7 @@ from randlora.integrity import MANIFEST, seal
 from randlora.methods import LoRA, RandLoRA
 from randlora.training import Interrupted, Trainer, trainer
 from randlora.training.best_step import BestStep
-from randlora.training.checkpoint import STATE, TENSORS, Checkpoints, State, latest
+from randlora.training.checkpoint import STATE, TENSORS, Checkpoints, State, Tensors, latest
 
 FILES = (TENSORS, STATE, MANIFEST)
 STEP_2 = "step_0000002"
@@ -49,17 +49,18 @@ class Reader:
         self.trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values())
         about = settings or {"seed": 1, "trainer": {"learning_rate": 0.1}}
-        self.checkpoints = Checkpoints(folder, about, self.trained, self.trained, self.optimizer, keep_last=2)
+        self.checkpoints = Checkpoints(folder, about, keep_last=2)
+        self.tensors = Tensors(self.trained, self.optimizer)
         self.said: list[str] = []
 
     def save(self, step: int) -> None:
         self.net(torch.randn(3, 16, generator=torch.Generator().manual_seed(step))).sum().backward()
         self.optimizer.step()
-        self.checkpoints.save(State(step, 1.0, BestStep().or_now(step, {"loss": 0.1}, self.trained)))
+        self.checkpoints.save(State(step, 1.0, BestStep().or_now(step, {"loss": 0.1}, self.trained)), self.tensors)
 
     def resume(self, strict: bool = False) -> State:
         self.said.clear()
-        return self.checkpoints.resume(self.said.append, strict)
+        return self.checkpoints.resume(lambda names: self.tensors, self.said.append, strict)
 
     def bits(self) -> list[torch.Tensor]:
         moments = [value for state in self.optimizer.state.values() for _, value in sorted(state.items())]
@@ -163,7 +164,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
     ("edit", "sentence"),
     [
         (edited(lambda t: t.pop("trained/0.updates.0.A")), "lacks trained/0.updates.0.A"),
-        (edited(lambda t: t.pop("best/3.updates.0.B")), "lacks best/3.updates.0.B"),
+        (edited(lambda t: t.pop("best/3.updates.0.B")), "has 19 tensors, and 20 were written"),
         (edited(lambda t: t.pop("optimizer/exp_avg/0.updates.0.A")), "has 19 tensors, and 20 were written"),
         (edited(lambda t: t.update({"trained/x": torch.zeros(1)})), "has trained/x, and this model has no such tensor"),
         (edited(lambda t: t.update({"trained/0.updates.0.A": torch.zeros(3, 16)})), r"F32 \(3, 16\), and this model"),
@@ -200,7 +201,7 @@ def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
     assert observer.said == ["going on from step 7 of 20"]
     observer = Quiet()
     fit(model(dropout=0.3), tmp_path, observer, batch_size=4)
-    assert "was written with trainer.batch_size=8, and this is 4" in observer.said[0]
+    assert "was written with batch_size=8, and this is 4" in observer.said[0]
 
 
 @pytest.mark.parametrize("damaged", [STEPS[1:], STEPS])
@@ -301,7 +302,7 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_the_next_start_clean
         shutil.copytree(tmp_path / "0" / STEP_2, folder / "step_0000001")
         child = os.fork()
         if child == 0:
-            _killed_at(calls, dataclasses.replace(writer.checkpoints, folder=folder))
+            _killed_at(calls, dataclasses.replace(writer.checkpoints, folder=folder), writer.tensors)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         reader = Reader(folder)
         seen.add(step := reader.resume().step)
@@ -312,7 +313,7 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_the_next_start_clean
     assert calls > 20
 
 
-def _killed_at(count: int, checkpoints: Checkpoints) -> None:
+def _killed_at(count: int, checkpoints: Checkpoints, tensors: Tensors) -> None:
     """Saves step 3 in a forked process, killed before so many calls that open, rename or remove files."""
     calls = 0
 
@@ -324,9 +325,9 @@ def _killed_at(count: int, checkpoints: Checkpoints) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        best = BestStep().or_now(3, {"loss": 0.1}, checkpoints.trained)
+        best = BestStep().or_now(3, {"loss": 0.1}, tensors.kept)
         sys.addaudithook(hook)
-        checkpoints.save(State(3, 1.0, best))
+        checkpoints.save(State(3, 1.0, best), tensors)
     finally:
         os._exit(0)
 

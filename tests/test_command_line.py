@@ -31,16 +31,16 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> N
 
 
 WRONG = {
-    "method=nosuch": "method=nosuch: choose one of dora, edora, flatlora, full, gelora, linearprobe, lora, loramini, "
-    "lorta, melora, mora, nola, randlora, randlora_a, vera",
+    "method=nosuch": "method=nosuch: choose one of dora, edora, flatlora, full, gelora, increlora, linearprobe, lora, "
+    "loramini, lorta, melora, mora, nola, randlora, randlora_a, sora, vera",
     "method.rnak=3": "method.rnak: no such setting; method has rank, alpha, .*; did you mean rank",
     "method.rank=0": "RandLoRA.rank=0: must be a whole number of at least 1",
     "task=cifar10 model=minilm": "task=cifar10 needs a model of kind clip or vision; model=minilm is text",
     "targets=['*.nosuch']": r"target '\*.nosuch' matches no linear map; there are ",
     "targets=nosuch": "targets=nosuch: model clip_tiny has the sets all, vision",
     "task=cifar10 data_root=/nowhere": "data_root=/nowhere: /nowhere/cifar10 has no train.parquet",
-    "targets=null": "targets=None: model clip_tiny has the sets",
-    "dry_run=maybe": "dry_run='maybe': choose one of True, False, json",
+    "targets=null": "targets=None: must be one of the model's sets, or a list of patterns",
+    "dry_run=maybe": "dry_run='maybe': must be true or false, or json",
     "shots=0": "shots=0: must be a whole number",
     "shots=4 fraction=0.5": "give one of them",
     "task=stsb model=minilm shots=4 dry_run=true": "task stsb has no classes",
@@ -59,7 +59,7 @@ WRONG = {
     "experiment=null": "a group such as task takes the name of an option",
     "fraction=half": "fraction='half': must be a number above 0",
     "~tags dry_run=true": "tags must be given",
-    "fraction=2": "fraction=2: 1 is all",
+    "fraction=2": "fraction=2: must be a number above 0 and at most 1, or null",
     "run_root=null": "run_root=None: must be a folder",
     "tags=draft": r"tags='draft': must be a list such as \[first,second\]",
     "run_root=README.md": r"run_root=README.md: README.md/digits/.* cannot be written \(Not a directory\)",

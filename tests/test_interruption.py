@@ -6,13 +6,15 @@ is exact.
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,6 +45,7 @@ from randlora.signals import SIGNALS, STOP, Interrupted, StopRequest
 from randlora.tasks.base import Budget, Splits
 from randlora.training import Optimizer, Trainer
 from randlora.training.checkpoint import Checkpoints
+from randlora.training.evaluate import once
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def test_a_second_interrupt_ends_at_once_with_a_true_record(step: int, kept: str
 def test_a_signal_to_the_whole_group_leaves_workers_at_work(
     number: int, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """As a terminal and a scheduler send it; batches of worker processes are on their way."""
+    """As a terminal and a scheduler send it, which are not the workers' parent; batches are on their way."""
 
     def group() -> int:
         os.setsid()
@@ -273,8 +276,14 @@ def test_a_signal_to_the_whole_group_leaves_workers_at_work(
 
         def signalled(record: Record, step: int, *rest: Any) -> None:
             if step == 3:
-                os.killpg(0, number)
+                sender = os.fork()
+                if not sender:
+                    signal.signal(number, signal.SIG_IGN)
+                    os.killpg(0, number)
+                    os._exit(0)
+                os.waitpid(sender, 0)
                 time.sleep(0.3)  # in which a worker that heard it would end
+                assert [child.is_alive() for child in multiprocessing.active_children()] == [True]
             progress(record, step, *rest)
 
         Record.progress = signalled  # type: ignore[method-assign]
@@ -285,6 +294,37 @@ def test_a_signal_to_the_whole_group_leaves_workers_at_work(
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
     assert "killed" not in errors
+
+
+@dataclass
+class Processes:
+    """An accelerator of one of several processes; `others` is how many of them a signal has come to."""
+
+    process_index: int
+    num_processes: int
+    others: float = 0
+    asked: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+        self.asked += 1
+        return value + self.others
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 2), (3, 1), (4, 5), (1, 3)])
+def test_all_processes_ask_equally_often_whatever_their_share(world: int, batch: int) -> None:
+    """Or one would wait for the others for ever; five examples do not divide. A signal to another process counts."""
+    split = Split(splits().test.table, np.arange(5), Exact())
+    every = [Processes(rank, world) for rank in range(world)]
+    rows = [
+        [row for part in once(split, process, batch, 0, print) for row in part["row"].tolist()]  # type: ignore[arg-type]
+        for process in every
+    ]
+    assert sorted(chain.from_iterable(rows)) == [0, 1, 2, 3, 4]
+    assert len({process.asked for process in every}) == 1
+    told = Processes(0, 2, others=1)
+    with STOP, pytest.raises(Interrupted, match="stopped by a signal to another process"):
+        next(once(split, told, batch, 0, print))  # type: ignore[call-overload]
 
 
 def test_before_anything_is_removed_a_signal_leaves_all_as_it_was(tmp_path: Path) -> None:

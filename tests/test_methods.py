@@ -65,11 +65,11 @@ METHODS = [
     LoRTA(rank=5),
     LoRTA(rank=5, head_side="output"),
     LoRTA(rank=5, head_side="input"),
+    FlatLoRA(rank=4),
+    GeLoRA(ranks={"layers.0": 5, "layers.1": 2}),
     SoRA(rank=5),
     IncreLoRA(rank=4, start=3),
     RankedLoRA({name: rank for rank, name in enumerate(TOY_TARGETS, 1)}),
-    FlatLoRA(rank=4),
-    GeLoRA(ranks={"layers.0": 5, "layers.1": 2}),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -80,14 +80,14 @@ def closed_form(method: Method, site: Site) -> int:
     small, total = min(site.out_features, site.in_features), site.out_features + site.in_features
     if isinstance(method, LoRA | FlatLoRA):
         return method.rank * total
+    if isinstance(method, GeLoRA):
+        return {"0": 5, "1": 2}[site.name.split(".")[1]] * total
     if isinstance(method, SoRA):
         return method.rank * (total + 1)
     if isinstance(method, IncreLoRA):  # at the start
         return method.start * (total + 1)
     if isinstance(method, RankedLoRA):
         return method.ranks[site.name] * total
-    if isinstance(method, GeLoRA):
-        return {"0": 5, "1": 2}[site.name.split(".")[1]] * total
     if isinstance(method, DoRA):
         return method.rank * total + site.out_features
     if isinstance(method, VeRA):
@@ -119,7 +119,7 @@ def closed_form(method: Method, site: Site) -> int:
 def claimed_rank(method: Method, site: Site) -> int:
     """The rank of ΔW for trained parameters in general position."""
     small = min(site.out_features, site.in_features)
-    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA | SoRA | FlatLoRA):
+    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA | FlatLoRA | SoRA):
         return min(method.rank, small)
     if isinstance(method, GeLoRA):
         return closed_form(method, site) // (site.out_features + site.in_features)
@@ -317,8 +317,8 @@ def test_autocast_stays_near_float32(method: Method) -> None:
     [
         LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5), EDoRA(4, dropout=0.5),
         MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
-        SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5),
         FlatLoRA(4, dropout=0.5), GeLoRA(dropout=0.5, ranks={"layers.0": 5, "layers.1": 2}),
+        SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5),
     ],
 )  # fmt: skip
 def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method) -> None:

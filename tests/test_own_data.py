@@ -244,7 +244,7 @@ def test_shipped_names_are_the_published_files(name: str, shared_data: Path) -> 
 )
 def test_a_template_has_one_place_for_the_name(template: Any) -> None:
     for name in ("templates", "ensemble"):
-        with pytest.raises(SettingsError, match=f"task.{name}: .* must be a text with one {{}}"):
+        with pytest.raises(SettingsError, match=rf"task.{name}\[1\]=.*: must be a text with one {{}}"):
             ImageClassification("t", Digits(), class_names=["a"], **{name: ["a {}", template]})
     with pytest.raises(SettingsError, match="must be a list"):
         ImageClassification("t", Digits(), class_names=["a"], templates="a {}")

@@ -24,8 +24,23 @@ from randlora.bases import draw
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
-from randlora.methods import EDoRA, FlatLoRA, GeLoRA, LoRAMini, LoRTA, MELoRA, Method, MoRA, gelora
+from randlora.methods import (
+    EDoRA,
+    FlatLoRA,
+    GeLoRA,
+    IncreLoRA,
+    LoRAMini,
+    LoRTA,
+    MELoRA,
+    Method,
+    MoRA,
+    RankedLoRA,
+    SoRA,
+    gelora,
+)  # fmt: skip
 from randlora.methods.gelora import intrinsic_dimension
+from randlora.methods.growing import GrowingUpdate
+from randlora.methods.sora import soft_threshold
 from randlora.plan import counts, dry_run, memory_plan, table
 from randlora.rng import permutation
 
@@ -577,6 +592,180 @@ def test_a_plan_of_gelora_says_what_it_counts() -> None:
     assert "remark" not in lora
 
 
+# SoRA
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sora_is_lora_with_gates_and_folds_to_lora(shape: tuple[int, int]) -> None:
+    layer, update, weight = site(SoRA(rank=5, alpha=10), *shape)
+    with torch.no_grad():
+        update.gates[[1, 3]] = 0
+    expected = weight + 2.0 * update.B @ torch.diag(update.gates) @ update.A
+    agree(layer, update, expected.detach())
+    assert update.fold() == 3
+    assert {name: p.shape for name, p in update.named_parameters()} == {"A": (3, shape[1]), "B": (shape[0], 3)}
+    assert update.scale == pytest.approx(10 / 3)  # as in a LoRA of rank 3 and alpha 10
+    agree(layer, update, expected.detach())
+
+
+def test_soft_thresholds() -> None:
+    z = torch.tensor([1.5, 2.5, -0.5, -1.9, -2.5, 0.5])
+    assert soft_threshold(z, 1.0).tolist() == pytest.approx([0.5, 1.5, 0, -0.9, -1.5, 0])
+    assert soft_threshold(z, 1.0, hard_gap=True).tolist() == pytest.approx([0, 1.5, 0, 0, -1.5, 0])
+    assert torch.equal(soft_threshold(z, 0.0, hard_gap=True), z)
+
+
+def test_soras_threshold_is_the_rate_times_the_sparsity_of_the_stage() -> None:
+    method = SoRA(rank=4, sparsity=1.0, final_sparsity=7.0, stages=4)
+    assert [method.sparsity_at(Step(n, 8, 1.0, 0)) for n in range(8)] == [1, 1, 3, 3, 5, 5, 7, 7]
+    _, update, _ = site(method, 24, 24)
+    with torch.no_grad():
+        update.gates.copy_(torch.tensor([1.0, -1.0, 0.2, -0.35]))
+    method.after_step([update], Step(3, 8, 0.1, 0))
+    assert update.gates.tolist() == pytest.approx([0.7, -0.7, 0, -0.05])
+
+
+def test_soras_gates_start_normal_and_are_not_decayed() -> None:
+    model = nn.Sequential(nn.Linear(24, 24))
+    randlora.adapt(model, SoRA(rank=4000), ["0"])
+    trained = randlora.adapters.core.require_adaptation(model).trained()
+    gates = trained["0:gates"]
+    assert (gates.mean().item(), gates.std().item()) == (pytest.approx(0, abs=0.05), pytest.approx(1, abs=0.05))
+    others, of_gates = SoRA().parameter_groups(trained, 0.1, 0.3)
+    assert [id(p) for p in others["params"]] == [id(trained["0:A"]), id(trained["0:B"])]
+    assert ([id(p) for p in of_gates["params"]], of_gates["weight_decay"]) == ([id(gates)], 0.0)
+    assert others["weight_decay"] == 0.3
+
+
+def test_a_finished_sora_is_a_lora_on_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """One site loses a rank, one loses all of them."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model, x = Toy(), torch.randn(2, 5, 24)
+    randlora.adapt(model, SoRA(rank=3), ["square", "tall", "wide"])
+    adaptation = randlora.adapters.core.require_adaptation(model)
+    with torch.no_grad():
+        for update in adaptation.updates.values():
+            update.B.normal_()
+        adaptation.updates["tall"].gates[0] = 0
+        adaptation.updates["wide"].gates.zero_()
+    expected = model(x)
+    adaptation.method = adaptation.method.finish(adaptation.updates)
+    assert adaptation.method == RankedLoRA({"square": 3, "tall": 2, "wide": 0}, 16.0)
+    torch.testing.assert_close(model(x), expected)
+    randlora.save_adapter(model, tmp_path)
+    sizes = {name: tensor.numel() for name, tensor in load_file(tmp_path / TENSORS).items()}
+    assert sizes == {"A": 3 * 24 + 2 * 24, "B": 3 * 24 + 2 * 60}
+    torch.manual_seed(0)
+    other = Toy()
+    randlora.load_adapter(other, tmp_path)
+    torch.testing.assert_close(other(x), expected)
+    torch.testing.assert_close(randlora.merge(other)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranked_lora_names_every_site(toy: Toy) -> None:
+    with pytest.raises(SettingsError, match=r"RankedLoRA.ranks has no tall: name every site"):
+        randlora.adapt(toy, RankedLoRA({"square": 2}), ["square", "tall"])
+
+
+# IncreLoRA
+
+
+def grown(shape: tuple[int, int]) -> tuple[AdaptedLinear, GrowingUpdate, Tensor]:
+    """A site of three ranks and two in advance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0])).double()
+    randlora.adapt(model, IncreLoRA(rank=4, alpha=6, gain=2), ["0"], seed=5)
+    model.double()
+    layer = model[0]
+    update = layer.updates[0]
+    update.advance(2, 1)
+    update.grow(2, 7)
+    update.advance(2, 7)
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return layer, update, layer.weight
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_increlora_is_its_ranks_and_those_in_advance(shape: tuple[int, int]) -> None:
+    layer, update, weight = grown(shape)
+    a, b, values = ([*each.values()] for each in (update.a, update.b, update.lambda_))
+    assert (len(a), len(b), len(values)) == (5, 5, 3)
+    ranks = sum(values[i] * b[i] @ a[i] for i in range(3))
+    advance = sum(1e-5 * b[i] @ a[i] for i in (3, 4))
+    expected = (weight + 2.0 * (ranks + advance)).detach()  # alpha 6 over three ranks
+    torch.testing.assert_close(weight + update.delta(weight), expected, rtol=0, atol=1e-12)
+    agree(layer, update, expected)
+    plain = (weight + 2.0 * ranks).detach()
+    assert update.fold() == 3
+    torch.testing.assert_close(weight + update.delta(weight), plain, rtol=0, atol=1e-12)
+    assert {name: p.shape for name, p in update.named_parameters()} == {"A": (3, shape[1]), "B": (shape[0], 3)}
+
+
+def test_increloras_ranks_start_as_its_authors_do() -> None:
+    """N(0, 0.02²), other ones for every rank, and as many of them whatever has grown before."""
+    _, update, _ = site(IncreLoRA(rank=2), 400, 500)
+    update.advance(2, 9)
+    first, second = update.a["9_0"], update.a["9_1"]
+    assert first.std().item() == pytest.approx(0.02, rel=0.1)
+    assert update.b["9_0"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert abs(torch.corrcoef(torch.cat([first, second]))[0, 1]) < 0.2
+    _, other, _ = site(IncreLoRA(rank=2), 400, 500)
+    other.advance(1, 4)
+    other.advance(1, 9)
+    assert torch.equal(other.a["9_0"], first)
+
+
+def test_increloras_score_is_that_of_the_whole_steps_gradient() -> None:
+    """Two steps of two micro-batches, one of them checkpointed. Oracle: ∂L/∂ΔW by autograd on an explicit ΔW."""
+    layer, update, weight = grown((24, 60))
+    layer.train()
+    means = [0.0, 0.0]
+    for _ in range(2):
+        x, g = torch.randn(2, 9, 60, dtype=torch.float64), torch.randn(2, 9, 24, dtype=torch.float64)
+        (layer(x[0]) * g[0]).sum().backward()
+        (torch.utils.checkpoint.checkpoint(layer, x[1], use_reentrant=False) * g[1]).sum().backward()
+        delta = update.delta(weight).detach().requires_grad_()
+        ((x @ (weight + delta).T + layer.bias) * g).sum().backward()
+        score = (delta * delta.grad).abs().mean().item()
+        means[0] = 0.9 * means[0] + 0.1 * score
+        means[1] = 0.9 * means[1] + 0.1 * abs(score - means[0])
+        update.take_score(0.9)
+        assert update.importance.tolist() == pytest.approx(means)
+        assert update.score == pytest.approx(means[0] * means[1])
+    with torch.no_grad():
+        layer(x[0])
+    layer.eval()(x[0]).sum().backward()
+    assert not update.gradient.any()
+
+
+def test_the_sites_of_the_highest_scores_grow() -> None:
+    torch.manual_seed(0)
+    model, method = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), IncreLoRA(rank=3, top=2, interval=5)
+    randlora.adapt(model, method, ["0", "1", "2", "3"])
+    updates = [layer.updates[0] for layer in adapted_layers(model).values()]
+    assert method.after_backward(updates, Step(0, 100, 1.0, 0))
+    for number in (1, 5, 9, 11):  # the first interval passes without a round
+        assert not method.after_backward(updates, Step(number, 100, 1.0, 0))
+    for update, value in zip(updates, (1.0, 4.0, 2.0, 3.0), strict=True):
+        update.importance.fill_(value)
+    assert method.after_backward(updates, Step(10, 100, 1.0, 0))
+    assert [update.rank for update in updates] == [1, 2, 1, 2]
+    assert [len(update.a) for update in updates] == [2, 3, 2, 3]  # one in advance each
+
+
+def test_increloras_factors_are_drawn_towards_orthogonal_rows() -> None:
+    _, update, _ = grown((24, 60))
+    A = torch.cat([*update.a.values()]).detach().numpy()
+    B = torch.cat([*update.b.values()], 1).detach().numpy()
+    distances = [np.linalg.norm(A @ A.T - np.eye(5)), np.linalg.norm(B.T @ B - np.eye(5))]
+    assert IncreLoRA(orthogonality=0.3).penalty([update]).item() == pytest.approx(0.3 * np.mean(distances))
+    assert IncreLoRA(orthogonality=0.0).penalty([update]) is None
+
+
 # Where sites sit, and what the models count
 
 
@@ -620,6 +809,7 @@ def test_heads_of_the_models(model: str, heads: set[int]) -> None:
 
 
 QKVO = "targets=['*.query','*.key','*.value','*.attention.output.dense']"
+ALL = "targets=['*.query','*.key','*.value','*.output.dense','*.intermediate.dense']"
 QVO = "targets=['*.query','*.value','*.output.dense']"
 COUNTS = [
     ("roberta_base", "edora", QVO, 49_152),  # published: 49.2K
@@ -628,6 +818,8 @@ COUNTS = [
     ("roberta_large", "lorta method.rank=8", QKVO, 9_056),
     ("roberta_base", "melora method.rank=1", "targets=query_value", 36_864),  # published: 0.037M
     ("roberta_base", "loramini", "targets=query_value", 24 * 8 * 128),
+    ("roberta_base", "increlora", ALL, 331_920),  # published for a model of these sizes: 0.33M
+    ("roberta_base", "sora", ALL, 1_327_104 + 72 * 8),  # published: 1.33M before gates close
     ("llama3_8b", "mora method.rank=8", "targets=['*.q_proj']", 32 * 256**2),  # √(8 · 8192) = 256
 ]
 
@@ -646,6 +838,17 @@ def test_the_plan_of_a_shared_tensor_counts_its_memory_once() -> None:
         for m in ("linearprobe", "lorta")
     ]
     assert plans[1]["optimizer"] - plans[0]["optimizer"] == 12 * 8 * (384 + 32 + 12 + 6 + 4)
+
+
+def test_the_plan_holds_the_gradients_of_a_growing_method() -> None:
+    """Beside LoRA: the gradient of each ΔW, rank 2 for rank 8, λ of the ranks, and two running means."""
+    plans = [
+        memory_plan(Experiment.from_config(settings("dry_run=true", "task=mrpc", "model=minilm", f"method={m}", QKVO)))
+        for m in ("lora", "increlora")
+    ]
+    sites, width = 6 * 4, 384
+    expected = 4 * sites * (width**2 + 2 * (2 * width + 1) + 2 - 8 * 2 * width)
+    assert plans[1]["weights"] - plans[0]["weights"] == expected
 
 
 def test_the_plan_counts_edoras_factors_into_the_file() -> None:

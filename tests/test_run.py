@@ -121,6 +121,7 @@ def test_a_run_that_goes_on_keeps_what_its_method_chose_from_training_data(
 METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 METHODS.remove("linearprobe")  # trains a head alone, and CLIP has none
 MORE = {
+    "increlora": ["method.top=99"],
     "lorta": ["targets=['visual.*.in_proj[q]','visual.*.in_proj[v]']"],
     "gelora": ["targets=vision", "method.mean_rank=3"],  # with which the count is known without data
 }

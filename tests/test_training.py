@@ -1,8 +1,6 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
-import json
-import subprocess
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
-from conftest import REPOSITORY
 from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
@@ -40,7 +37,9 @@ from randlora.methods import (
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training import checkpoint as checkpoints
 from randlora.training.evaluate import prefixed
+from randlora.training.loop import Loop
 from randlora.training.schedule import rate_factor
 from randlora.training.watch import LossWatch
 
@@ -128,11 +127,12 @@ def fit(  # type: ignore[no-untyped-def]
     observer: Quiet | None = None,
     data: Splits | None = None,
     optimizer: Optimizer | None = None,
+    task: Task | None = None,
     **changes,
 ) -> Fit:
     trainer = trainer_of(**changes)
     return trainer.fit(
-        TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
+        task or TASK, Bound(net, getattr(net, "head", None)), data or splits(), seed=1, folder=folder,
         observer=observer or Quiet(), accelerator=trainer.accelerator(), optimizer=optimizer,
     )  # fmt: skip
 
@@ -210,6 +210,72 @@ def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
 
 
+@dataclass(frozen=True)
+class Small(Bars):
+    """Bars in a memory of three examples, from a call of the loss on."""
+
+    calls: ClassVar[list[int]] = []
+    begins: int = 0
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # noqa: RUF009
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.calls.append(len(batch["label"]))
+        if len(self.calls) > self.begins and len(batch["label"]) > 3:
+            raise self.error
+        return super().loss(model, batch)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(tmp_path: Path, error: Exception) -> None:
+    """Oracle: the run that has the smaller micro-batch from the start; with dropout."""
+    Small.calls.clear()
+    lowered, smaller, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
+    task = Small("bars", None, error=error)  # type: ignore[arg-type]
+    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=1)
+    assert Small.calls[:3] == [8, 4, 2]
+    assert observer.said == [f"step 0: out of memory; from here on trainer.micro_batch_size={size}" for size in (4, 2)]
+    assert result.micro_batch_size == 2
+    assert fit(smaller, tmp_path / "b", micro_batch_size=2).micro_batch_size is None
+    assert torch.equal(flattened(lowered), flattened(smaller))
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step_of_the_middle(tmp_path: Path) -> None:
+    """The second half of step 6 does not fit: its first half's gradient must not count twice."""
+    Small.calls.clear()
+    lowered, whole = model(), model()
+    task = Small("bars", None, begins=13)  # type: ignore[arg-type]
+    assert fit(lowered, tmp_path / "a", task=task, micro_batch_size=4, auto_batch=True).micro_batch_size == 2
+    assert Small.calls[11:18] == [4, 4, 4, 2, 2, 2, 2]
+    fit(whole, tmp_path / "b")
+    torch.testing.assert_close(flattened(lowered), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_ends_a_run_that_may_not_lower_or_cannot(tmp_path: Path) -> None:
+    for error, changes in ((ERRORS[0], {}), (ERRORS[1], {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1})):
+        task = Never("bars", None, error=error)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="memory"):
+            fit(model(), tmp_path, task=task, **changes)
+    with pytest.raises(ZeroDivisionError):
+        fit(model(), tmp_path, task=Never("bars", None, error=ZeroDivisionError()), auto_batch=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Never(Bars):
+    """Bars whose loss is an error."""
+
+    error: Exception = ERRORS[0]
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        raise self.error
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     first, second = model(dropout=0.3), model(dropout=0.3)
     fit(first, tmp_path / "a")
@@ -241,6 +307,112 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert observer.said == ["going on from step 7 of 20"]
     assert torch.equal(flattened(resumed), flattened(unbroken))
     assert result.steps == 20
+
+
+CHANGING = {
+    "grows": (IncreLoRA(rank=4, top=1, gain=2, interval=3, dropout=0.2), [1, 7, 10]),
+    "closes gates": (SoRA(rank=4, sparsity=1.0, final_sparsity=8.0, dropout=0.2), [7, 12]),
+}
+
+
+@pytest.mark.parametrize(("method", "stops"), CHANGING.values(), ids=CHANGING)
+def test_a_method_that_changes_shape_resumes_to_the_same_bits(method: Method, stops: list[int], tmp_path: Path) -> None:
+    """Growth is in steps 0, 6, 9 and 12: stopped after the first, in the middle and right after a round."""
+    unbroken = model(method, dropout=0.3)
+    fit(unbroken, tmp_path / "a")
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"step {stop} of 20"):
+            fit(model(method, dropout=0.3), tmp_path / "b", StopsAt(stop))
+    resumed = model(method, dropout=0.3)
+    fit(resumed, tmp_path / "b")
+    ends = [require_adaptation(net).method for net in (unbroken, resumed)]
+    assert ends[0] == ends[1]
+    assert torch.equal(flattened(resumed), flattened(unbroken))
+    assert torch.equal(resumed.eval()(torch.ones(1, 16)), unbroken.eval()(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("top", "gain", "rounds"),
+    [(1, 1, 4), (2, 1, 2), (1, 3, 2), (2, 2, 1), (2, 3, 1), (9, 4, 1)],
+)
+def test_ranks_end_exactly_at_the_target(top: int, gain: int, rounds: int, tmp_path: Path) -> None:
+    """Two sites of rank 1, to a rank of 3 on average: 4 to gain, which a round of several need not divide."""
+    method, ranks = IncreLoRA(rank=3, top=top, gain=gain, interval=2), []
+    net = model(method)
+
+    class Ranks(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            ranks.append(sum(update.rank for update in updates))
+
+    updates = [*require_adaptation(net).updates.values()]
+    result = fit(net, tmp_path, Ranks(), max_steps=14)
+    expected = [2, 2, 2, 2]  # a round in step 4, 6, 8 …, when as many have been taken
+    for _ in range(rounds):
+        expected += 2 * [min(6, expected[-1] + top * gain)] if top < 2 else 2 * [min(6, expected[-1] + 2 * gain)]
+    assert ranks == (expected + 14 * [6])[:14]
+    chosen = require_adaptation(net).method.ranks
+    assert sum(chosen.values()) == 6
+    assert result.trainable_parameters == chosen["0"] * (16 + 12 + 1) + chosen["3"] * (12 + 4 + 1)
+    assert [*(p.shape for p in net.parameters() if p.requires_grad)] == [
+        (chosen["0"], 16), (12, chosen["0"]), (chosen["3"], 12), (4, chosen["3"]),
+    ]  # fmt: skip
+
+
+def test_what_is_born_later_has_a_warm_up_and_moments_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sites, one round in step 4: λ of the ranks that step 0 began in advance are born in step 5, a and b in 1."""
+    rates: dict[int, dict[int, float]] = {}
+    taken: list[Loop] = []
+    plain_at = Loop.at
+
+    def at(self: Loop, step: int) -> Step:
+        where = plain_at(self, step)
+        for group in self.optimizer.param_groups:
+            rates.setdefault(group["born"], {})[step] = group["lr"]
+        taken[:] = [self]
+        return where
+
+    monkeypatch.setattr(Loop, "at", at)
+    net = model(IncreLoRA(rank=2, top=2, gain=1, interval=2))
+    update, ages = require_adaptation(net).updates["0"], {}
+
+    class Ages(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            state = taken[0].optimizer.state
+            ages[step] = {name: int(state[p]["step"]) for name, p in update.named_parameters() if p in state}
+
+    fit(net, tmp_path, Ages(), max_steps=12, warmup=2, learning_rate=0.1, final_rate=0.0)
+    cosine = lambda done: 0.05 * (1 + math.cos(math.pi * done))  # noqa: E731
+    for born, end in ((0, 11), (1, 11), (5, 11)):
+        steps = [0.05, 0.1, *(cosine(k / (10 - born)) for k in range(10 - born))]
+        assert rates[born] == pytest.approx(dict(zip(range(born, end + 1), steps, strict=True)))
+    assert ages[4] == {"a.0_0": 4, "b.0_0": 4, "lambda_.0_0": 4, "a.1_0": 3, "b.1_0": 3}
+    assert ages[11] == {
+        "a.0_0": 11, "a.1_0": 10, "b.0_0": 11, "b.1_0": 10, "lambda_.0_0": 11, "lambda_.5_0": 6,
+    }  # fmt: skip
+
+
+def test_a_run_too_short_to_grow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"after 4 rounds of 1 sites, one every 4 steps .* the run has 20: lower"):
+        fit(model(IncreLoRA(rank=3, top=1, interval=4)), tmp_path)
+    net = model(IncreLoRA(rank=3, top=1))  # a third of 30 steps for a start and four rounds: one in 2 steps
+    fit(net, tmp_path / "third", max_steps=30)
+    assert sum(require_adaptation(net).method.ranks.values()) == 6
+
+
+def test_the_best_step_of_a_method_that_grows_has_the_ranks_of_its_time(tmp_path: Path) -> None:
+    """The validation loss is lowest while the sites have gained but the first ranks."""
+    net = model(IncreLoRA(rank=5, top=1, gain=1, interval=1))
+    observer = Quiet()
+    result = select_best(net, tmp_path, observer)
+    ranks = require_adaptation(net).method.ranks
+    assert sum(ranks.values()) == min(10, 2 + max(0, result.selected_step - 2)) < 10
+    images = torch.stack([splits().validation[row, row]["image"] for row in range(5)])
+    labels = torch.tensor([splits().validation[row, row]["label"] for row in range(5)])
+    loss = F.cross_entropy(net(images), labels).item()
+    said = [line for line in observer.said if line.startswith(f"selected step {result.selected_step} of 15")]
+    assert loss == pytest.approx(float(said[0].split()[-1]), rel=0.01)  # without the ranks in advance
 
 
 def test_a_decomposition_that_comes_out_otherwise_resumes_to_the_same_bits(
@@ -325,11 +497,9 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
-    from randlora.training import checkpoint
-
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoints.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
@@ -367,8 +537,8 @@ def test_schedules() -> None:
     [
         ({"schedule": "step"}, "trainer.schedule='step': choose one of cosine, linear, constant"),
         ({"warmup": -1}, "trainer.warmup=-1: must be a number of at least 0"),
-        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and below 1.0001"),
-        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and below 1.0001"),
+        ({"final_rate": 1.1}, "trainer.final_rate=1.1: must be a number of at least 0 and at most 1"),
+        ({"final_rate": -0.1}, "trainer.final_rate=-0.1: must be a number of at least 0 and at most 1"),
     ],
 )
 def test_schedules_that_cannot_be_followed_are_a_sentence(changes: dict, sentence: str) -> None:
@@ -439,45 +609,6 @@ def test_the_trainer_knows_the_six_calls_of_a_method(tmp_path: Path) -> None:
     assert Hooked.calls == ["groups", "before_step 0", *each, "before_step 1", *each, "finish"]
     assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
     assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
-
-
-ON_TWO = {
-    "uniform": RandLoRA(rank=3),
-    "kronecker": RandLoRA(rank=3, basis="kronecker"),
-    "noise": FlatLoRA(rank=3, sigma=0.5),
-}
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """gloo on the CPU; every process takes its share of each batch, in micro-batches. One of them validates nothing."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys, json, torch; sys.path[:0] = ['tests', '.']\n"
-        "from pathlib import Path\n"
-        "import test_training as t\n"
-        "from accelerate import PartialState\n"
-        "out = {}\n"
-        "for name, method in t.ON_TWO.items():\n"
-        "    net = t.model(method)\n"
-        "    t.fit(net, Path(sys.argv[1], name), data=t.splits(validation=1), micro_batch_size=2)\n"
-        "    state, metrics = PartialState(), t.scores(net, t.splits(validation=1))\n"
-        "    out[name] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
-        "if state.is_main_process:\n"
-        "    Path(sys.argv[1], 'out.json').write_text(json.dumps(out))\n"
-        "state.wait_for_everyone()\n"
-        "import os; os._exit(0)\n"  # torch 2.14 with gloo now and then aborts while Python shuts down, all work done
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    of_two = json.loads((tmp_path / "out.json").read_text())
-    for name, method in ON_TWO.items():
-        world, values, metrics = of_two[name]
-        alone = model(method)
-        fit(alone, tmp_path / "alone" / name, data=splits(validation=1))
-        assert world == 2
-        torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
-        assert metrics == pytest.approx(scores(alone, splits(validation=1)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases import Basis, draw_basis
+from randlora.bounds import Bounded
 from randlora.errors import SettingsError
 
 
@@ -125,13 +126,14 @@ class Step(NamedTuple):
     seed: int
 
 
-class Method:
+class Method(Bounded):
     """Builds updates from settings; a subclass is a frozen dataclass whose fields are its YAML's keys.
 
     Only `updates` must be given. The other calls are for methods that ask more of a trainer; the trainer knows
     these names and no method's name.
     """
 
+    budget_setting: ClassVar[str | None] = "rank"  # what chooses how many parameters are trained; None: nothing does
     implied: ClassVar[Mapping[str, Any]] = {}  # what adapter files older than a field meant by its absence
 
     @property

@@ -21,8 +21,9 @@ from randlora.data.loader import loader, training_keys
 from randlora.experiment import Experiment
 from randlora.tasks.base import Bound, Splits
 from randlora.training.evaluate import to_device
-from randlora.training.precision import autocast
-from randlora.training.trainer import Loop, Trainer
+from randlora.training.loop import Loop
+from randlora.training.precision import Precision, autocast
+from randlora.training.trainer import Trainer
 
 Step = Callable[[], object]  # takes the next training step
 
@@ -71,7 +72,13 @@ def examples_per_second(experiment: Experiment, rounds: int, steps: int, workers
 
 
 def loop(
-    experiment: Experiment, bound: Bound, splits: Splits, steps: int, *, workers: int, precision: str | None = None
+    experiment: Experiment,
+    bound: Bound,
+    splits: Splits,
+    steps: int,
+    *,
+    workers: int,
+    precision: Precision | None = None,
 ) -> Loop:
     """Our training loop over an adapted model, as long as `steps`, a step's batch at once."""
     precision = precision or experiment.trainer.precision
@@ -86,9 +93,9 @@ def our_step(ours: Loop) -> Step:
     """The next step of our loop, from the first on."""
 
     def steps() -> Iterator[object]:
-        batches = ours.batches(0)
+        ours.fed = ours.batches(0)
         for index in range(ours.steps):
-            yield ours.step(batches, ours.at(index))
+            yield ours.step(ours.at(index))
 
     return steps().__next__
 

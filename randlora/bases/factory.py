@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from randlora.bases.dense import DenseBasis
 from randlora.bases.kronecker import KroneckerBasis
-from randlora.errors import SettingsError, check_choice
+from randlora.errors import SettingsError
 
 # The names of ternary bases and their s: binary has no zeros, PEFT calls 3 sparse, very_sparse follows the site's size.
 TERNARY = {"ternary": 3.0, "sparse": 3.0, "binary": 2.0, "very_sparse": None}
-BASES = ("uniform", "normal", *TERNARY, "kronecker")
+BasisName = Literal["uniform", "normal", "ternary", "sparse", "binary", "very_sparse", "kronecker"]
+Sparsity = Annotated[float, Ge(2)]  # s: a share 1 / s of the entries is not zero; 2 has no zeros
 PEFT = "peft"  # of the two methods whose matrices PEFT draws; see randlora.bases.peft
 
 Basis = DenseBasis | KroneckerBasis
@@ -49,15 +50,10 @@ class Map(Protocol):
         """Of a product with one vector."""
 
 
-def check_basis(basis: str, sparsity: float | None, allowed: Sequence[str] = BASES) -> None:
-    """Raises SettingsError for a basis that is not `allowed`, or a sparsity that does not go with it."""
-    check_choice("basis", basis, allowed)
-    if sparsity is None:
-        return
-    if basis not in ("ternary", "sparse"):
+def check_sparsity(basis: str, sparsity: float | None) -> None:
+    """Raises SettingsError for a sparsity that does not go with the basis."""
+    if sparsity is not None and basis not in ("ternary", "sparse"):
         raise SettingsError(f"sparsity={sparsity!r} goes with basis=ternary or sparse, not with basis={basis}")
-    if not sparsity >= 2:
-        raise SettingsError(f"sparsity={sparsity!r}: must be 2 (no zeros) or more")
 
 
 def depends_on_size(basis: str) -> bool:
@@ -79,7 +75,7 @@ def draw_basis(
     """A fixed (rows, columns) matrix.
 
     Args:
-        basis: of `BASES`.
+        basis: a `BasisName`.
         name: what the matrix is drawn from, beside the seed.
         rows, columns: enough for the largest of the sites that share it.
         sparsity: s of ternary and sparse; None for their default.

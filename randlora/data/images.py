@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
-
-from randlora.errors import check_choice
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -15,14 +13,10 @@ if TYPE_CHECKING:
 
     from randlora.models.base import Pixels
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "clip", "strong")
+Augmentation = Literal["none", "crop", "crop_flip", "clip", "strong"]
+AUGMENTATIONS = get_args(Augmentation)
 
 Transform: TypeAlias = "Callable[[PIL.Image.Image], Tensor]"  # to float32 (3, size, size)
-
-
-def check_augmentation(name: str) -> None:
-    """Raises SettingsError unless `name` is one of AUGMENTATIONS."""
-    check_choice("augmentation", name, AUGMENTATIONS)
 
 
 def image_transform(pixels: Pixels, augmentation: str) -> Transform:

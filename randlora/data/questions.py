@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+from randlora.bounds import Bounded
 from randlora.data.sources import Hub, Joined, Source
 from randlora.errors import SettingsError, check_choice
 
@@ -127,7 +128,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class QuestionSets(Source):
+class QuestionSets(Bounded, Source):
     """Public sets of questions, one after the other; every example says in `set` which it is from.
 
     Of WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does.
@@ -139,15 +140,16 @@ class QuestionSets(Source):
         splits: those that need to be there.
     """
 
+    section: ClassVar[str] = "task.source"
+
     names: Sequence[str]
     root: str | None = None
-    splits: Sequence[str] = ("train", "test")
+    splits: Sequence[Literal["train", "test"]] = ("train", "test")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.names:
             check_choice("names of question sets", name, tuple(SETS))
-        for split in self.splits:
-            check_choice("splits of question sets", split, ("train", "test"))
 
     def check(self) -> None:
         for name in self.names:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from annotated_types import Ge, Lt
 
+from randlora.bounds import Bounded, Folder
 from randlora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Table(Protocol):
     def column(self, name: str) -> np.ndarray: ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """Opens the splits of one data set; what inherits it need only say how."""
 
@@ -46,7 +49,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Hub:
+class Hub(Bounded):
     """A data set in files under a data root or, for a published set without a root, on the public hub.
 
     A split is ``root/folder/SPLIT`` with one of the endings in `FILES`, or a folder ``SPLIT/CLASS/image``. With a root,
@@ -66,7 +69,9 @@ class Hub:
         origin: where the publisher's archive is, for sets that scripts/data.py prepares.
     """
 
-    folder: str
+    section: ClassVar[str] = "task.source"
+
+    folder: Folder
     repository: str | None = None
     configuration: str | None = None
     revision: str | None = None
@@ -287,13 +292,15 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Digits(Source):
+class Digits(Bounded, Source):
     """scikit-learn's 1,797 handwritten digits, 8 × 8 grey: the data set that is always there.
 
     It has no split of its own; the writers come one after the other, so the last `test` images are the test set.
     """
 
-    test: int = 397
+    section: ClassVar[str] = "task.source"
+
+    test: Annotated[int, Ge(1), Lt(1700)] = 397
 
     def class_names(self) -> list[str]:
         return [str(digit) for digit in range(10)]

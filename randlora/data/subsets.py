@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from randlora.errors import SettingsError, check_count, check_positive
+from randlora.errors import SettingsError
 from randlora.rng import permutation
-
-
-def check_budget(shots: int | None, fraction: float | None) -> None:
-    """Raises SettingsError unless one of `shots` (of every class) and `fraction` (of all), or neither, makes sense."""
-    if shots is not None and fraction is not None:
-        raise SettingsError(f"shots={shots} and fraction={fraction}: give one of them")
-    if shots is not None:
-        check_count("shots", shots)
-    if fraction is not None:
-        check_positive("fraction", fraction)
-        if fraction > 1:
-            raise SettingsError(f"fraction={fraction!r}: 1 is all")
 
 
 def split_validation(count: int, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,10 @@
-"""What methods share: checks of their settings, groups of sites, and products in the right precision."""
+"""What methods share: groups of sites, and products in the right precision."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +13,10 @@ from torch import Tensor
 from randlora.adapters.interface import Frozen, Site, Update
 from randlora.adapters.quantization import is_quantised
 from randlora.bases import DenseMap, Map, SparseMap, depends_on_size, draw
-from randlora.errors import check_count, check_positive, check_range
 
 # The planners' constants by class of device, as scripts/calibrate.py writes them; other devices take the CPU's. Those
 # of CUDA are plain counts of multiply-adds: they await a calibration on such a device.
 COSTS: dict[str, dict[str, float]] = json.loads((files("randlora.methods") / "costs.json").read_text())
-
-
-class LowRank(Protocol):
-    """The settings that low-rank methods share."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def dropout(self) -> float: ...
-
-
-def check_low_rank(method: LowRank) -> None:
-    """Checks the fields that low-rank methods share: rank, dropout, and alpha where there is one."""
-    name, alpha = type(method).__name__, getattr(method, "alpha", None)
-    check_count(f"{name}.rank", method.rank)
-    check_range(f"{name}.dropout", method.dropout, 0, 1)
-    if alpha is not None:
-        check_positive(f"{name}.alpha", alpha)
 
 
 def relative_scale(rank: int, alpha: float | None) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.adapters.quantization import dense
-from randlora.errors import check_choice
-from randlora.methods.common import check_low_rank, relative_scale
+from randlora.bounds import Count, Positive, Share
+from randlora.methods.common import relative_scale
 from randlora.methods.lora import LoRAUpdate
 
 
@@ -26,14 +26,10 @@ class DoRA(Method):
     2·rank.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: Count = 8
+    alpha: Positive | None = None
+    dropout: Share = 0.0
     detach_norm: bool = True
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_choice("DoRA.detach_norm", self.detach_norm, (True, False))
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: DoRAUpdate(self, site, context) for site in sites}

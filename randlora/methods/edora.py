@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.quantization import dense
 from randlora.bases import draw
-from randlora.errors import SettingsError, check_range
-from randlora.methods.common import check_low_rank, relative_scale
+from randlora.bounds import Count, NotNegative, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import relative_scale
 from randlora.methods.dora import MagnitudeUpdate
 
 
@@ -30,14 +31,10 @@ class EDoRA(Method):
     draw it with a standard deviation of 1e-5: `start`.
     """
 
-    rank: int = 16
-    alpha: float | None = 16.0
-    dropout: float = 0.0
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_range("EDoRA.start", self.start, 0)
+    rank: Count = 16
+    alpha: Positive | None = 16.0
+    dropout: Share = 0.0
+    start: NotNegative = 0.0
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: EDoRAUpdate(self, site, context) for site in sites}

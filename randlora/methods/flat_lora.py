@@ -12,8 +12,8 @@ from torch import Tensor
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Step, Update
 from randlora.adapters.quantization import dense, is_quantised
-from randlora.errors import check_range
-from randlora.methods.common import check_low_rank, compute_dtype, relative_scale
+from randlora.bounds import Count, NotNegative, Positive, Share
+from randlora.methods.common import compute_dtype, relative_scale
 from randlora.methods.lora import LoRAUpdate
 from randlora.rng import integer
 
@@ -28,14 +28,10 @@ class FlatLoRA(Method):
     written into W0, and its size is a constant in backward. Count, start, `dropout` and `alpha` are LoRA's.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    sigma: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_range("FlatLoRA.sigma", self.sigma, 0)
+    rank: Count = 8
+    alpha: Positive | None = None
+    dropout: Share = 0.0
+    sigma: NotNegative = 0.05
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         scale = relative_scale(self.rank, self.alpha)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.errors import SettingsError, check_choice
+from randlora.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,8 @@ class FullFineTuning(Method):
     other slices count among the further parameters; they become sites, too.
     """
 
-    train: str | Sequence[str] = "all"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.train, str):
-            check_choice("FullFineTuning.train (or a list of patterns)", self.train, ("all", "targets"))
+    budget_setting = None
+    train: Literal["all", "targets"] | Sequence[str] = "all"
 
     @property
     def name(self) -> str:

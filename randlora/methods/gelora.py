@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from randlora.adapters.calibration import hidden_states
 from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.positions import block_of
-from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.bounds import Count, Positive, Share
+from randlora.errors import SettingsError
 from randlora.methods.lora import LoRAUpdate
 
 ROUNDINGS = {"up": math.ceil, "nearest": round, "down": math.floor}
@@ -32,28 +35,21 @@ class GeLoRA(Method):
     `ranks`, by the block's name, are chosen by `calibrated`, or given. Sites outside numbered blocks are refused.
     """
 
-    scale: float = 32.0
-    dropout: float = 0.0
-    examples: int = 1000
-    pooling: str = "mean"
-    rounding: str = "up"
-    discard: float = 0.1
-    largest: int = 64
-    mean_rank: float | None = None
-    ranks: Mapping[str, int] | None = None
+    budget_setting = "mean_rank"
+    scale: Positive = 32.0
+    dropout: Share = 0.0
+    examples: Annotated[int, Ge(3)] = 1000
+    pooling: Literal["mean", "first"] = "mean"
+    rounding: Literal["up", "nearest", "down"] = "up"
+    discard: Share = 0.1
+    largest: Count = 64
+    mean_rank: Annotated[float, Ge(1)] | None = None
+    ranks: Mapping[str, Count] | None = None
 
     def __post_init__(self) -> None:
-        check_positive("GeLoRA.scale", self.scale)
-        check_range("GeLoRA.dropout", self.dropout, 0, 1)
-        check_count("GeLoRA.examples", self.examples, 3)
-        check_choice("GeLoRA.pooling", self.pooling, ("mean", "first"))
-        check_choice("GeLoRA.rounding", self.rounding, ROUNDINGS)
-        check_range("GeLoRA.discard", self.discard, 0, 1)
-        check_count("GeLoRA.largest", self.largest)
-        if self.mean_rank is not None:
-            check_range("GeLoRA.mean_rank", self.mean_rank, 1, self.largest + 1)
-        for name, rank in (self.ranks or {}).items():
-            check_count(f"GeLoRA.ranks[{name}]", rank)
+        super().__post_init__()
+        if self.mean_rank is not None and self.mean_rank > self.largest:
+            raise SettingsError(f"GeLoRA.mean_rank={self.mean_rank}: must be at most largest, {self.largest}")
 
     @property
     def calibration_examples(self) -> int:

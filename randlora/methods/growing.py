@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.distributed
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from randlora.adapters.interface import Frozen, Site
 from randlora.bases import draw
 from randlora.methods.common import LowRankUpdate, low_rank_linear
+from randlora.methods.weight_gradient import AddWeightGradient
 
 ADVANCE = 1e-5  # λ of ranks that are trained in advance
 
@@ -144,20 +144,3 @@ class GrowingUpdate(LowRankUpdate):
             tensors.clear()
         del self.importance
         return rank
-
-
-class AddWeightGradient(torch.autograd.Function):
-    """y as it is; backward adds the gradient by a weight that has made y from x to `total`, (out, in)."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.total = total
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        rows = gradients[0].flatten(0, -2)
-        ctx.total += rows.T @ x.flatten(0, -2).to(rows.dtype)
-        return gradients[0], None, None

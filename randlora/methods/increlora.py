@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Step, Update
-from randlora.errors import SettingsError, check_count, check_range
-from randlora.methods.common import check_low_rank
+from randlora.bounds import Count, NotNegative, Positive, Share
+from randlora.errors import SettingsError
 from randlora.methods.growing import GrowingUpdate
 from randlora.methods.ranked_lora import RankedLoRA
 
@@ -35,23 +35,18 @@ class IncreLoRA(Method):
     `gain` None is half of `rank`; `interval` None lets growth take a third of the run, as in the paper's tasks.
     """
 
-    rank: int = 2
-    alpha: float = 32.0
-    dropout: float = 0.0
-    start: int = 1
-    top: int = 6
-    gain: int | None = None
-    interval: int | None = None
-    memory: float = 0.85
-    orthogonality: float = 0.1
+    rank: Count = 2
+    alpha: Positive = 32.0
+    dropout: Share = 0.0
+    start: Count = 1
+    top: Count = 6
+    gain: Count | None = None
+    interval: Count | None = None
+    memory: Share = 0.85
+    orthogonality: NotNegative = 0.1
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        for name in ("start", "top", "gain", "interval"):
-            if getattr(self, name) is not None:
-                check_count(f"IncreLoRA.{name}", getattr(self, name))
-        check_range("IncreLoRA.memory", self.memory, 0, 1)
-        check_range("IncreLoRA.orthogonality", self.orthogonality, 0)
+        super().__post_init__()
         if self.start > self.rank:
             raise SettingsError(f"IncreLoRA.start={self.start}: must be at most the rank in the end, {self.rank}")
 

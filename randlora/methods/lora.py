@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Update
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
+from randlora.bounds import Count, Positive, Share
+from randlora.methods.common import LowRankUpdate, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,9 @@ class LoRA(Method):
     input of the update alone. `alpha` defaults to 2·rank.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
+    rank: Count = 8
+    alpha: Positive | None = None
+    dropout: Share = 0.0
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         scale = relative_scale(self.rank, self.alpha)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.bases import Basis
-from randlora.errors import SettingsError, check_count
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
+from randlora.bounds import Count, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import LowRankUpdate, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,15 @@ class LoRAMini(Method):
     starts with the variance of LoRA's A, and a step of the optimiser moves D B as far as it would LoRA's B.
     """
 
-    rank: int = 8
-    inner_in: int = 64
-    inner_out: int = 64
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: Count = 8
+    inner_in: Count = 64
+    inner_out: Count = 64
+    alpha: Positive | None = None
+    dropout: Share = 0.0
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
+        super().__post_init__()
         for name, size in (("inner_in", self.inner_in), ("inner_out", self.inner_out)):
-            check_count(f"LoRAMini.{name}", size)
             if size < self.rank:
                 raise SettingsError(f"LoRAMini.{name}={size}: must be at least the rank, {self.rank}")
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.adapters.positions import Position, position
-from randlora.errors import SettingsError, check_choice
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
+from randlora.bounds import Count, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import LowRankUpdate, relative_scale, uniform_start
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,10 @@ class LoRTA(Method):
     Sites that are no q, k, v or o projection, or of another width, number or width of heads, are refused.
     """
 
-    rank: int = 8
-    alpha: float | None = 1.0
-    dropout: float = 0.0
-    head_side: str = "role"
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_choice("LoRTA.head_side", self.head_side, ("role", "output", "input"))
+    rank: Count = 8
+    alpha: Positive | None = 1.0
+    dropout: Share = 0.0
+    head_side: Literal["role", "output", "input"] = "role"
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         places = {site.name: _position(site) for site in sites}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.errors import SettingsError, check_choice, check_count
-from randlora.methods.common import LowRankUpdate, check_low_rank, relative_scale, uniform_start
+from randlora.bounds import Count, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import LowRankUpdate, relative_scale, uniform_start
 from randlora.rng import permutation
 
 
@@ -28,16 +29,11 @@ class MELoRA(Method):
     own order of the inputs and of the outputs, by name from the run's seed.
     """
 
-    rank: int = 8
-    parts: int = 2
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: Count = 8
+    parts: Count = 2
+    alpha: Positive | None = None
+    dropout: Share = 0.0
     permuted: bool = False
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_count("MELoRA.parts", self.parts)
-        check_choice("MELoRA.permuted", self.permuted, (True, False))
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         for site in sites:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.errors import SettingsError, check_choice
-from randlora.methods.common import check_low_rank
-
-COMPRESSIONS = ("sharing", "grouped", "decoupled", "rotation")
+from randlora.bounds import Count, Share
+from randlora.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,10 @@ class MoRA(Method):
     again (``surplus=drop``: the code's rule). A q above the site's smaller side is refused.
     """
 
-    rank: int = 8
-    compression: str = "rotation"
-    surplus: str = "add"
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_choice("MoRA.compression", self.compression, COMPRESSIONS)
-        check_choice("MoRA.surplus", self.surplus, ("add", "drop"))
+    rank: Count = 8
+    compression: Literal["sharing", "grouped", "decoupled", "rotation"] = "rotation"
+    surplus: Literal["add", "drop"] = "add"
+    dropout: Share = 0.0
 
     def size(self, site: Site) -> int:
         """q; SettingsError where the site is too small for it."""

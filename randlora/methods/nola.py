@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.bases import Basis, check_basis
-from randlora.errors import check_choice, check_count
-from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale, sharing
-
-STARTS = ("authors", "ones", "reciprocal")
+from randlora.bases import Basis, BasisName, Sparsity, check_sparsity
+from randlora.bounds import Count, Positive, Share
+from randlora.methods.common import low_rank_linear, relative_scale, sharing
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,20 @@ class NoLA(Method):
             and β at 1/num_bases, so that ΔW does *not* start at zero.
     """
 
+    budget_setting = "num_bases"
     implied: ClassVar[Mapping[str, Any]] = {"start": "ones"}
 
-    rank: int = 1
-    num_bases: int = 1024
-    alpha: float | None = None
-    dropout: float = 0.0
-    basis: str = "uniform"
-    sparsity: float | None = None
-    start: str = "authors"
+    rank: Count = 1
+    num_bases: Count = 1024
+    alpha: Positive | None = None
+    dropout: Share = 0.0
+    basis: BasisName = "uniform"
+    sparsity: Sparsity | None = None
+    start: Literal["authors", "ones", "reciprocal"] = "authors"
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_count("NoLA.num_bases", self.num_bases)
-        check_basis(self.basis, self.sparsity)
-        check_choice("NoLA.start", self.start, STARTS)
+        super().__post_init__()
+        check_sparsity(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         updates: dict[str, Update] = {}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.bases import BASES, PEFT, Basis, Map, check_basis
+from randlora.bases import PEFT, Basis, BasisName, Map, Sparsity, check_sparsity
 from randlora.bases.peft import randlora_bases
-from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
-from randlora.methods.common import check_low_rank, compute_dtype, may_form_weight, relative_scale, sharing
+from randlora.bounds import Count, Part, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import compute_dtype, may_form_weight, relative_scale, sharing
 from randlora.methods.kernels import TOKENS, ExecutionPlan, Fixed, UpdatedLinear, choose_plan, prepare
 
 
@@ -42,31 +44,22 @@ class RandLoRA(Method):
     * `dropout` acts on the input of the update alone.
     """
 
-    rank: int = 6
-    alpha: float | None = None
+    rank: Count = 6
+    alpha: Positive | None = None
     divide_by_root: bool = False
-    num_bases: int | float | str = "ceil"
-    basis: str = "uniform"
-    sparsity: float | None = None
-    zero: str = "lambda"
-    start: float | None = None
-    delta_dtype: str = "float32"
-    dropout: float = 0.0
+    num_bases: Count | Part | Literal["ceil", "floor"] = "ceil"
+    basis: BasisName | Literal["peft"] = "uniform"
+    sparsity: Sparsity | None = None
+    zero: Literal["lambda", "gamma"] = "lambda"
+    start: Positive | None = None
+    delta_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: Share = 0.0
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        if isinstance(self.num_bases, float):
-            check_range("RandLoRA.num_bases (as a share)", self.num_bases, 0, 1)
-        elif self.num_bases not in ("ceil", "floor"):
-            check_count("RandLoRA.num_bases (ceil, floor, a share or a number)", self.num_bases)  # type: ignore[arg-type]
-        check_choice("RandLoRA.divide_by_root", self.divide_by_root, (True, False))
-        check_choice("RandLoRA.zero", self.zero, ("lambda", "gamma"))
-        check_basis(self.basis, self.sparsity, (*BASES, PEFT))
+        super().__post_init__()
+        check_sparsity(self.basis, self.sparsity)
         if self.basis == PEFT and self.num_bases != "ceil":
             raise SettingsError(f"num_bases={self.num_bases!r}: basis=peft needs ceil, as PEFT rounds")
-        check_choice("RandLoRA.delta_dtype", self.delta_dtype, ("float32", "bfloat16"))
-        if self.start is not None:
-            check_positive("RandLoRA.start", self.start)
 
     def bases_of(self, site: Site) -> int:
         """n, the number of bases at a site."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
-from randlora.bases import Basis, check_basis
-from randlora.errors import check_count
-from randlora.methods.common import check_low_rank, low_rank_linear, relative_scale, sharing
+from randlora.bases import Basis, BasisName, Sparsity, check_sparsity
+from randlora.bounds import Count, Positive, Share
+from randlora.methods.common import low_rank_linear, relative_scale, sharing
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,18 @@ class RandLoRAa(Method):
     ΔW alone. λ starts at zero, γ at 1/√(n·d), which gives Σ_j A_j Γ_j the size of LoRA's A. `alpha` defaults to 2·rank.
     """
 
-    rank: int = 32
-    num_bases: int | None = None
-    budget_rank: int = 6
-    alpha: float | None = None
-    dropout: float = 0.0
-    basis: str = "uniform"
-    sparsity: float | None = None
+    budget_setting = "num_bases"
+    rank: Count = 32
+    num_bases: Count | None = None
+    budget_rank: Count = 6
+    alpha: Positive | None = None
+    dropout: Share = 0.0
+    basis: BasisName = "uniform"
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        if self.num_bases is not None:
-            check_count("RandLoRAa.num_bases", self.num_bases)
-        check_count("RandLoRAa.budget_rank", self.budget_rank)
-        check_basis(self.basis, self.sparsity)
+        super().__post_init__()
+        check_sparsity(self.basis, self.sparsity)
 
     @property
     def name(self) -> str:

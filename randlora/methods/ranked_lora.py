@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from randlora.adapters.interface import Context, Method, Site, Update
-from randlora.errors import SettingsError, check_count, check_positive, check_range
+from randlora.bounds import CountOrZero, Positive, Share
+from randlora.errors import SettingsError
 from randlora.methods.common import relative_scale
 from randlora.methods.lora import LoRAUpdate
 
@@ -18,16 +19,10 @@ class RankedLoRA(Method):
     `ranks` has every site by name; at 0 it stays as it was. `alpha` None means 2·ρ.
     """
 
-    ranks: Mapping[str, int]
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for site, rank in self.ranks.items():
-            check_count(f"RankedLoRA.ranks[{site}]", rank, 0)
-        check_range("RankedLoRA.dropout", self.dropout, 0, 1)
-        if self.alpha is not None:
-            check_positive("RankedLoRA.alpha", self.alpha)
+    budget_setting = None
+    ranks: Mapping[str, CountOrZero]
+    alpha: Positive | None = None
+    dropout: Share = 0.0
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         for site in sites:

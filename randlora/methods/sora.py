@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from randlora.adapters.interface import Context, Method, Site, Step, Update
 from randlora.bases import draw
-from randlora.errors import check_choice, check_count, check_range
-from randlora.methods.common import check_low_rank, relative_scale
+from randlora.bounds import Count, NotNegative, Positive, Share
+from randlora.errors import SettingsError
+from randlora.methods.common import relative_scale
 from randlora.methods.lora import LoRAUpdate
 from randlora.methods.ranked_lora import RankedLoRA
 
@@ -32,21 +34,20 @@ class SoRA(Method):
     long, as in the paper's schedule, which trains on for some epochs in each. `alpha` None means 2·rank.
     """
 
-    rank: int = 8
-    alpha: float | None = 16.0
-    dropout: float = 0.0
-    sparsity: float = 0.375
-    final_sparsity: float | None = None
-    stages: int = 7
+    rank: Count = 8
+    alpha: Positive | None = 16.0
+    dropout: Share = 0.0
+    sparsity: NotNegative = 0.375
+    final_sparsity: NotNegative | None = None
+    stages: Annotated[int, Ge(2)] = 7
     hard_gap: bool = False
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_range("SoRA.sparsity", self.sparsity, 0)
-        check_count("SoRA.stages", self.stages, 2)
-        check_choice("SoRA.hard_gap", self.hard_gap, (True, False))
-        if self.final_sparsity is not None:
-            check_range("SoRA.final_sparsity", self.final_sparsity, self.sparsity)
+        super().__post_init__()
+        if self.final_sparsity is not None and self.final_sparsity < self.sparsity:
+            raise SettingsError(
+                f"SoRA.final_sparsity={self.final_sparsity}: must be at least sparsity, {self.sparsity}"
+            )
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: SoRAUpdate(self, site, context) for site in sites}

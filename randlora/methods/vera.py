@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.adapters.quantization import dense
-from randlora.bases import BASES, PEFT, Basis, DenseMap, Map, check_basis
+from randlora.bases import PEFT, Basis, BasisName, DenseMap, Map, Sparsity, check_sparsity
 from randlora.bases.peft import vera_bases
-from randlora.errors import check_positive
+from randlora.bounds import Count, Positive, Share
 from randlora.methods.common import (
     COSTS,
     autocast_off,
-    check_low_rank,
     compute_dtype,
     linear,
     may_form_weight,
@@ -39,16 +38,15 @@ class VeRA(Method):
     puts b on the input side of some layers; here it is on the output, as in VeRA.
     """
 
-    rank: int = 256
-    d_initial: float = 0.1
-    dropout: float = 0.0
-    basis: str = "uniform"
-    sparsity: float | None = None
+    rank: Count = 256
+    d_initial: Positive = 0.1
+    dropout: Share = 0.0
+    basis: BasisName | Literal["peft"] = "uniform"
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
-        check_low_rank(self)
-        check_positive("VeRA.d_initial", self.d_initial)
-        check_basis(self.basis, self.sparsity, (*BASES, PEFT))
+        super().__post_init__()
+        check_sparsity(self.basis, self.sparsity)
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         pairs = self._bases(sites, context)

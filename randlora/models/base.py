@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from randlora.adapters.targets import match
+from randlora.bounds import Bounded, FolderName
 from randlora.errors import SettingsError
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -52,7 +53,7 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Bounded):
     """Names a model and its target sets; subclasses say how it is made.
 
     Args:
@@ -63,8 +64,9 @@ class Model:
     """
 
     kind: ClassVar[str]
+    section: ClassVar[str] = "model"
 
-    name: str
+    name: FolderName
     architecture: str | None = None
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     gradient_checkpointing: bool = False

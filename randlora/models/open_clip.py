@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from randlora.bounds import Share
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 
@@ -32,7 +33,7 @@ class OpenClip(Model):
 
     architecture: str | None = "clip_tiny"
     pretrained: str | None = "embedded"
-    patch_dropout: float | None = None
+    patch_dropout: Share | None = None
 
     def check(self) -> None:
         if self.pretrained == "embedded" and not self._embedded().is_file():

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from randlora.adapters.quantization import BITS, quantise
-from randlora.errors import SettingsError, check_choice
+from randlora.adapters.quantization import quantise
+from randlora.errors import SettingsError
 from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
 
 if TYPE_CHECKING:
@@ -47,12 +47,11 @@ class Pretrained(Model):
     revision: str | None = None
     search: Sequence[str] = ()
     install: str = ""
-    dtype: str = "float32"
-    quantization: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["int8", "int4"] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, DTYPES)
-        check_choice("model.quantization", self.quantization, (None, *BITS))
+        super().__post_init__()
         if self.architecture is not None and not (ARCHITECTURES / f"{self.architecture}.json").is_file():
             known = sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
             raise SettingsError(f"architecture={self.architecture!r}: choose one of {', '.join(known)}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from randlora.errors import check_choice, check_range
+from randlora.bounds import Share
 from randlora.models.base import Backbone
 from randlora.models.pretrained import Pretrained
 
@@ -25,14 +25,9 @@ class TextEncoder(Pretrained):
 
     kind: ClassVar[str] = "text"
 
-    pooling: str = "first"
+    pooling: Literal["first", "mean"] = "first"
     head_hidden: bool = False
-    head_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("model.pooling", self.pooling, ("first", "mean"))
-        check_range("model.head_dropout", self.head_dropout, 0, 1)
+    head_dropout: Share = 0.1
 
     def _backbone(self, module: Any) -> Backbone:
         return Backbone(

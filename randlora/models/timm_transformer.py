@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import SettingsError, check_count
+from randlora.bounds import ImageSize
+from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 
 
@@ -27,10 +28,7 @@ class TimmTransformer(Model):
     kind: ClassVar[str] = "vision"
 
     pretrained: str | None = "hub"
-    image_size: int = 224
-
-    def __post_init__(self) -> None:
-        check_count("model.image_size", self.image_size)
+    image_size: ImageSize = 224
 
     def check(self) -> None:
         if self.pretrained not in (None, "hub") and not Path(self.pretrained).is_file():

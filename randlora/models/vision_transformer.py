@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from randlora.errors import check_count
+from randlora.bounds import Colours, ImageSize
 from randlora.models.base import Backbone, Pixels
 from randlora.models.pretrained import Pretrained
 
@@ -26,13 +26,9 @@ class VisionTransformer(Pretrained):
 
     kind: ClassVar[str] = "vision"
 
-    image_size: int = 224
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("model.image_size", self.image_size)
+    image_size: ImageSize = 224
+    mean: Colours = (0.485, 0.456, 0.406)
+    std: Colours = (0.229, 0.224, 0.225)
 
     def _backbone(self, module: Any) -> Backbone:
         options = {}

@@ -47,6 +47,7 @@ class Result:
         peak_memory_bytes: Of the device, or of the process where there is no accelerator.
         steps: Of the optimiser.
         selected_step: The step whose parameters are scored and saved, where the best on validation was selected.
+        micro_batch_size: What it was in the end, where `trainer.auto_batch` was allowed to lower it.
         examples: Sizes of the splits, by name.
         versions: Of Python and of the packages that a result depends on.
         commit: Of this code, with ``+`` when the work tree had changes.
@@ -80,6 +81,7 @@ class Result:
     peak_memory_bytes: int | None = None
     steps: int | None = None
     selected_step: int | None = None
+    micro_batch_size: int | None = None
     examples: Mapping[str, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None

@@ -11,7 +11,8 @@ from typing import Any
 EXCLUDED_FROM_HASH = {
     "run_root", "data_root", "dry_run", "resume", "tags", "logger",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.evaluation_batch_size", "trainer.save_every",
-    "trainer.save_minutes", "trainer.keep_last", "predictions",
+    "trainer.save_minutes", "trainer.keep_last", "trainer.peer_timeout", "trainer.auto_batch",
+    "predictions",
 }  # fmt: skip
 # Settings that came later, with the value that means what was done before: then they are left out of the hash.
 CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation"}

@@ -7,25 +7,29 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from randlora.bounds import Bounded, FolderName
 from randlora.errors import SettingsError
 from randlora.records.metrics import Row
 from randlora.records.result import Result
 
 
 @dataclass
-class TensorBoard:
+class TensorBoard(Bounded):
     """Event files in the run's folder, for ``tensorboard --logdir RUN_ROOT``; SettingsError without the package.
 
     Args:
         folder: Where they lie inside the run's folder.
     """
 
-    folder: str = "tensorboard"
+    section: ClassVar[str] = "logger.tensorboard"
+
+    folder: FolderName = "tensorboard"
     _writer: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if importlib.util.find_spec("tensorboard") is None:
             raise SettingsError("logger=tensorboard: the package is not installed: pip install tensorboard")
 

@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from randlora.errors import SettingsError, check_choice
+from randlora.bounds import Bounded
+from randlora.errors import SettingsError
 from randlora.records.metrics import Row
 from randlora.records.result import Result
 
 
 @dataclass
-class Wandb:
+class Wandb(Bounded):
     """Each run of a sweep is a W&B run of its own; a run that fails ends as failed.
 
     Args:
@@ -23,13 +24,12 @@ class Wandb:
         entity: The account or team; None for the default.
     """
 
+    section: ClassVar[str] = "logger.wandb"
+
     project: str = "randlora"
-    mode: str = "online"
+    mode: Literal["online", "offline", "disabled"] = "online"
     entity: str | None = None
     _run: Any = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_choice("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))
 
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         import wandb
@@ -40,7 +40,7 @@ class Wandb:
             self._run = wandb.init(
                 project=self.project,
                 entity=self.entity,
-                mode=self.mode,  # type: ignore[arg-type]
+                mode=self.mode,
                 name=f"{method} {model} {task}",
                 group=f"{task}/{model}",
                 id=signature,

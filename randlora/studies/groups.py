@@ -62,17 +62,35 @@ def value(result: Result, key: str) -> str:
         key: A metric such as ``test/accuracy``, a field of Result such as ``method`` or ``collection``, or a setting
             such as ``trainer.learning_rate``.
     """
-    if "/" in key:
-        content: object = result.metrics.get(key)
-    elif hasattr(result, key):
-        content = getattr(result, key)
-    else:
-        content = result.config
-        for part in key.split("."):
-            content = content.get(part) if isinstance(content, Mapping) else None
+    content = _content(result, key)
     if isinstance(content, float):
         return f"{content:.4g}"
-    return "" if content is None else str(content)
+    return "" if content in (None, _ABSENT) else str(content)
+
+
+def check_keys(results: Sequence[Result], keys: Sequence[str]) -> None:
+    """Raises SettingsError for a key that none of the results has."""
+    for key in keys:
+        if results and all(_content(result, key) is _ABSENT for result in results):
+            raise SettingsError(
+                f"{key}: no run has it; give a metric such as test/accuracy, a setting such as method.rank, or a "
+                "field of result.json"
+            )
+
+
+_ABSENT = object()
+
+
+def _content(result: Result, key: str) -> object:
+    """What `value` is the text of; _ABSENT where there is nothing of that name."""
+    if "/" in key:
+        return result.metrics.get(key, _ABSENT)
+    if hasattr(result, key):
+        return getattr(result, key)
+    content: object = result.config
+    for part in key.split("."):
+        content = content.get(part, _ABSENT) if isinstance(content, Mapping) else _ABSENT
+    return content
 
 
 def select(results: Sequence[Result], conditions: Sequence[str]) -> list[Result]:

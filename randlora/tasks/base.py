@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from randlora.adapters.core import require_adaptation
+from randlora.bounds import Bounded, Count, CountOrZero, FolderName, Fraction, Seed
 from randlora.data.loader import Encoder, Split
 from randlora.data.sources import Source, Table
-from randlora.data.subsets import check_budget, few_shot, fractional, split_validation, subsample, validation_size_of
+from randlora.data.subsets import few_shot, fractional, split_validation, subsample, validation_size_of
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model
 
@@ -21,15 +22,19 @@ Batch = Mapping[str, Any]  # tensors by name, and what else an encoder's collate
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Bounded):
     """How much of the training set is used: `shots` per class, a `fraction`, or all. `seed` draws it."""
 
-    seed: int
-    shots: int | None = None
-    fraction: float | None = None
+    section: ClassVar[str] = ""
+
+    seed: Seed
+    shots: Count | None = None
+    fraction: Fraction | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self.shots, self.fraction)
+        super().__post_init__()
+        if self.shots is not None and self.fraction is not None:
+            raise SettingsError(f"shots={self.shots} and fraction={self.fraction}: give one of them")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Bound(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Bounded, ABC):
     """A data set and its score; the model decides the head.
 
     A set without a validation split gives a tenth of its training split for one, no more than `validation_size` rows.
@@ -89,16 +94,17 @@ class Task(ABC):
             published ones, and the record's config shows it.
     """
 
+    section: ClassVar[str] = "task"
     kinds: ClassVar[tuple[str, ...]]  # of models that it makes sense with
     version: ClassVar[int] = 1  # raised when scores stop being comparable
     zero_shot: ClassVar[bool] = False  # whether a model without a head is scored before training, too
     unreadable = 0.0  # the largest share of a split that may be damaged and left out; a setting where files may be
 
-    name: str
+    name: FolderName
     source: Source
-    sizes: Mapping[str, int | Sequence[int]] | None = None
-    validation_size: int = 5000
-    test_size: int | None = None
+    sizes: Mapping[str, Count | Sequence[Count]] | None = None
+    validation_size: CountOrZero = 5000
+    test_size: Count | None = None
 
     def check(self) -> None:
         """Raises SettingsError for data that are known to be missing, without opening them."""

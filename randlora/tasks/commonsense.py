@@ -10,17 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
 
+from randlora.bounds import Count
 from randlora.data.loader import Encoder, Item
 from randlora.data.questions import question
 from randlora.data.sources import Joined, Source, Table
 from randlora.data.subsets import subsample
 from randlora.data.texts import PromptEncoder, pad, pad_inputs
-from randlora.errors import check_choice
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch
 from randlora.tasks.language_model import IGNORED, LabelledTokens, LanguageModelTask
@@ -51,13 +51,9 @@ class Commonsense(LanguageModelTask):
     version: ClassVar[int] = 2  # 1 asked with the blanks before the response as tokens of their own
 
     tests: Source | None = None
-    scoring: str = "generation"
+    scoring: Literal["generation", "likelihood"] = "generation"
     train_on_inputs: bool = True
-    max_length: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("task.scoring", self.scoring, ("generation", "likelihood"))
+    max_length: Count = 256
 
     def check(self) -> None:
         super().check()

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from randlora.bounds import Count, CountOrZero, NotNegative, Share
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table
 from randlora.data.texts import PromptEncoder
-from randlora.errors import check_count, check_range
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch
 from randlora.tasks.language_model import LabelledTokens, LanguageModelTask
@@ -43,17 +43,11 @@ class DataToText(LanguageModelTask):
 
     headline: ClassVar[str] = "bleu"
 
-    label_smoothing: float = 0.1
-    beams: int = 10
-    max_new_tokens: int = 64
-    length_penalty: float = 0.8
-    no_repeat_ngram: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("task.label_smoothing", self.label_smoothing, 0, 1)
-        check_count("task.no_repeat_ngram", self.no_repeat_ngram, 0)
-        check_range("task.length_penalty", self.length_penalty, 0)
+    label_smoothing: Share = 0.1
+    beams: Count = 10
+    max_new_tokens: Count = 64
+    length_penalty: NotNegative = 0.8
+    no_repeat_ngram: CountOrZero = 4
 
     def remark(self) -> str | None:
         return meteor_is_missing()

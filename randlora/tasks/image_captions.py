@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor, nn
 
 from randlora.data.loader import Item
@@ -28,7 +29,7 @@ class ImageCaptions(ImageClassification):
 
     kinds: ClassVar[tuple[str, ...]] = ("clip",)
 
-    captions: Sequence[str] = ("a photo of a {name}",)
+    captions: Annotated[Sequence[str], Len(1)] = ("a photo of a {name}",)
     kinds_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def bind(self, backbone: Backbone) -> Bound:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from string import Formatter
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.data.images import check_augmentation, image_transform
+from randlora.bounds import Share, Template
+from randlora.data.images import Augmentation, image_transform
 from randlora.data.labels import Names, check_names, class_names, described, labelled
 from randlora.data.loader import Encoder, Item
 from randlora.data.sources import Table, check_columns
-from randlora.errors import SettingsError, check_choice, check_range
+from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.mixins import FrozenFeatures, KnownShapes
@@ -41,25 +41,19 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
     zero_shot: ClassVar[bool] = True
 
     class_names: Names = None
-    templates: Sequence[str] = ("An image of {}",)
-    ensemble: Sequence[str] = ()
-    prompts: str = "templates"
-    classes: str = "all"
-    logit_scale: str = "exp"
-    augmentation: str = "crop_flip"
-    unreadable: float = 0.0
+    templates: Sequence[Template] = ("An image of {}",)
+    ensemble: Sequence[Template] = ()
+    prompts: Literal["templates", "ensemble"] = "templates"
+    classes: Literal["batch", "all"] = "all"
+    logit_scale: Literal["exp", "raw"] = "exp"
+    augmentation: Augmentation = "crop_flip"
+    unreadable: Share = 0.0
 
     def __post_init__(self) -> None:
-        check_augmentation(self.augmentation)
-        check_range("task.unreadable", self.unreadable, 0, 1)
-        check_choice("task.classes", self.classes, ("batch", "all"))
-        check_choice("task.logit_scale", self.logit_scale, ("exp", "raw"))
-        check_choice("task.prompts", self.prompts, ("templates", "ensemble"))
-        for name in ("templates", "ensemble"):
-            check_templates(f"task.{name}", getattr(self, name))
+        check_names(self.name, self.class_names)
+        super().__post_init__()
         if not getattr(self, self.prompts):
             raise SettingsError(f"task.prompts={self.prompts}: task {self.name} lists no templates there")
-        check_names(self.name, self.class_names)
         if self.class_names is not None and not self.class_names:
             raise SettingsError(f"task {self.name}: class_names must be at least one, or null for the data's own")
 
@@ -151,7 +145,7 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
 class ImageEncoder(Encoder):
     """image (3, size, size) float32 and label."""
 
-    def __init__(self, pixels: Pixels, augmentation: str):
+    def __init__(self, pixels: Pixels, augmentation: Augmentation):
         self.transform, self.random = image_transform(pixels, augmentation), augmentation != "none"
 
     def __call__(self, example: Item) -> dict[str, Any]:
@@ -186,19 +180,6 @@ class ImageClassifier(nn.Module):
         return self.classify(self.image_features(images) if features is None else features, classes)  # type: ignore[arg-type]
 
 
-def check_templates(name: str, templates: Sequence[str]) -> None:
-    """Raises SettingsError unless every template is a text with one place for the class name, written {}."""
-    if isinstance(templates, str):
-        raise SettingsError(f"{name}={templates!r}: must be a list of templates")
-    for template in templates:
-        try:
-            parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-        except (TypeError, ValueError):  # no text; a brace alone
-            parts = []
-        if parts != [("", "", None)]:
-            raise SettingsError(f"{name}: {template!r} must be a text with one {{}}, where the class name goes")
-
-
 def _drops(module: nn.Module) -> bool:
     """Whether the module draws anything in training: dropout of activations, paths or patches."""
     return any("Drop" in type(m).__name__ and (getattr(m, "p", 0) or getattr(m, "prob", 0)) for m in module.modules())
@@ -213,7 +194,7 @@ class ClipClassifier(ImageClassifier):
 
     tokens: Tensor
 
-    def __init__(self, backbone: Backbone, names: Sequence[str], templates: Sequence[str], exp_scale: bool = True):
+    def __init__(self, backbone: Backbone, names: Sequence[str], templates: Sequence[Template], exp_scale: bool = True):
         super().__init__()
         assert backbone.tokenizer is not None
         self.clip, self.exp_scale = backbone.module, exp_scale

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.bounds import Count
 from randlora.data.loader import Item, Split
 from randlora.data.texts import TokenEncoder, pad, pad_inputs
-from randlora.errors import check_count
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch, Bound, Budget, Splits, Task
 from randlora.tasks.chunked_cross_entropy import chunked_cross_entropy
@@ -60,13 +60,9 @@ class LanguageModelTask(KnownShapes, UnequalExamples, Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
-    max_length: int = 512
-    beams: int = 4
-    max_new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("beams", "max_new_tokens", "max_length"):
-            check_count(f"task.{name}", getattr(self, name))
+    max_length: Count = 512
+    beams: Count = 4
+    max_new_tokens: Count = 32
 
     def bind(self, backbone: Backbone) -> Bound:
         return Bound(LanguageModel(backbone))
@@ -133,7 +129,7 @@ class LanguageModel(nn.Module):
         return self._run(self.lm, inputs, logits_to_keep=keep).logits
 
     @torch.no_grad()
-    def generate(self, inputs: dict[str, Tensor], pad: int, num_beams: int, **settings: Any) -> Tensor:
+    def generate(self, inputs: dict[str, Tensor], pad: int, num_beams: Count, **settings: Any) -> Tensor:
         """The new tokens (B, new) of a beam search after prompts that are padded on the left.
 
         `settings` are those of transformers' generate.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor, nn
 
+from randlora.bounds import Count
 from randlora.data.labels import Names, check_names, check_real_valued, class_names, described, labelled
 from randlora.data.loader import Item
 from randlora.data.sources import Table, check_columns
 from randlora.data.texts import TokenEncoder, pad_inputs
-from randlora.errors import SettingsError, check_choice, check_count
+from randlora.errors import SettingsError, check_choice
 from randlora.models.base import Backbone, Model
 from randlora.tasks.base import Batch, Bound, Task
 from randlora.tasks.mixins import KnownShapes
@@ -61,17 +63,14 @@ class TextClassification(KnownShapes, Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("text", "causal_lm")
 
-    texts: Sequence[str] = ("sentence",)
+    texts: Annotated[Sequence[str], Len(1, 2)] = ("sentence",)
     class_names: Names = ()
-    metrics: Sequence[str] = ("accuracy",)
-    max_length: int = 128
+    metrics: Annotated[Sequence[str], Len(1)] = ("accuracy",)
+    max_length: Count = 128
 
     def __post_init__(self) -> None:
-        check_count("task.max_length", self.max_length)
-        unknown = [metric for metric in self.metrics if metric not in METRICS]
-        if unknown or not self.metrics:
-            raise SettingsError(f"task.metrics={list(self.metrics)!r}: choose from {', '.join(METRICS)}")
         check_names(self.name, self.class_names)
+        super().__post_init__()
         allowed = ("accuracy", "f1", "matthews") if self.classifies else ("pearson", "spearman")
         for metric in self.metrics:
             check_choice("task.metrics", metric, allowed)

@@ -154,10 +154,10 @@ class Checkpoints:
         _check(path / TENSORS, stored, kept, content["tensors"])
         tensors = load_file(path / TENSORS)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in kept}
-        for stored_name, value in tensors.items():
-            if stored_name.startswith(OF_OPTIMIZER):
-                _, key, name = stored_name.split("/", 2)
-                states[name][key] = value.to("cpu" if key == "step" else kept[name].device)
+        for name, value in tensors.items():
+            if name.startswith(OF_OPTIMIZER):
+                _, key, parameter = name.split("/", 2)
+                states[parameter][key] = value.to("cpu" if key == "step" else kept[parameter].device)
         with torch.no_grad():
             for name, tensor in kept.items():
                 tensor.copy_(tensors[OF_MODEL + name])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from randlora.bounds import check
 from randlora.errors import SettingsError
 
 
@@ -21,7 +22,8 @@ class Optimizer:
         settings: What the class takes beside the parameters, the rate and the weight decay; a list is a tuple there.
 
     Raises:
-        SettingsError: For a class or a setting that torch does not have. The settings' values are seen by `check`.
+        SettingsError: For a class or a setting that torch does not have, or a value of another type; `check` sees the
+            ranges.
     """
 
     def __init__(self, algorithm: str = "AdamW", **settings: Any):
@@ -34,6 +36,7 @@ class Optimizer:
         for name in self.settings:
             if name not in known:
                 raise SettingsError(f"optimizer.{name}: torch.optim.{algorithm} has {', '.join(known)}")
+        check("optimizer", get_type_hints(self._class.__init__), self.settings)
 
     def describe(self) -> dict[str, Any]:
         """The class's name and its settings, as plain data."""

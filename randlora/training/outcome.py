@@ -15,6 +15,7 @@ class Fit:
 
     `trainable_parameters` are those of the updates at its end, of a method that grows more than at the start.
     `selected_step` is the step whose parameters the model now has, where the best was to be selected.
+    `micro_batch_size` is what `auto_batch` has left of it, where that was allowed to lower it.
     """
 
     steps: int
@@ -22,3 +23,4 @@ class Fit:
     seconds_per_step: float
     trainable_parameters: int
     selected_step: int | None = None
+    micro_batch_size: int | None = None

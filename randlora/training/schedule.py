@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from randlora.errors import check_choice, check_range
-
-SCHEDULES = ("cosine", "linear", "constant")
-
-
-def check_schedule(schedule: str, warmup: float, final: float) -> None:
-    """Raises SettingsError for what `rate_factor` cannot follow."""
-    check_choice("trainer.schedule", schedule, SCHEDULES)
-    check_range("trainer.warmup", warmup, 0)
-    check_range("trainer.final_rate", final, 0, 1.0001)
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import nn
 
 from randlora.adapters.core import Adaptation
+from randlora.bounds import Bounded, Count, NotNegative, Positive
 from randlora.data.loader import Split
-from randlora.errors import SettingsError, check_choice, check_count, check_positive, check_range
+from randlora.errors import SettingsError
 from randlora.records.signature import EXCLUDED_FROM_HASH
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
-from randlora.training.schedule import check_schedule, rate_factor, warmup_steps
+from randlora.training.precision import Precision
+from randlora.training.processes import processes
+from randlora.training.schedule import Schedule, rate_factor, warmup_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+MOST_STEPS = 10**8  # at a thousand a second, a day
+BatchSize = Annotated[int, Ge(1), Le(2**20)]
 
 
 class Observer(Protocol):
@@ -37,7 +45,7 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Bounded):
     """The settings of a training that all methods share; the optimiser's own are in `Optimizer`.
 
     Args:
@@ -46,6 +54,7 @@ class Settings:
         min_steps_per_epoch: An epoch of a small set is repeated up to this.
         batch_size: Examples of a step, over all processes.
         micro_batch_size: Examples at a time, per process; None: all of a step at once.
+        auto_batch: Whether to halve `micro_batch_size` where memory runs out in a step, and to take the step again.
         evaluation_batch_size: Examples at a time where the model is scored, per process.
         learning_rate: Of the updates.
         head_learning_rate: Of the task's head; None: the same.
@@ -66,54 +75,44 @@ class Settings:
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
         workers: Processes that read and decode; 0 for none beside this one.
+        peer_timeout: Minutes that one of several processes waits for another before it gives up.
     """
 
-    epochs: float = 10
-    max_steps: int | None = None
-    min_steps_per_epoch: int = 0
-    batch_size: int = 128
-    micro_batch_size: int | None = None
-    evaluation_batch_size: int = 256
-    learning_rate: float = 1e-3
-    head_learning_rate: float | None = None
-    weight_decay: float = 0.1
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    final_rate: float = 0.01
-    max_grad_norm: float | None = 1.0
-    precision: str = "fp32"
-    evaluate_every: int | None = None
-    select: str = "last"
-    sampling: str = "permutation"
-    save_every: int | None = None
-    save_minutes: float | None = 5
-    keep_last: int = 2
-    log_every: int = 10
-    device: str = "auto"
-    workers: int = 0
+    section: ClassVar[str] = "trainer"
+
+    epochs: Positive = 10
+    max_steps: Annotated[int, Ge(1), Lt(MOST_STEPS)] | None = None
+    min_steps_per_epoch: Annotated[int, Ge(0), Lt(MOST_STEPS)] = 0
+    batch_size: BatchSize = 128
+    micro_batch_size: BatchSize | None = None
+    auto_batch: bool = False
+    evaluation_batch_size: BatchSize = 256
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
+    weight_decay: NotNegative = 0.1
+    schedule: Schedule = "cosine"
+    warmup: NotNegative = 0.0
+    final_rate: Annotated[float, Ge(0), Le(1)] = 0.01
+    max_grad_norm: Positive | None = 1.0
+    precision: Precision = "fp32"
+    evaluate_every: Count | None = None
+    select: Literal["last", "best"] = "last"
+    sampling: Literal["permutation", "replacement"] = "permutation"
+    save_every: Count | None = None
+    save_minutes: Positive | None = 5
+    keep_last: Count = 2
+    log_every: Count = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Ge(0), Le(256)] = 0
+    peer_timeout: Positive = 10
 
     def __post_init__(self) -> None:
-        check_positive("trainer.epochs", self.epochs)
-        for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
-            if getattr(self, name) is not None:
-                check_count(f"trainer.{name}", getattr(self, name))
-        check_count("trainer.min_steps_per_epoch", self.min_steps_per_epoch, 0)
-        for name in ("batch_size", "evaluation_batch_size", "keep_last", "log_every"):
-            check_count(f"trainer.{name}", getattr(self, name))
-        check_count("trainer.workers", self.workers, 0)
-        check_positive("trainer.learning_rate", self.learning_rate)
-        if self.head_learning_rate is not None:
-            check_positive("trainer.head_learning_rate", self.head_learning_rate)
-        if self.max_grad_norm is not None:
-            check_positive("trainer.max_grad_norm", self.max_grad_norm)
-        if self.save_minutes is not None:
-            check_positive("trainer.save_minutes", self.save_minutes)
-        check_range("trainer.weight_decay", self.weight_decay, 0)
-        check_schedule(self.schedule, self.warmup, self.final_rate)
-        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
-        check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
-        check_choice("trainer.sampling", self.sampling, ("permutation", "replacement"))
-        check_choice("trainer.select", self.select, ("last", "best"))
+        super().__post_init__()
+        if (self.micro_batch_size or 1) > self.batch_size:
+            raise SettingsError(
+                f"trainer.micro_batch_size={self.micro_batch_size}: must be at most trainer.batch_size, "
+                f"{self.batch_size}, or null for all of a process's share at once"
+            )
         if self.select == "best" and self.evaluate_every is None:
             raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
 
@@ -121,10 +120,32 @@ class Settings:
         """The settings that change the result, by name: all but those that the run's signature leaves out."""
         return {key: value for key, value in vars(self).items() if f"trainer.{key}" not in EXCLUDED_FROM_HASH}
 
+    @property
+    def micro(self) -> int:
+        """Examples at a time of one process that has all of a step."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+    def halved(self) -> Self:
+        """The same with half the micro-batch, for a step that does not fit in memory."""
+        return replace(self, micro_batch_size=self.micro // 2)
+
     def steps(self, examples: int) -> int:
-        """The optimiser's steps over a training set of this size."""
-        per_epoch = max(examples / self.batch_size, self.min_steps_per_epoch)
-        return self.max_steps or max(1, round(self.epochs * per_epoch))
+        """The optimiser's steps over a training set of this size.
+
+        SettingsError where they are more than anyone can wait for, or fewer than those of the warm-up.
+        """
+        length = self.max_steps or self.epochs * max(examples / self.batch_size, self.min_steps_per_epoch)
+        if length >= MOST_STEPS:
+            raise SettingsError(
+                f"trainer.epochs={self.epochs}: makes {length:.3g} steps of {examples:,} examples, and a run has fewer "
+                f"than {MOST_STEPS:,}; lower it, or give trainer.max_steps"
+            )
+        steps = max(1, round(length))
+        if self.warmup >= 1 and self.warmup > steps:
+            raise SettingsError(
+                f"trainer.warmup={self.warmup}: the run has {steps:,} steps; give at most so many, or a part below 1"
+            )
+        return steps
 
     def rate_factor(self, step: int, steps: int, born: int = 0) -> float:
         """Of the rate at `step` of `steps` for parameters that came at step `born`, whose warm-up is as long as any."""
@@ -144,11 +165,12 @@ class Settings:
         """The devices and processes of this run."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("trainer.device=cuda: torch sees no CUDA device here; use auto or cpu")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # The buffers are the fixed bases, which every process draws alike.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        accelerator = Accelerator(cpu=self.device == "cpu", kwargs_handlers=[ddp])
+        accelerator = processes(self.device == "cpu", self.peer_timeout)
+        if self.auto_batch and accelerator.num_processes > 1:
+            raise SettingsError(
+                f"trainer.auto_batch=true: the {accelerator.num_processes} processes of a step cannot repeat it alone; "
+                "give trainer.micro_batch_size"
+            )
         if self.batch_size % accelerator.num_processes:
             raise SettingsError(
                 f"trainer.batch_size={self.batch_size}: must divide by the {accelerator.num_processes} processes"

@@ -1,0 +1,239 @@
+"""The steps of a training, from the last checkpoint to the end: the same for every method, model and task."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.adapters.core import cached, require_adaptation, resume
+from randlora.adapters.interface import Step, describe
+from randlora.data.loader import loader, training_keys
+from randlora.errors import SettingsError
+from randlora.rng import integer
+from randlora.signals import STOP, Interrupted
+from randlora.tasks.base import Bound, Splits, Task
+from randlora.training.best_step import BestStep
+from randlora.training.checkpoint import Checkpoints, State, Tensors, latest
+from randlora.training.evaluate import brief, norms, prefixed, summed, terms, to_device
+from randlora.training.optimizers import Optimizer
+from randlora.training.out_of_memory import out_of_memory
+from randlora.training.outcome import Diverged, Fit
+from randlora.training.precision import attention_rule, autocast
+from randlora.training.settings import Observer, Settings
+from randlora.training.watch import LossWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Loop:
+    """One training: the settings, and what changes while it goes."""
+
+    def __init__(
+        self, settings: Settings, task: Task, bound: Bound, splits: Splits, seed: int, folder: Path, observer: Observer,
+        accelerator: Accelerator, optimizer: Optimizer, steps: int | None = None,
+    ):  # fmt: skip
+        self.settings, self.task, self.splits, self.seed = settings, task, splits, seed
+        self.folder, self.observer, self.accelerator = folder, observer, accelerator
+        self.adaptation = require_adaptation(bound.model)
+        self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
+        self.bound, self.algorithm = bound, optimizer
+        if accelerator.ddp_handler is not None:
+            # Every forward reaches every update; of a whole model it may leave out some (a mask token).
+            accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
+        self.assemble()
+        self.steps = steps or settings.steps(len(splits.train))
+        about = {"seed": seed, "steps": self.steps, "examples": len(splits.train)}
+        about |= settings.decisive() | {"method": describe(self.adaptation.method), "optimizer": optimizer.describe()}
+        self.checkpoints = Checkpoints(folder, about, settings.keep_last)
+        self.best = BestStep() if settings.select == "best" else None
+        if self.best and not len(splits.validation):
+            raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
+        self.watch = LossWatch()
+        self.stopping = False  # as all processes know it
+        self.saved_at, self.save_due = time.monotonic(), False
+
+    def assemble(self, known: Mapping[Tensor, Any] | None = None) -> None:
+        """An optimiser and processes for what is trained now; given an earlier optimiser's state, it is kept."""
+        self.trained = self.bound.trained()
+        groups = self.settings.parameter_groups(self.adaptation, self.bound.head)
+        self.optimizer = self.algorithm.over(group | {"initial_lr": group["lr"]} for group in groups)
+        if known is not None:
+            self.optimizer.state.update((tensor, known[tensor]) for tensor in self.trained.values() if tensor in known)
+            self.accelerator.free_memory()  # of the processes' earlier wrapper
+        self.model: nn.Module = self.accelerator.prepare(self.plain)
+
+    def tensors(self, names: Collection[str] | None = None) -> Tensors:
+        """What a checkpoint is of; given the names in one, the updates first take the tensors that they had then."""
+        if names is not None and resume(self.plain, names):
+            self.assemble({})
+        # Also the updates' fixed tensors that no seed gives again.
+        fixed = {name: tensor for name, tensor in self.adaptation.saved().items() if not tensor.requires_grad}
+        return Tensors(self.trained | fixed, self.optimizer)
+
+    def fit(self, strict: bool) -> Fit:
+        """All steps from the newest valid checkpoint on; see `Trainer.fit`."""
+        state = self.checkpoints.resume(self.tensors, self.observer.say, strict)
+        if summed(self.accelerator, state.step)[0] != state.step * self.accelerator.num_processes:
+            raise RuntimeError(f"processes read different checkpoints in {self.folder}: do all see the same files?")
+        if state.step:
+            self.best = state.best
+            self.observer.say(f"going on from step {state.step} of {self.steps}")
+        self.observer.begin(state.step)
+        with STOP:
+            if not state.scored:
+                self.validate(state.step)
+            seconds = self.train(state.step, state.train_seconds)
+        selected = self.restore_best(self.best) if self.best else None
+        self.plain.train()  # drops what an evaluation before has kept of other parameters
+        count = sum(tensor.numel() for tensor in self.adaptation.trained().values())
+        self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
+        micro = self.settings.micro_batch_size if self.settings.auto_batch else None
+        return Fit(self.steps, seconds, seconds / self.steps, count, selected, micro)
+
+    def train(self, start: int, seconds: float) -> float:
+        """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
+        settings, self.fed = self.settings, self.batches(start)
+        for step in range(start, self.steps):
+            began, done, at = time.perf_counter(), step + 1, self.at(step)
+            loss, norm = self.step(at)
+            seconds += time.perf_counter() - began
+            self._report(done, loss, norm, at.rate)
+            scored = False
+            with suppress(Interrupted):  # it is then scored again when the run goes on
+                if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
+                    self.validate(done)
+                scored = True
+            stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
+            if stopping or self.save_due or done == self.steps or self._due(settings.save_every, done):
+                self._save(State(done, seconds, self.best, scored))
+            if stopping:
+                raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
+        return seconds
+
+    def at(self, step: int) -> Step:
+        """Where the training is at a step, whose learning rates the optimiser is given."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.settings.rate_factor(step, self.steps, group.get("born", 0))
+        rate = self.settings.learning_rate * self.settings.rate_factor(step, self.steps)
+        return Step(step, self.steps, rate, self.seed)
+
+    def validate(self, done: int) -> None:
+        """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
+        about = self.observer, self.accelerator
+        scores = self.settings.evaluate(self.task, self.plain, self.splits.validation, *about)
+        if self.best and self.splits.labelled is not None:
+            scores |= {"loss": self.settings.mean_loss(self.task, self.plain, self.splits.labelled, *about)}
+        named = prefixed("validation", scores) | norms(self.plain)
+        self.observer.log(named, done)
+        self.observer.say(f"step {done}: {brief(named)}")
+        if self.best:
+            self.best = self.best.or_now(done, scores, self.trained)
+
+    def restore_best(self, best: BestStep) -> int:
+        """Gives the model its best parameters; returns their step."""
+        if not best.step:
+            raise Diverged("trainer.select=best: the validation loss was never finite")
+        self.tensors(best.parameters)
+        best.give_to(self.trained)
+        self.observer.say(f"selected step {best.step} of {self.steps}, with a validation loss of {best.loss:.4g}")
+        return best.step
+
+    def step(self, step: Step) -> tuple[float, float]:
+        """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
+        self.model.train()
+        # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
+        torch.manual_seed(integer("noise", self.seed, step.number, self.accelerator.process_index))
+        self.adaptation.method.before_step(self.adaptation.updates.values(), step)
+        try:
+            mean = self.gradients(next(self.fed), step)
+        except (RuntimeError, MemoryError) as error:
+            if not self.settings.auto_batch or not out_of_memory(error) or self.settings.micro == 1:
+                raise
+            self.settings = self.settings.halved()
+        else:
+            return self.stepped(mean, step)
+        # Here and not above: an error being handled holds the tensors that did not fit.
+        self.observer.say(
+            f"step {step.number}: out of memory; from here on trainer.micro_batch_size={self.settings.micro}"
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.fed = self.batches(step.number)
+        return self.step(step)
+
+    def gradients(self, batches: list[dict[str, Any]], step: Step) -> float:
+        """Puts a step's gradients at the trained tensors; returns this process's part of the mean loss."""
+        device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
+        micro = [to_device(batch, device) for batch in batches]
+        weights = [terms(self.task, batch) for batch in micro]
+        (total,) = summed(self.accelerator, sum(weights))
+        if not total:
+            raise SettingsError(f"step {step.number}: its examples have nothing to learn; are they cut too short?")
+        mean = torch.zeros((), device=device)
+        unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
+        with unchanged, attention_rule(device.type, precision):
+            for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
+                last = i == len(micro) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    with autocast(device.type, precision):
+                        loss = self.task.loss(self.model, batch)
+                    # Processes' gradients are averaged, so each counts `world` times over the weight of all.
+                    share = loss * (weight * world / total)
+                    penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
+                    self.accelerator.backward(share if penalty is None else share + penalty)
+                mean += loss.detach() * (weight / total)
+        return float(mean)
+
+    def stepped(self, mean: float, step: Step) -> tuple[float, float]:
+        """Takes the optimiser's step with the gradients that are there; see `step`."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
+        late = time.monotonic() - self.saved_at > 60 * (self.settings.save_minutes or math.inf)
+        value, stopping, saving = summed(self.accelerator, mean, STOP.came, late)
+        # Every process saves and stops after the same step.
+        size, self.stopping, self.save_due = float(norm), stopping > 0, saving > 0
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise Diverged(
+                f"step {step.number}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {latest(self.folder) or 'none'}"
+            )
+        method, updates = self.adaptation.method, self.adaptation.updates.values()
+        if method.after_backward(updates, step):
+            self.assemble(self.optimizer.state)
+        self.optimizer.step()
+        method.after_step(updates, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, size
+
+    def batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
+        """This process's micro-batches of every step from `start` to the end."""
+        settings, process = self.settings, self.accelerator
+        steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
+        shape = len(self.splits.train), settings.batch_size, steps, self.seed, rank, world
+        keys = training_keys(*shape, settings.sampling == "replacement")
+        return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
+
+    def _due(self, every: int | None, done: int) -> bool:
+        return every is not None and done % every == 0 and done < self.steps
+
+    def _report(self, done: int, loss: float, norm: float, rate: float) -> None:
+        if warning := self.watch.add(loss):
+            self.observer.say(f"step {done}: {warning}")
+        if done % self.settings.log_every == 0 or done in (1, self.steps):
+            self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
+        self.observer.progress(done, self.steps, f"loss {loss:.3f}")
+
+    def _save(self, state: State) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(state, self.tensors())
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()

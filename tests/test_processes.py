@@ -1,0 +1,218 @@
+"""Several processes: they train what one does, end together when one fails, and say why."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import TASK, Quiet, StopsAt, splits
+from torch import nn
+
+import randlora
+from conftest import REPOSITORY, Attention, settings
+from randlora.config import build
+from randlora.errors import FAILED, SettingsError
+from randlora.experiment import Experiment
+from randlora.methods import Method, RandLoRA
+from randlora.records.result import Result
+from randlora.run import run
+from randlora.tasks.base import Bound
+from randlora.training import Interrupted, Optimizer, Trainer, processes
+from randlora.training.processes import REFUSED
+
+METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
+ADAPTED = ["layers.*_proj"]
+BROKEN_OFF = ("randlora", "edora", "full")  # EDoRA keeps fixed tensors, too
+STEPS = 6
+
+
+class Net(nn.Module):
+    """16 pixels, one attention of width 64 that every method can adapt, four classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(16, 64), nn.LayerNorm(64)
+        self.layers = nn.ModuleList([nn.ModuleDict({"attn": Attention(64, fused=False)})])
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        return self.head(x + self.layers[0]["attn"](x))
+
+
+@cache
+def method_of(name: str) -> Method:
+    if name == "kronecker":
+        return RandLoRA(basis="kronecker")
+    method = build(settings(f"method={name}")["method"])
+    return replace(method, ranks={"layers.0": 3}) if name == "gelora" else method  # else of the data
+
+
+def train(name: str, folder: Path, observer: Quiet | None = None) -> tuple[list[float], dict[str, float], torch.Tensor]:
+    """Every step's loss and gradient's norm, one validation example's scores, and what is trained.
+
+    Micro-batches of 3, then the rest. AdamW's epsilon is large, so that it neither hides a gradient's scale nor makes
+    a rounding error of a tiny gradient a difference of a whole step.
+    """
+    torch.manual_seed(0)
+    net, observer, data = Net(), observer or Quiet(), splits(validation=1)
+    method = method_of(name)
+    randlora.adapt(net, method, ADAPTED)
+    net.head.requires_grad_(True)
+    trainer = Trainer(max_steps=STEPS, batch_size=8, micro_batch_size=3, learning_rate=0.01, log_every=1, device="cpu")
+    accelerator = trainer.accelerator()
+    bound = Bound(net, None if name == "full" else net.head)
+    trainer.fit(
+        TASK, bound, data, seed=1, folder=folder, observer=observer, accelerator=accelerator,
+        optimizer=Optimizer("AdamW", eps=1e-3),
+    )  # fmt: skip
+    lines = [line for line in observer.metrics if "train/loss" in line]
+    losses = [line[key] for key in ("train/loss", "train/gradient_norm") for line in lines]
+    scores = trainer.evaluate(TASK, net, data.validation, observer, accelerator)
+    return losses, scores, torch.cat([p.detach().flatten() for p in bound.trained().values()])
+
+
+def of_two(work: Callable[[], object], patience: float = 120) -> list[int]:
+    """Does `work` in two forked processes that a launcher would have started; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def begin(rank: int) -> None:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+        os.environ.update(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        code = 99
+        try:
+            code = work() or 0  # type: ignore[assignment]
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # torch 2.14 with gloo now and then aborts while Python shuts down, all work done
+
+    started = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    started[0].join(patience)  # who writes the record, and waits for the other
+    started[1].join(1.0 if patience < 60 else patience)
+    for process in started:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def test_two_processes_train_what_one_does_by_every_method(tmp_path: Path) -> None:
+    """gloo on the CPU; a share of 4 examples is 3 and 1, an epoch of 30 ends within a batch, and one validates nothing.
+
+    A run stopped on two processes goes on on one, and the other way round.
+    """
+
+    def work() -> None:
+        from accelerate import PartialState
+
+        results = {}
+        for name in [*METHODS, "kronecker"]:
+            losses, scores, trained = train(name, tmp_path / name)
+            results[name] = [losses, scores, trained.tolist()]
+        for name in BROKEN_OFF:
+            with pytest.raises(Interrupted):
+                train(name, tmp_path / f"{name}_from_two", StopsAt(3))
+            results[f"{name} resumed"] = train(name, tmp_path / f"{name}_from_one")[2].tolist()
+        state = PartialState()
+        assert state.num_processes == 2
+        if state.is_main_process:
+            (tmp_path / "results.json").write_text(json.dumps(results))
+        state.wait_for_everyone()
+
+    alone = {name: train(name, tmp_path / "alone" / name) for name in [*METHODS, "kronecker"]}
+    for name in BROKEN_OFF:
+        with pytest.raises(Interrupted):
+            train(name, tmp_path / f"{name}_from_one", StopsAt(3))
+    assert of_two(work) == [0, 0]
+    results = json.loads((tmp_path / "results.json").read_text())
+    for name, (losses, scores, trained) in alone.items():
+        assert len(losses) == 2 * STEPS
+        assert results[name][0] == pytest.approx(losses, rel=1e-6, abs=1e-6), name
+        assert results[name][1] == pytest.approx(scores, abs=1e-6), name
+        torch.testing.assert_close(torch.tensor(results[name][2]), trained, rtol=1e-6, atol=1e-6, msg=name)
+        if name in BROKEN_OFF:
+            on_one = train(name, tmp_path / f"{name}_from_two")[2]
+            for other in (on_one, torch.tensor(results[f"{name} resumed"])):
+                torch.testing.assert_close(other, trained, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def broken_run(root: Path, fails: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Result:
+    """The record of a run of two processes that wait for each other, of which the second first does what `fails`."""
+    experiment = Experiment.from_config(settings(f"run_root={root}", "trainer.device=cpu", *overrides))
+
+    def train(experiment, record, accelerator):  # type: ignore[no-untyped-def]
+        if not accelerator.is_main_process:
+            fails()
+        accelerator.reduce(torch.ones(1))
+        return {"status": "finished"}
+
+    monkeypatch.setattr("randlora.run.train", train)
+    codes = of_two(lambda: run(experiment, "as: given\n").code, patience=15)
+    assert codes[0] == FAILED
+    assert codes[1] != 0
+    return Result.read(experiment.folder / "result.json")
+
+
+def key_error() -> None:
+    raise KeyError("pixels")
+
+
+def test_one_process_failure_is_recorded_with_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = broken_run(tmp_path, key_error, monkeypatch)
+    assert (result.status, result.error) == ("failed", "process 1 of 2: KeyError: 'pixels'")
+
+
+def test_a_failure_is_recorded_while_nothing_ends_the_wait_for_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with NCCL: the connection stays, so that the first process hears of it by the note alone."""
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("gc.collect", lambda: None if os.environ["RANK"] == "0" else time.sleep(600))
+    result = broken_run(tmp_path, key_error, monkeypatch)
+    assert (result.status, result.error) == ("failed", "process 1 of 2: KeyError: 'pixels'")
+
+
+def test_a_stuck_process_is_waited_for_no_longer_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = broken_run(tmp_path, lambda: time.sleep(600), monkeypatch, "trainer.peer_timeout=0.02")
+    assert result.status == "failed"
+    assert result.error.startswith("process 0 of 2 waited 0.02 minutes for another one and gave up: it is stuck")
+
+
+def test_a_killed_process_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = broken_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+    assert result.status == "failed"
+    assert result.error.startswith("process 0 of 2 lost another one, which ended without a word: was it killed?")
+
+
+ON = {name: "true" if "_USE_" in name else "4" for name in REFUSED} | {
+    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON)
+def test_what_accelerates_environment_adds_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ON:  # as `accelerate launch` sets them where nothing is asked for
+        monkeypatch.setenv(other, {"4": "1", "true": "false"}.get(ON[other], "no"))
+    Trainer(device="cpu").accelerator()
+    monkeypatch.setenv(name, ON[name])
+    with pytest.raises(SettingsError, match=f"{name}={ON[name]}: .* is not supported, because .*; unset it, or launch"):
+        Trainer(device="cpu").accelerator()
