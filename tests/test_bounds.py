@@ -184,8 +184,8 @@ def test_an_optimiser_takes_what_torch_declares(data: st.DataObject) -> None:
 
 def test_the_page_of_settings_is_what_is_declared() -> None:
     page = (REPOSITORY / "docs" / "settings.md").read_text()
-    assert runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))["page"]() == page, (
-        "python scripts/settings.py > docs/settings.md"
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))
+    assert script["page"]() == page, "python scripts/settings.py > docs/settings.md"
     )
 
 
