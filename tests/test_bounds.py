@@ -186,7 +186,6 @@ def test_the_page_of_settings_is_what_is_declared() -> None:
     page = (REPOSITORY / "docs" / "settings.md").read_text()
     script = runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))
     assert script["page"]() == page, "python scripts/settings.py > docs/settings.md"
-    )
 
 
 # Values as they stand on a command line, and as they arrive.
