@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 import randlora
@@ -54,9 +53,7 @@ def main() -> None:
         print(f"accuracy on new texts: {right:.3f}")
 
         # The adapter and the head: small, for this library.
-        randlora.save_adapter(model, Path(folder, "adapter"))
-        head = {name: p.detach().cpu() for name, p in model.score.named_parameters()}
-        save_file(head, Path(folder, "adapter", "head.safetensors"))
+        randlora.save_adapter(model, Path(folder, "adapter"), {"score": model.score})
 
         # A plain checkpoint, for everybody else: merge first.
         model.cpu().eval()

@@ -1,8 +1,9 @@
 """The composition root: composes the settings of a command line, runs them, and says how it ended.
 
 `randlora method=randlora model=clip task=cifar10` after installation, `python train.py …` in a clone. Exit codes:
-0 finished or skipped, 1 failed, 2 wrong settings, 85 interrupted with a checkpoint to resume. Only Hydra is imported
-before the settings are known to compose, so that --help, --cfg job and a typo answer at once.
+0 finished or skipped, 1 failed, 2 wrong settings, 75 another process is running the run, 85 interrupted. Signals are
+heard before anything else is imported; only Hydra is before the settings are known to compose, so that --help, --cfg
+job and a typo answer at once.
 """
 
 from __future__ import annotations
@@ -10,26 +11,36 @@ from __future__ import annotations
 import json
 import os
 import sys
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
 from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
 from randlora.overrides import explained
+from randlora.signals import STOP, Interrupted
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main() -> int:
     """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    with STOP:
+        return _main()
+
+
+def _main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         from randlora.usage import usage
 
         print(usage(sys.argv))
         return FINISHED
+    import hydra
+
     codes: list[int] = []
 
     def job(config: DictConfig) -> float | None:
+        if codes and STOP.came:
+            sys.exit(INTERRUPTED)
         code, objective = execute(config)
         codes.append(code)
         if code == INTERRUPTED:
@@ -54,17 +65,23 @@ def main() -> int:
 
 def execute(config: DictConfig) -> tuple[int, float | None]:
     """One run, or its dry run: the exit code, and the validation score, which a sweeper may optimise."""
+    from omegaconf import OmegaConf
+
     try:
         settings = plain(config)
         from randlora.experiment import Experiment
         from randlora.plan import dry_run, table
         from randlora.run import run
 
+        if settings["dry_run"]:
+            STOP.check()
         experiment = Experiment.from_config(settings)
         if settings["dry_run"] == "json":
             print(json.dumps(dry_run(experiment)))
             return FINISHED, None
         if settings["dry_run"]:
+            from hydra.core.hydra_config import HydraConfig
+
             from randlora.origins import differences
 
             print(table(dry_run(experiment)), differences(config, HydraConfig.get()), sep="\n\n")
@@ -74,6 +91,9 @@ def execute(config: DictConfig) -> tuple[int, float | None]:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_SETTINGS, None
+    except Interrupted as error:
+        print(f"{error}; nothing was begun", file=sys.stderr)
+        return INTERRUPTED, None
 
 
 def _end_process_group() -> None:

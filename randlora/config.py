@@ -46,7 +46,7 @@ class General(Bounded):
     data_root: Folder | None
     dry_run: bool | Literal["json"]
     predictions: bool
-    resume: bool
+    resume: bool | Literal["strict"]
     tags: Annotated[Sequence[str], DocInfo("a list such as [first,second]")]
 
     @classmethod

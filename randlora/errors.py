@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Collection
 
-FINISHED, FAILED, WRONG_SETTINGS, INTERRUPTED = 0, 1, 2, 85  # exit codes
+FINISHED, FAILED, WRONG_SETTINGS, BUSY, INTERRUPTED = 0, 1, 2, 75, 85  # exit codes
 
 
 class SettingsError(ValueError):

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from randlora.adapters import Report, adapt
+import torch
+
+from randlora.adapters import Report, adapt, calibrate
 from randlora.bounds import FolderName, check
 from randlora.config import General, build
+from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.methods import Method
 from randlora.models.base import Backbone, Model
 from randlora.records.record import Logger
 from randlora.records.signature import signature
-from randlora.tasks.base import Bound, Budget, Task
+from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.training import Optimizer, Trainer
+from randlora.training.evaluate import to_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,30 @@ class Experiment:
         """run_root/task/model/method/signature."""
         names = (self.task.name, self.model.name, self.method.name, signature(self.config, self.task.version))
         return Path(self.config["run_root"]).joinpath(*names)
+
+    def calibrated(self, backbone: Backbone, splits: Splits, accelerator: Accelerator) -> Experiment:
+        """The experiment with its method as training data make it, where it chooses by them; see `adapters.calibrate`.
+
+        The data are the batches that training begins with, in float32. Every process goes by what the first chooses.
+        """
+        count, size = self.method.calibration_examples, self.trainer.micro_batch_size or self.trainer.batch_size
+        if not count:
+            return self
+        module, train = backbone.module, splits.train
+        before, device = next(module.parameters()).device, accelerator.device
+        with torch.random.fork_rng():  # so that the head to come starts as with any other method
+            model = self.task.bind(backbone).model.to(device).eval()
+        keys = training_keys(len(train), size, range(-(-min(count, len(train)) // size)), self.budget.seed)
+        batches = chain.from_iterable(loader(train, keys, self.trainer.workers))
+        method = calibrate(
+            module, self.method, self.patterns, batches, lambda batch: self.task.loss(model, to_device(batch, device))
+        )
+        module.to(before)
+        if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (method,) = broadcast_object_list([method])
+        return replace(self, method=method)
 
     def adapt(self, backbone: Backbone) -> Report:
         """Puts the method's updates into the backbone's module, in place; SettingsError for sizes beyond all memory."""

@@ -21,14 +21,16 @@ from randlora.training.precision import autocast
 
 
 def dry_run(experiment: Experiment) -> dict[str, Any]:
-    """`counts`, `lengths`, and `memory` by `memory_plan`."""
-    return counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    """`counts`, `lengths`, `memory` by `memory_plan`, and the method's `remark` where it has one."""
+    remark = experiment.method.remark
+    plan = counts(experiment) | lengths(experiment) | {"memory": memory_plan(experiment)}
+    return plan if remark is None else plan | {"remark": remark}
 
 
 def counts(experiment: Experiment) -> dict[str, Any]:
     """The sites and the parameters of a run, found on the meta device.
 
-    `adapter_bytes` is the tensors' alone; a file has under 4 kB more.
+    `adapter_bytes` is the tensors' alone; the files have some 2 kB more, and 6 bytes for each frozen tensor.
     """
     backbone = experiment.model.meta_model()
     report = replace(experiment, method=experiment.method.grown()).adapt(backbone)
@@ -91,6 +93,7 @@ def table(plan: Mapping[str, Any]) -> str:
     if plan["memory"]:
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if name != "total")
         lines.append(f"memory of a step {plan['memory']['total'] / 2**30:.2f} GiB: {shares}")
+    lines += [plan["remark"]] if "remark" in plan else []
     return "\n".join(lines)
 
 

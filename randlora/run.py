@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from randlora.adapters import save_adapter
+from randlora.adapters.interface import describe, method_from
 from randlora.data.loader import Unreadable
-from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError
+from randlora.errors import BUSY, FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
+from randlora.integrity import write
+from randlora.models.base import Backbone
 from randlora.plan import check_memory
 from randlora.records.console import Console
+from randlora.records.lock import Busy
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
-from randlora.training import Diverged, Interrupted
+from randlora.signals import STOP, Interrupted
+from randlora.tasks.base import Splits
+from randlora.training import Diverged, checkpoint
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
+NOTHING = "nothing was begun: the same command begins"  # of an interrupted run without a checkpoint
+LOST = "there was no checkpoint yet: the same command begins again"
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Outcome:
 def run(experiment: Experiment, config_yaml: str) -> Outcome:
     """Trains, unless a finished record says it has been done; leaves a record in every case.
 
+    Signals are requests to stop meanwhile; see `randlora.signals`.
+
     Args:
         experiment: What is run.
         config_yaml: Its settings as the record keeps them for a reader.
@@ -46,18 +61,27 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
     Raises:
         SettingsError: For settings that turn out wrong only now; the record has its sentence, too.
     """
+    with STOP:
+        return _run(experiment, config_yaml)
+
+
+def _run(experiment: Experiment, config_yaml: str) -> Outcome:
     config = experiment.config
     accelerator = experiment.trainer.accelerator()
     record = Record(experiment.folder, config, experiment.loggers, Console(), writes=accelerator.is_main_process)
-    done = record.result() if config["resume"] else None
-    if done is not None and done.status == "finished":
+    try:
+        if not config["resume"]:
+            STOP.check(accelerator)  # before anything is removed
+        done = _as_the_main_process(accelerator, partial(record.open, config_yaml, config["resume"]))
+    except (Busy, Interrupted) as error:
+        if accelerator.is_main_process:
+            record.console.say(str(error) if isinstance(error, Busy) else f"{error}; {NOTHING}")
+        return Outcome(BUSY if isinstance(error, Busy) else INTERRUPTED)
+    if done is not None:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
     check_memory(experiment, accelerator.device)
-    if not config["resume"]:
-        record.clear()
-    record.open(config_yaml)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,
@@ -73,6 +97,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         commit=commit(),
         device=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
     )
+    STOP.at_once = lambda: record.end(replace(result, **_interrupted(record, "ended at once by a second SIGINT", LOST)))
     code, ended = FAILED, {}  # what the result has besides
     try:
         record.start_loggers()
@@ -83,7 +108,7 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         ended = {"error": str(error)}
         raise
     except (Interrupted, KeyboardInterrupt) as error:
-        ended = {"status": "interrupted", "error": str(error) or "stopped before the first step"}
+        ended = _interrupted(record, str(error).partition(" at ")[0] or "stopped by SIGINT", NOTHING)
         code = INTERRUPTED
     except Diverged as error:
         ended = {"status": "diverged", "error": str(error)}
@@ -97,16 +122,48 @@ def run(experiment: Experiment, config_yaml: str) -> Outcome:
         record.say(traceback.format_exc(), everywhere=True)
     finally:
         result = replace(result, **ended)
-        record.finish(result)
+        STOP.at_once = lambda: record.end(result)
+        try:
+            record.finish(result)
+            if code == FINISHED and accelerator.is_main_process:
+                shutil.rmtree(record.checkpoints, ignore_errors=True)
+        finally:
+            record.close()
         accelerator.free_memory()
         gc.collect()
     record.say(f"{result.status}: {summary(result) if code == FINISHED else result.error}", everywhere=code != FINISHED)
     return Outcome(code, result.validation)
 
 
+def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Does it on the main process; what it returns or raises there is returned or raised on all."""
+    if accelerator.num_processes == 1:
+        return act()
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _interrupted(record: Record, why: str, without_checkpoint: str) -> dict[str, Any]:
+    """The fields of the result of an interrupted run, with what the next attempt goes on from."""
+    latest = checkpoint.latest(record.checkpoints)
+    kept = f"checkpoint at step {int(latest.name.rpartition('_')[2])}: the same command goes on" if latest else None
+    return {"status": "interrupted", "error": f"{why}; {kept or without_checkpoint}"}
+
+
 def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:
     """Loads, adapts, trains, scores and saves; returns the fields of the result that come of it."""
     task, trainer, seed = experiment.task, experiment.trainer, experiment.budget.seed
+    STOP.check(accelerator)
     remark = task.remark()
     if remark:
         record.say(remark)
@@ -114,7 +171,10 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     torch.manual_seed(seed)  # random weights and heads
     began = time.perf_counter()
     backbone = experiment.model.load()
+    STOP.check(accelerator)
     splits = task.splits(backbone, experiment.budget)
+    STOP.check(accelerator)
+    experiment, chosen = calibrated(experiment, backbone, splits, record, accelerator)
     report = experiment.adapt(backbone)
     bound = experiment.bind(backbone)
     head = bound.head_parameters()
@@ -125,6 +185,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         f"{len(report.sites)} sites, {head_size:,} in the head; {examples['train']:,} training examples; "
         f"loaded in {time.perf_counter() - began:.1f} s"
     )
+    STOP.check(accelerator)
     splits = cache_features(task, bound.model, splits, trainer, record, accelerator)
 
     def scores(name: str, split: str) -> dict[str, float]:
@@ -137,6 +198,7 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     fit = trainer.fit(
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
+        strict=experiment.config["resume"] == "strict",
     )  # fmt: skip
     metrics |= scores("validation", "validation")
     columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
@@ -146,13 +208,11 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
     record.log(metrics | norms(bound.model), fit.steps)
     adapter_bytes = None
     if accelerator.is_main_process:
-        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter")
-        if head:
-            tensors = {name: parameter.detach().cpu() for name, parameter in head.items()}
-            save_file(tensors, record.folder / "adapter" / "head.safetensors")
+        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
     headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     return vars(fit) | {
         "status": "finished",
+        "calibrated": chosen,
         "headline": Headline(headline, metrics[headline]),
         "metrics": metrics,
         "head_parameters": head_size,
@@ -161,6 +221,28 @@ def train(experiment: Experiment, record: Record, accelerator: Accelerator) -> d
         "peak_memory_bytes": memory.bytes(),
         "examples": examples,
     }
+
+
+def calibrated(
+    experiment: Experiment, backbone: Backbone, splits: Splits, record: Record, accelerator: Accelerator
+) -> tuple[Experiment, dict[str, Any] | None]:
+    """The experiment with its method as training data make it, and what they chose, if anything.
+
+    A run that goes on takes what it began with, from calibrated.json.
+    """
+    before, path = experiment.method, record.folder / "calibrated.json"
+    if not before.calibration_examples:
+        return experiment, None
+    if path.is_file():
+        experiment = replace(experiment, method=method_from(json.loads(path.read_text())))
+    else:
+        experiment = experiment.calibrated(backbone, splits, accelerator)
+        if accelerator.is_main_process:
+            write(path, json.dumps(describe(experiment.method)) + "\n")
+    old = describe(before)
+    chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
+    record.say(f"{before.name} chose from training data: {chosen}")
+    return experiment, chosen
 
 
 def summary(result: Result) -> str:

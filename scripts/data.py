@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from randlora.config import CONFIGS, build, settings
-from randlora.data.archives import READERS, read
-from randlora.data.archives.parquet import write
+from randlora.data.archives import READERS, read, write
 from randlora.data.sources import Hub
 from randlora.errors import SettingsError, exit_code
 from randlora.tasks import ImageClassification
@@ -43,19 +42,17 @@ def check(name: str, root: Path) -> tuple[bool, str]:
     return True, f"{name}: complete; " + ", ".join(f"{split} {len(table):,}" for split, table in tables.items())
 
 
-def prepare(name: str, archive_folder: Path, root: Path) -> list[Path]:
-    """Writes the splits of an archive as parquet files under `root`; returns them."""
+def prepare(name: str, archive_folder: Path, root: Path) -> Iterator[Path]:
+    """Writes the splits of an archive as parquet files under `root`, and gives each when it is there."""
     task = task_of(name, root)
     assert isinstance(task.source, Hub)
     archive = read(name, archive_folder)
     folder = root / task.source.folder
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     for split in archive.splits:
         file = folder / f"{task.source.splits[split]}.parquet"
         write(archive, split, file)
-        written.append(file)
-    return written
+        yield file
 
 
 def main(arguments: Sequence[str]) -> int:

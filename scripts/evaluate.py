@@ -3,6 +3,7 @@
 python scripts/evaluate.py RUN                                                       the run's own test set again
 python scripts/evaluate.py RUN task=openbookqa task.scoring=generation data_root=FOLDER [KEY=VALUE …]
 python scripts/evaluate.py RUN --zero-shot …                                         the model before training
+python scripts/evaluate.py RUN --any-base …                                          on other weights than the run's
 
 RUN is a run's folder. Model, method and seed are the run's, all else is of the settings where they are given. Prints
 JSON and writes nothing.
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 
 from randlora.adapters import load_adapter
+from randlora.adapters.files import MODULES, load_modules
+from randlora.adapters.header import header
 from randlora.config import settings
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, SettingsError, exit_code
@@ -34,7 +36,9 @@ from randlora.training.evaluate import evaluate, prefixed
 KEPT = ("model", "method", "targets", "seed")
 
 
-def scores(run: Path, overrides: Sequence[str] = (), zero_shot: bool = False) -> dict[str, float]:
+def scores(
+    run: Path, overrides: Sequence[str] = (), zero_shot: bool = False, any_base: bool = False
+) -> dict[str, float]:
     """Metrics by name. SettingsError where there is no finished run, or where its head is not the task's."""
     experiment = Experiment.from_config(composed(finished(run), overrides))
     task, trainer = experiment.task, experiment.trainer
@@ -44,12 +48,12 @@ def scores(run: Path, overrides: Sequence[str] = (), zero_shot: bool = False) ->
     if zero_shot:
         experiment.adapt(backbone)
     else:
-        load_adapter(backbone.module, run / "adapter")
+        load_adapter(backbone.module, run / "adapter", "any" if any_base else "same", modules={})
     bound = experiment.bind(backbone)
     if zero_shot and not (task.zero_shot and bound.head is None):
         raise SettingsError(f"--zero-shot: task {task.name} on {experiment.model.name} has no score before training")
     if not zero_shot:
-        load_head(bound, run / "adapter" / "head.safetensors")
+        load_head(bound, run / "adapter")
     metrics = evaluate(
         task, bound.model, test, trainer.accelerator(), batch_size=trainer.evaluation_batch_size,
         workers=trainer.workers, precision=trainer.precision, say=say,
@@ -86,26 +90,26 @@ def composed(of_the_run: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     return settings(*overrides) | {name: of_the_run[name] for name in KEPT}
 
 
-def load_head(bound: Bound, file: Path) -> None:
-    """Gives `bound` the head that was trained with the adapter, where the task has one."""
-    head, stored = bound.head_parameters(), load_file(file) if file.is_file() else {}
-    needed, kept = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (head, stored))
+def load_head(bound: Bound, folder: Path) -> None:
+    """Gives `bound` the head that was trained with the adapter in `folder`, where the task has one."""
+    needed = {name: tuple(parameter.shape) for name, parameter in bound.head_parameters().items()}
+    kept = {name: e.shape for name, e in header(folder / MODULES).items()} if (folder / MODULES).is_file() else {}
     if needed != kept:
         raise SettingsError(
             f"this task's head is {needed or 'none'} and the run's {kept or 'none'}: give a task like the run's"
         )
-    with torch.no_grad():
-        for name, parameter in head.items():
-            parameter.copy_(stored[name])
+    if needed:
+        load_modules(folder, bound.modules())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--zero-shot", action="store_true")
+    parser.add_argument("--any-base", action="store_true")
     arguments, overrides = parser.parse_known_args()
     try:
-        metrics = scores(arguments.run, overrides, arguments.zero_shot)
+        metrics = scores(arguments.run, overrides, arguments.zero_shot, arguments.any_base)
     except Unreadable as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from randlora.errors import SettingsError, exit_code
-from randlora.records import read
+from randlora.records import read, state
 from randlora.studies import tables
 from randlora.studies.groups import select
 
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(width=None if sys.stdout.isatty() else 200).print(tables.each(results))
     if unfinished:
         print(f"{unfinished} of {len(results)} runs have not finished", file=sys.stderr)
+    begun = (path.parent for path in options.root.rglob("status.json"))
+    states = Counter(state(folder) for folder in begun if not (folder / "result.json").is_file())
+    for name, count in states.items():
+        print(f"{count} more without a result: {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from scipy.io import savemat
 
 from conftest import REPOSITORY, settings
 from randlora.config import build
-from randlora.data.archives import READERS, read
+from randlora.data.archives import READERS, read, write
 from randlora.data.archives.arrays import VOC
 from randlora.data.archives.files import EUROSAT
-from randlora.data.archives.parquet import write
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import Budget, ImageClassification

@@ -31,8 +31,8 @@ def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> N
 
 
 WRONG = {
-    "method=nosuch": "method=nosuch: choose one of dora, edora, full, linearprobe, lora, loramini, lorta, melora, "
-    "mora, nola, randlora, randlora_a, vera",
+    "method=nosuch": "method=nosuch: choose one of dora, edora, flatlora, full, gelora, increlora, linearprobe, lora, "
+    "loramini, lorta, melora, mora, nola, randlora, randlora_a, sora, vera",
     "method.rnak=3": "method.rnak: no such setting; method has rank, alpha, .*; did you mean rank",
     "method.rank=0": "RandLoRA.rank=0: must be a whole number of at least 1",
     "task=cifar10 model=minilm": "task=cifar10 needs a model of kind clip or vision; model=minilm is text",

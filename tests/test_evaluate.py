@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY, settings
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
+from randlora.integrity import seal
 from randlora.records import Headline, Result
 from randlora.run import run
 
@@ -68,6 +69,9 @@ def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no score before training"):
         scores(folder, zero_shot=True)
     (folder / "adapter" / "head.safetensors").unlink()
+    with pytest.raises(SettingsError, match=r"no adapter can be read .*head.safetensors is missing"):
+        scores(folder)
+    seal(folder / "adapter", ["adapter.json", "adapter.safetensors"])
     with pytest.raises(SettingsError, match=r"this task's head is \{'head.weight': \(10, 128\).* and the run's none"):
         scores(folder)
 

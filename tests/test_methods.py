@@ -14,7 +14,10 @@ from randlora.adapters.interface import Frozen, Site
 from randlora.methods import (
     DoRA,
     EDoRA,
+    FlatLoRA,
     FullFineTuning,
+    GeLoRA,
+    IncreLoRA,
     LoRA,
     LoRAMini,
     LoRTA,
@@ -24,6 +27,8 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    RankedLoRA,
+    SoRA,
     VeRA,
 )
 
@@ -60,6 +65,11 @@ METHODS = [
     LoRTA(rank=5),
     LoRTA(rank=5, head_side="output"),
     LoRTA(rank=5, head_side="input"),
+    FlatLoRA(rank=4),
+    GeLoRA(ranks={"layers.0": 5, "layers.1": 2}),
+    SoRA(rank=5),
+    IncreLoRA(rank=4, start=3),
+    RankedLoRA({name: rank for rank, name in enumerate(TOY_TARGETS, 1)}),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -68,8 +78,16 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def closed_form(method: Method, site: Site) -> int:
     """Trained parameters of a site, by the papers' formulas."""
     small, total = min(site.out_features, site.in_features), site.out_features + site.in_features
-    if isinstance(method, LoRA):
+    if isinstance(method, LoRA | FlatLoRA):
         return method.rank * total
+    if isinstance(method, GeLoRA):
+        return {"0": 5, "1": 2}[site.name.split(".")[1]] * total
+    if isinstance(method, SoRA):
+        return method.rank * (total + 1)
+    if isinstance(method, IncreLoRA):  # at the start
+        return method.start * (total + 1)
+    if isinstance(method, RankedLoRA):
+        return method.ranks[site.name] * total
     if isinstance(method, DoRA):
         return method.rank * total + site.out_features
     if isinstance(method, VeRA):
@@ -101,10 +119,16 @@ def closed_form(method: Method, site: Site) -> int:
 def claimed_rank(method: Method, site: Site) -> int:
     """The rank of ΔW for trained parameters in general position."""
     small = min(site.out_features, site.in_features)
-    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA):
+    if isinstance(method, LoRA | DoRA | NoLA | RandLoRAa | EDoRA | LoRAMini | LoRTA | FlatLoRA | SoRA):
         return min(method.rank, small)
+    if isinstance(method, GeLoRA):
+        return closed_form(method, site) // (site.out_features + site.in_features)
     if isinstance(method, VeRA):
         return min(method.rank, small)
+    if isinstance(method, IncreLoRA):
+        return method.start
+    if isinstance(method, RankedLoRA):
+        return method.ranks[site.name]
     if isinstance(method, MELoRA):
         return min(method.rank * method.parts, small)
     if isinstance(method, MoRA) and method.compression in ("sharing", "grouped"):
@@ -117,11 +141,11 @@ def claimed_rank(method: Method, site: Site) -> int:
 def plain(method: Method) -> Toy | Blocks:
     """A model that the method can adapt."""
     torch.manual_seed(0)
-    return Blocks() if isinstance(method, LoRTA) else Toy()
+    return Blocks() if isinstance(method, LoRTA | GeLoRA) else Toy()
 
 
 def targets_of(method: Method) -> list[str]:
-    return BLOCK_TARGETS if isinstance(method, LoRTA) else TOY_TARGETS
+    return BLOCK_TARGETS if isinstance(method, LoRTA | GeLoRA) else TOY_TARGETS
 
 
 def adapted(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Toy | Blocks, randlora.adapters.Report]:
@@ -293,6 +317,8 @@ def test_autocast_stays_near_float32(method: Method) -> None:
     [
         LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5), EDoRA(4, dropout=0.5),
         MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
+        FlatLoRA(4, dropout=0.5), GeLoRA(dropout=0.5, ranks={"layers.0": 5, "layers.1": 2}),
+        SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5),
     ],
 )  # fmt: skip
 def test_dropout_acts_on_the_update_alone_and_only_in_training(method: Method) -> None:
@@ -388,7 +414,12 @@ def test_full_fine_tuning_refuses_a_low_precision_model(toy: Toy) -> None:
         (RandLoRA, {"zero": "both"}), (RandLoRA, {"start": 0.0}), (FullFineTuning, {"train": "some"}),
         (EDoRA, {"rank": 0}), (EDoRA, {"start": -1.0}), (MoRA, {"compression": "cut"}), (MoRA, {"surplus": "cut"}),
         (MELoRA, {"parts": 0}), (MELoRA, {"permuted": 3}), (LoRAMini, {"inner_in": 7}), (LoRAMini, {"inner_out": 0}),
-        (LoRTA, {"head_side": "o"}), (LoRTA, {"alpha": -1}),
+        (LoRTA, {"head_side": "o"}), (LoRTA, {"alpha": -1}), (FlatLoRA, {"sigma": -0.1}), (GeLoRA, {"scale": 0}),
+        (GeLoRA, {"examples": 2}), (GeLoRA, {"pooling": "last"}), (GeLoRA, {"rounding": "x"}), (GeLoRA, {"discard": 1}),
+        (GeLoRA, {"largest": 0}), (GeLoRA, {"mean_rank": 0.5}), (GeLoRA, {"ranks": {"layers.0": 0}}),
+        (SoRA, {"rank": 0}), (SoRA, {"sparsity": -1}), (SoRA, {"final_sparsity": 0.1}), (SoRA, {"stages": 1}),
+        (SoRA, {"hard_gap": 2}), (IncreLoRA, {"start": 3}), (IncreLoRA, {"gain": 0}), (IncreLoRA, {"memory": 1}),
+        (IncreLoRA, {"interval": 0.5}), (IncreLoRA, {"orthogonality": -1}), (RankedLoRA, {"ranks": {"a": -1}}),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(method: type, settings: dict) -> None:

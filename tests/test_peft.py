@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from conftest import BLOCK_TARGETS, Blocks
+from randlora.adapters.core import require_adaptation
 from randlora.errors import SettingsError
-from randlora.methods import DoRA, EDoRA, LoRA, LoRAMini, LoRTA, MELoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.methods import DoRA, EDoRA, IncreLoRA, LoRA, LoRAMini, LoRTA, MELoRA, Method, NoLA, RandLoRA, SoRA, VeRA
 
 peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
 
@@ -92,6 +93,28 @@ def test_peft_reads_a_tensors_slices_as_loras(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path)
     x = torch.randn(2, 5, 24)
     torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SoRA(rank=3), IncreLoRA(rank=3, start=3)], ids=["sora", "increlora"])
+def test_peft_reads_a_finished_method_of_ranks_of_its_own(method: Method, tmp_path: Path) -> None:
+    """A site loses a rank and another all of them; written from the training and from a file of ours."""
+    ours = Net(16)
+    randlora.adapt(ours, method, TARGETS, seed=5)
+    randomise(ours)
+    adaptation = require_adaptation(ours)
+    if isinstance(method, SoRA):
+        first, second = list(adaptation.updates.values())[:2]
+        with torch.no_grad():
+            first.gates[0] = 0
+            second.gates.zero_()
+    adaptation.method = method.finish(adaptation.updates)
+    randlora.to_peft(ours, tmp_path / "peft")
+    assert_same(ours.eval(), peft.PeftModel.from_pretrained(Net(16), tmp_path / "peft").eval())
+    randlora.save_adapter(ours, tmp_path / "ours")
+    loaded = Net(16)
+    randlora.load_adapter(loaded, tmp_path / "ours")
+    randlora.to_peft(loaded, tmp_path / "again")
+    assert_same(ours, peft.PeftModel.from_pretrained(Net(16), tmp_path / "again").eval())
 
 
 CONFIGS = {

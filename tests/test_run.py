@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -93,9 +94,37 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     assert "zero_shot/accuracy" in (folder / "train.log").read_text()
 
 
+def test_a_run_that_goes_on_keeps_what_its_method_chose_from_training_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks are in the record, in the adapter and in the counts; a second attempt does not choose again."""
+    code, experiment = start(tmp_path, "method=gelora", "method.examples=16")
+    assert code == FINISHED
+    result = result_of(experiment)
+    ranks = result["calibrated"]["ranks"]
+    assert set(result["calibrated"]) == {"ranks"}
+    assert len(ranks) == 9  # blocks of the two towers
+    assert max(ranks.values()) > 1
+    blocks = {re.sub(r"\.(attn|mlp)\..*", "", site["name"]): 0 for site in counts(experiment)["sites"]}
+    for site in counts(experiment)["sites"]:
+        blocks[re.sub(r"\.(attn|mlp)\..*", "", site["name"])] += site["out_features"] + site["in_features"]
+    assert result["trainable_parameters"] == sum(ranks[name] * size for name, size in blocks.items())
+    assert json.loads((experiment.folder / "adapter" / "adapter.json").read_text())["method"]["ranks"] == ranks
+    (experiment.folder / "result.json").unlink()
+    monkeypatch.setattr("randlora.methods.gelora.hidden_states", None)
+    code, again = start(tmp_path, "method=gelora", "method.examples=16")
+    assert code == FINISHED
+    assert result_of(again)["calibrated"]["ranks"] == ranks
+    assert result_of(again)["metrics"] == result["metrics"]
+
+
 METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 METHODS.remove("linearprobe")  # trains a head alone, and CLIP has none
-MORE = {"lorta": ["targets=['visual.*.in_proj[q]','visual.*.in_proj[v]']"]}
+MORE = {
+    "increlora": ["method.top=99"],
+    "lorta": ["targets=['visual.*.in_proj[q]','visual.*.in_proj[v]']"],
+    "gelora": ["targets=vision", "method.mean_rank=3"],  # with which the count is known without data
+}
 
 
 @pytest.mark.parametrize("method", METHODS)

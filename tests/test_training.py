@@ -1,6 +1,7 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
     EDoRA,
+    FlatLoRA,
     FullFineTuning,
+    IncreLoRA,
     LoRA,
     LoRAMini,
     MELoRA,
@@ -32,13 +35,16 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    SoRA,
     VeRA,
 )
+from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
+from randlora.training import checkpoint as checkpoints
 from randlora.training.evaluate import prefixed
 from randlora.training.schedule import rate_factor
-from randlora.training.signals import StopRequest
+from randlora.training.trainer import Loop
 from randlora.training.watch import LossWatch
 
 
@@ -96,6 +102,9 @@ class Quiet:
         self.said: list[str] = []
         self.metrics: list[dict] = []
 
+    def begin(self, step: int) -> None:
+        pass
+
     def log(self, metrics: dict, step: int) -> None:
         self.metrics.append(metrics | {"step": step})
 
@@ -151,7 +160,8 @@ def flattened(net: nn.Module) -> torch.Tensor:
 
 METHODS = [
     LoRA(rank=3), DoRA(rank=3), VeRA(rank=12), NoLA(rank=3, num_bases=32), RandLoRA(rank=3), RandLoRAa(rank=3),
-    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(),
+    EDoRA(rank=4), MoRA(rank=1), MELoRA(rank=2, parts=2), LoRAMini(rank=3), FullFineTuning(), SoRA(rank=3),
+    IncreLoRA(rank=3, top=1), FlatLoRA(rank=3),
 ]  # fmt: skip
 
 
@@ -182,6 +192,24 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path, micro: int) -> 
     whole, parts = model(), model()
     fit(whole, tmp_path / "a")
     fit(parts, tmp_path / "b", micro_batch_size=micro)
+    torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_noise_on_the_weight_is_one_for_all_micro_batches_comes_again_and_stays_out_of_it(tmp_path: Path) -> None:
+    method = FlatLoRA(rank=3, sigma=0.5)
+    whole, parts, broken, resumed, plain = (model(m, dropout=0.3) for m in [method] * 4 + [LoRA(rank=3)])
+    untouched = whole[0].base.weight.clone()
+    fit(whole, tmp_path / "whole")
+    assert torch.equal(whole[0].base.weight, untouched)
+    with pytest.raises(Interrupted):
+        fit(broken, tmp_path / "broken", StopsAt(7))
+    fit(resumed, tmp_path / "broken")
+    assert torch.equal(flattened(resumed), flattened(whole))
+    fit(plain, tmp_path / "plain")
+    assert (flattened(plain) - flattened(whole)).abs().max() > 0.01
+    whole, parts = model(method), model(method)
+    fit(whole, tmp_path / "without dropout")
+    fit(parts, tmp_path / "parts", micro_batch_size=3)
     torch.testing.assert_close(flattened(parts), flattened(whole), rtol=1e-4, atol=1e-5)
 
 
@@ -216,6 +244,112 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert observer.said == ["going on from step 7 of 20"]
     assert torch.equal(flattened(resumed), flattened(unbroken))
     assert result.steps == 20
+
+
+CHANGING = {
+    "grows": (IncreLoRA(rank=4, top=1, gain=2, interval=3, dropout=0.2), [1, 7, 10]),
+    "closes gates": (SoRA(rank=4, sparsity=1.0, final_sparsity=8.0, dropout=0.2), [7, 12]),
+}
+
+
+@pytest.mark.parametrize(("method", "stops"), CHANGING.values(), ids=CHANGING)
+def test_a_method_that_changes_shape_resumes_to_the_same_bits(method: Method, stops: list[int], tmp_path: Path) -> None:
+    """Growth is in steps 0, 6, 9 and 12: stopped after the first, in the middle and right after a round."""
+    unbroken = model(method, dropout=0.3)
+    fit(unbroken, tmp_path / "a")
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"step {stop} of 20"):
+            fit(model(method, dropout=0.3), tmp_path / "b", StopsAt(stop))
+    resumed = model(method, dropout=0.3)
+    fit(resumed, tmp_path / "b")
+    ends = [require_adaptation(net).method for net in (unbroken, resumed)]
+    assert ends[0] == ends[1]
+    assert torch.equal(flattened(resumed), flattened(unbroken))
+    assert torch.equal(resumed.eval()(torch.ones(1, 16)), unbroken.eval()(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("top", "gain", "rounds"),
+    [(1, 1, 4), (2, 1, 2), (1, 3, 2), (2, 2, 1), (2, 3, 1), (9, 4, 1)],
+)
+def test_ranks_end_exactly_at_the_target(top: int, gain: int, rounds: int, tmp_path: Path) -> None:
+    """Two sites of rank 1, to a rank of 3 on average: 4 to gain, which a round of several need not divide."""
+    method, ranks = IncreLoRA(rank=3, top=top, gain=gain, interval=2), []
+    net = model(method)
+
+    class Ranks(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            ranks.append(sum(update.rank for update in updates))
+
+    updates = [*require_adaptation(net).updates.values()]
+    result = fit(net, tmp_path, Ranks(), max_steps=14)
+    expected = [2, 2, 2, 2]  # a round in step 4, 6, 8 …, when as many have been taken
+    for _ in range(rounds):
+        expected += 2 * [min(6, expected[-1] + top * gain)] if top < 2 else 2 * [min(6, expected[-1] + 2 * gain)]
+    assert ranks == (expected + 14 * [6])[:14]
+    chosen = require_adaptation(net).method.ranks
+    assert sum(chosen.values()) == 6
+    assert result.trainable_parameters == chosen["0"] * (16 + 12 + 1) + chosen["3"] * (12 + 4 + 1)
+    assert [*(p.shape for p in net.parameters() if p.requires_grad)] == [
+        (chosen["0"], 16), (12, chosen["0"]), (chosen["3"], 12), (4, chosen["3"]),
+    ]  # fmt: skip
+
+
+def test_what_is_born_later_has_a_warm_up_and_moments_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sites, one round in step 4: λ of the ranks that step 0 began in advance are born in step 5, a and b in 1."""
+    rates: dict[int, dict[int, float]] = {}
+    taken: list[Loop] = []
+    plain_at = Loop.at
+
+    def at(self: Loop, step: int) -> Step:
+        where = plain_at(self, step)
+        for group in self.optimizer.param_groups:
+            rates.setdefault(group["born"], {})[step] = group["lr"]
+        taken[:] = [self]
+        return where
+
+    monkeypatch.setattr(Loop, "at", at)
+    net = model(IncreLoRA(rank=2, top=2, gain=1, interval=2))
+    update, ages = require_adaptation(net).updates["0"], {}
+
+    class Ages(Quiet):
+        def progress(self, step: int, steps: int, text: str) -> None:
+            state = taken[0].optimizer.state
+            ages[step] = {name: int(state[p]["step"]) for name, p in update.named_parameters() if p in state}
+
+    fit(net, tmp_path, Ages(), max_steps=12, warmup=2, learning_rate=0.1, final_rate=0.0)
+    cosine = lambda done: 0.05 * (1 + math.cos(math.pi * done))  # noqa: E731
+    for born, end in ((0, 11), (1, 11), (5, 11)):
+        steps = [0.05, 0.1, *(cosine(k / (10 - born)) for k in range(10 - born))]
+        assert rates[born] == pytest.approx(dict(zip(range(born, end + 1), steps, strict=True)))
+    assert ages[4] == {"a.0_0": 4, "b.0_0": 4, "lambda_.0_0": 4, "a.1_0": 3, "b.1_0": 3}
+    assert ages[11] == {
+        "a.0_0": 11, "a.1_0": 10, "b.0_0": 11, "b.1_0": 10, "lambda_.0_0": 11, "lambda_.5_0": 6,
+    }  # fmt: skip
+
+
+def test_a_run_too_short_to_grow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"after 4 rounds of 1 sites, one every 4 steps .* the run has 20: lower"):
+        fit(model(IncreLoRA(rank=3, top=1, interval=4)), tmp_path)
+    net = model(IncreLoRA(rank=3, top=1))  # a third of 30 steps for a start and four rounds: one in 2 steps
+    fit(net, tmp_path / "third", max_steps=30)
+    assert sum(require_adaptation(net).method.ranks.values()) == 6
+
+
+def test_the_best_step_of_a_method_that_grows_has_the_ranks_of_its_time(tmp_path: Path) -> None:
+    """The validation loss is lowest while the sites have gained but the first ranks."""
+    net = model(IncreLoRA(rank=5, top=1, gain=1, interval=1))
+    observer = Quiet()
+    result = select_best(net, tmp_path, observer)
+    ranks = require_adaptation(net).method.ranks
+    assert sum(ranks.values()) == min(10, 2 + max(0, result.selected_step - 2)) < 10
+    images = torch.stack([splits().validation[row, row]["image"] for row in range(5)])
+    labels = torch.tensor([splits().validation[row, row]["label"] for row in range(5)])
+    loss = F.cross_entropy(net(images), labels).item()
+    said = [line for line in observer.said if line.startswith(f"selected step {result.selected_step} of 15")]
+    assert loss == pytest.approx(float(said[0].split()[-1]), rel=0.01)  # without the ranks in advance
 
 
 def test_a_decomposition_that_comes_out_otherwise_resumes_to_the_same_bits(
@@ -300,11 +434,9 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
-    from randlora.training import checkpoint
-
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoints.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
@@ -384,6 +516,10 @@ class Hooked(LoRA):
         self.calls.append("groups")
         return [{"params": [p], "lr": rate, "weight_decay": 0.0} for p in trained.values()]
 
+    def before_step(self, updates, step):  # type: ignore[no-untyped-def]
+        assert all(update.A.grad is None for update in updates)
+        self.calls.append(f"before_step {step.number}")
+
     def penalty(self, updates):  # type: ignore[no-untyped-def]
         self.calls.append("penalty")
         return sum(update.A.square().sum() for update in updates)
@@ -403,12 +539,21 @@ class Hooked(LoRA):
         return LoRA(rank=1)
 
 
-def test_the_trainer_knows_the_five_calls_of_a_method(tmp_path: Path) -> None:
+def test_the_trainer_knows_the_six_calls_of_a_method(tmp_path: Path) -> None:
     net = model(Hooked(rank=2))
     fit(net, tmp_path, max_steps=2, micro_batch_size=4, warmup=2)
-    assert Hooked.calls == ["groups", *["penalty", "after_backward", "after_step"] * 2, "finish"]
+    each = ["penalty", "after_backward", "after_step"]
+    assert Hooked.calls == ["groups", "before_step 0", *each, "before_step 1", *each, "finish"]
     assert Hooked.steps == [Step(0, 2, 0.025, 1), Step(1, 2, 0.05, 1)]
     assert require_adaptation(net).method == LoRA(rank=1)  # as the adapter's file has it
+
+
+ON_TWO = {
+    "uniform": RandLoRA(rank=3),
+    "kronecker": RandLoRA(rank=3, basis="kronecker"),
+    "noise": FlatLoRA(rank=3, sigma=0.5),
+    "growing": IncreLoRA(rank=3, top=1, interval=2),
+}
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
@@ -420,11 +565,11 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "import test_training as t\n"
         "from accelerate import PartialState\n"
         "out = {}\n"
-        "for basis in ('uniform', 'kronecker'):\n"
-        "    net = t.model(t.RandLoRA(rank=3, basis=basis))\n"
-        "    t.fit(net, Path(sys.argv[1], basis), data=t.splits(validation=1), micro_batch_size=2)\n"
+        "for name, method in t.ON_TWO.items():\n"
+        "    net = t.model(method)\n"
+        "    t.fit(net, Path(sys.argv[1], name), data=t.splits(validation=1), micro_batch_size=2)\n"
         "    state, metrics = PartialState(), t.scores(net, t.splits(validation=1))\n"
-        "    out[basis] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
+        "    out[name] = [state.num_processes, t.flattened(net).tolist(), metrics]\n"
         "if state.is_main_process:\n"
         "    Path(sys.argv[1], 'out.json').write_text(json.dumps(out))\n"
         "state.wait_for_everyone()\n"
@@ -434,10 +579,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     done = subprocess.run([*launch, str(script), str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     of_two = json.loads((tmp_path / "out.json").read_text())
-    for basis in ("uniform", "kronecker"):
-        world, values, metrics = of_two[basis]
-        alone = model(RandLoRA(rank=3, basis=basis))
-        fit(alone, tmp_path / "alone" / basis, data=splits(validation=1))
+    for name, method in ON_TWO.items():
+        world, values, metrics = of_two[name]
+        alone = model(method)
+        fit(alone, tmp_path / "alone" / name, data=splits(validation=1))
         assert world == 2
         torch.testing.assert_close(torch.tensor(values), flattened(alone), rtol=1e-4, atol=1e-5)
         assert metrics == pytest.approx(scores(alone, splits(validation=1)))

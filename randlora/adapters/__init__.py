@@ -1,6 +1,7 @@
 """Where an update sits: the adapted linear, target matching, merge, save and load."""
 
 from randlora.adapters.attention import fuse_attention, unfuse_attention
+from randlora.adapters.calibration import calibrate
 from randlora.adapters.core import Adaptation, Report, adapt, adaptation_of, cached, merge, merged, unload
 from randlora.adapters.files import load_adapter, save_adapter
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
@@ -18,6 +19,7 @@ __all__ = [
     "adapt",
     "adaptation_of",
     "cached",
+    "calibrate",
     "fuse_attention",
     "load_adapter",
     "merge",

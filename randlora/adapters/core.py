@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,13 +58,6 @@ class Adaptation:
     def trained(self) -> dict[str, nn.Parameter]:
         """Those of `saved` that are trained."""
         return {name: tensor for name, tensor in self.saved().items() if isinstance(tensor, nn.Parameter)}
-
-    def resume(self, names: Iterable[str]) -> bool:
-        """Gives the updates the tensors that `saved` had in a training, by name; see `Update.resume`."""
-        own: dict[str, list[str]] = {site: [] for site in self.updates}
-        for site, _, name in (each.partition(":") for each in names):
-            own.get(site, []).append(name)
-        return any([update.resume(own[site]) for site, update in self.updates.items()])
 
 
 def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 0) -> Report:
@@ -163,6 +156,13 @@ def require_adaptation(model: nn.Module) -> Adaptation:
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def resume(model: nn.Module, names: Collection[str]) -> bool:
+    """Gives the updates the tensors that they had in a training, of the `names` in the model; see `Update.resume`."""
+    updates = {f"{prefix}.": module for prefix, module in model.named_modules() if isinstance(module, Update)}
+    own = {prefix: [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in updates}
+    return any([update.resume(own[prefix]) for prefix, update in updates.items()])
 
 
 @contextmanager

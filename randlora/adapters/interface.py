@@ -72,7 +72,7 @@ class Update(nn.Module):
         return F.linear(x, (base.weight + self.delta(base.weight)).to(base.weight.dtype), base.bias)
 
     def resume(self, names: Collection[str]) -> bool:
-        """Takes the tensors that it had in a training, by their names in `state_dict`; their values come afterwards.
+        """Takes the tensors that it had in a training, by name; their values come afterwards.
 
         For updates that grow. Returns whether its tensors are others than before.
         """
@@ -133,12 +133,33 @@ class Method(Bounded):
     these names and no method's name.
     """
 
+    budget_setting: ClassVar[str | None] = "rank"  # what chooses how many parameters are trained; None: nothing does
     implied: ClassVar[Mapping[str, Any]] = {}  # what adapter files older than a field meant by its absence
 
     @property
     def name(self) -> str:
         """What records call the method."""
         return type(self).__name__.lower()
+
+    @property
+    def calibration_examples(self) -> int:
+        """How many training examples `calibrated` is to see before updates are built; 0 for none."""
+        return 0
+
+    def calibrated(self, model: nn.Module, sites: Sequence[str], passes: Iterable[object]) -> Method:
+        """The method with what it chooses from training data, which its fields then hold, as adapter files need them.
+
+        Args:
+            model: in evaluation mode, not adapted yet.
+            sites: the names of those to come.
+            passes: getting an item runs the model over a batch of training examples, without gradients.
+        """
+        return self
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence for a plan whose counts may not be those of the run, as it has no data; None: they are."""
+        return None
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         """One update for each site by name; all sites are seen at once, so bases and factors can be shared."""
@@ -168,6 +189,9 @@ class Method(Bounded):
             Groups, each with a `born` where its parameters came later than step 0: the first step that changes them.
         """
         return [{"params": list(trained.values()), "lr": rate, "weight_decay": decay}]
+
+    def before_step(self, updates: Iterable[Update], step: Step) -> None:
+        """Called before the first forward pass of a step."""
 
     def penalty(self, updates: Iterable[Update]) -> Tensor | None:
         """A term to add to the loss of each step, or None."""

@@ -41,6 +41,12 @@ def position(site: str) -> Position | None:
     return None
 
 
+def block_of(site: str) -> str | None:
+    """The name of the numbered block around the site of that name, if any."""
+    numbered = _BLOCK.fullmatch(site)
+    return numbered and numbered[1]
+
+
 def attention_heads(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
     """The number of attention heads by site: of the nearest module around it that says, or of the model's config."""
     config = getattr(model, "config", None)

@@ -39,8 +39,6 @@ except ImportError:
 RANK = 6  # of RandLoRA, as in the paper's B/32 runs
 Figures = dict[str, dict[str, float]]  # by variant and measure
 
-MethodFor = Callable[[nn.Module, Sequence[str]], Method]
-
 
 class Variant(NamedTuple):
     """A way to adapt a workload's model: `build` gives the model to be stepped, from the model and its targets."""
@@ -50,12 +48,13 @@ class Variant(NamedTuple):
     ours: bool = True  # whether it is evaluated inside `merged`
 
 
-def _ours(method: Method | MethodFor, cached: bool = False) -> Variant:
-    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-        adapt(model, method if isinstance(method, Method) else method(model, targets), targets)
-        return model
+def _adapted(method: Method, model: nn.Module, targets: Sequence[str]) -> nn.Module:
+    adapt(model, method, targets)
+    return model
 
-    return Variant(build, cached)
+
+def _ours(method: Method, cached: bool = False) -> Variant:
+    return Variant(partial(_adapted, method), cached)
 
 
 def _peft(config: str, **settings: int) -> Variant:
@@ -77,7 +76,7 @@ def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
 VARIANTS = {
     "frozen": Variant(lambda model, _: model.requires_grad_(False)),  # the floor: nothing is trained
     "full": _ours(FullFineTuning(train="targets")),
-    "lora": _ours(lambda model, targets: LoRA(rank=lora_rank(model, targets))),
+    "lora": Variant(lambda model, targets: _adapted(LoRA(rank=lora_rank(model, targets)), model, targets)),
     "randlora": _ours(RandLoRA(rank=RANK)),
     "randlora_bf16": _ours(RandLoRA(rank=RANK, delta_dtype="bfloat16")),
     "randlora_cached": _ours(RandLoRA(rank=RANK), cached=True),

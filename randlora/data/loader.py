@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from randlora.data.sources import Table
 from randlora.errors import SettingsError
 from randlora.rng import draws, integer, permutation
+from randlora.signals import leave_signals_to_parent
 
 Item = Mapping[str, Any]
 
@@ -62,15 +63,10 @@ class Split(Dataset):
     """
 
     def __init__(
-        self,
-        table: Table,
-        rows: np.ndarray,
-        encode: Encoder,
-        augment_seed: int | None = None,
-        tolerance: float = 0.0,
+        self, table: Table, rows: np.ndarray, encode: Encoder, augment_seed: int | None = None, tolerance: float = 0.0
     ):
-        self.table, self.rows, self.encode, self.augment_seed = table, rows, encode, augment_seed
-        self.tolerance = tolerance
+        self.table, self.rows, self.encode = table, rows, encode
+        self.augment_seed, self.tolerance = augment_seed, tolerance
         self.skipped: dict[int, str] = {}  # what `loader` has left out so far
 
     def __len__(self) -> int:
@@ -199,6 +195,7 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals_to_parent,
     )
     # Begun here and not at the first batch: it draws from torch's generator, which a step seeds for its own noise.
     return _readable(split, iter(batches), say)

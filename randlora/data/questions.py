@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from randlora.bounds import Bounded
-from randlora.data.sources import Hub, Joined
+from randlora.data.sources import Hub, Joined, Source
 from randlora.errors import SettingsError, check_choice
 
 _FORMAT = "Answer format: "
@@ -128,7 +128,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class QuestionSets(Bounded):
+class QuestionSets(Bounded, Source):
     """Public sets of questions, one after the other; every example says in `set` which it is from.
 
     Of WinoGrande, training takes all sizes and the debiased set, as LLM-Adapters does.
@@ -165,11 +165,8 @@ class QuestionSets(Bounded):
                 raise SettingsError(f"{name}: the {split} split has {len(tables[name])} rows, expected {expected}")
         return Joined(tables)
 
-    def available(self) -> list[str]:
-        return list(self.splits)
-
-    def class_names(self) -> None:
-        """Questions have no classes."""
+    def available(self) -> Sequence[str]:
+        return self.splits
 
     def _part(self, name: str, configuration: str | None = None) -> Hub:
         published = SETS[name]

@@ -30,19 +30,22 @@ class Table(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Opens the splits of one data set."""
+    """Opens the splits of one data set; what inherits it need only say how."""
 
     def check(self) -> None:
         """Raises SettingsError when the data are known to be missing, without opening them."""
 
-    def available(self) -> list[str]:
+    def available(self) -> Sequence[str]:
         """The splits that there are."""
+        return ["train", "test"]
 
     def open(self, split: str) -> Table:
         """The examples of a split, with labels that mean the same in all splits."""
+        ...
 
     def class_names(self) -> list[str] | None:
         """The names that the data give to the labels 0, 1, …; None where they give none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ class Hub(Bounded):
         return {}
 
     def _dataset(self, split: str) -> Dataset:
+        import datasets
+
         if split not in self._datasets:
+            datasets.disable_progress_bars()
             self.check()
             self._datasets[split] = self._renamed(self._local(split) if self.root is not None else self._fetched(split))
         return self._datasets[split]
@@ -153,7 +159,6 @@ class Hub(Bounded):
     def _fetched(self, split: str) -> Dataset:
         import datasets
 
-        datasets.disable_progress_bars()
         name = self.hub_splits.get(split, self.splits[split])
         try:
             return datasets.load_dataset(self.repository, self.configuration, split=name, revision=self.revision)
@@ -186,7 +191,6 @@ def _read(path: Path) -> Dataset:
     """A file, or a folder of images; SettingsError for one that is damaged."""
     import datasets
 
-    datasets.disable_progress_bars()
     try:
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", drop_labels=False)
@@ -288,7 +292,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Digits(Bounded):
+class Digits(Bounded, Source):
     """scikit-learn's 1,797 handwritten digits, 8 × 8 grey: the data set that is always there.
 
     It has no split of its own; the writers come one after the other, so the last `test` images are the test set.
@@ -297,12 +301,6 @@ class Digits(Bounded):
     section: ClassVar[str] = "task.source"
 
     test: Annotated[int, Ge(1), Lt(1700)] = 397
-
-    def check(self) -> None:
-        """It ships with scikit-learn."""
-
-    def available(self) -> list[str]:
-        return ["train", "test"]
 
     def class_names(self) -> list[str]:
         return [str(digit) for digit in range(10)]

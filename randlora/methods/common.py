@@ -26,7 +26,7 @@ def relative_scale(rank: int, alpha: float | None) -> float:
 
 def uniform_start(rows: int, columns: int, *key: str | int, device: torch.device) -> Tensor:
     """Starting values (rows, columns) on the device, uniform within ±√3, drawn by `key`; no values on meta."""
-    if device.type == "meta":
+    if device.type == "meta" or not rows:
         return torch.empty(rows, columns, device=device)
     return draw(rows, columns, *key).to(device)
 

@@ -26,6 +26,7 @@ class FullFineTuning(Method):
     other slices count among the further parameters; they become sites, too.
     """
 
+    budget_setting = None
     train: Literal["all", "targets"] | Sequence[str] = "all"
 
     @property

@@ -15,6 +15,8 @@ from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 class LinearProbe(Method):
     """ΔW = 0, with nothing to train, for models that a task gives a head: image towers, text encoders."""
 
+    budget_setting = None
+
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
         return {site.name: NoUpdate() for site in sites}
 

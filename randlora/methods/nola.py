@@ -39,6 +39,7 @@ class NoLA(Method):
             and β at 1/num_bases, so that ΔW does *not* start at zero.
     """
 
+    budget_setting = "num_bases"
     implied: ClassVar[Mapping[str, Any]] = {"start": "ones"}
 
     rank: Count = 1

@@ -26,6 +26,7 @@ class RandLoRAa(Method):
     ΔW alone. λ starts at zero, γ at 1/√(n·d), which gives Σ_j A_j Γ_j the size of LoRA's A. `alpha` defaults to 2·rank.
     """
 
+    budget_setting = "num_bases"
     rank: Count = 32
     num_bases: Count | None = None
     budget_rank: Count = 6

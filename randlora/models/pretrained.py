@@ -6,11 +6,11 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,11 +77,12 @@ class Pretrained(Model):
 
     def configuration(self) -> PretrainedConfig:
         """The transformers configuration, without the hub where an architecture is named."""
-        if self.architecture is not None:
-            from transformers import AutoConfig
+        from transformers import AutoConfig
 
+        if self.architecture is not None:
             return AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{self.architecture}.json").read_text()))
-        return _asked(self.name, lambda: _config(self.folder(), self.revision))
+        with _explained(self.name):
+            return AutoConfig.from_pretrained(self.folder(), revision=self.revision)
 
     def meta_model(self) -> Backbone:
         with torch.device("meta"):
@@ -117,11 +117,13 @@ class Pretrained(Model):
         return cls(configuration, **_without_pooler(cls)).to(DTYPES[self.dtype])
 
     def _read(self) -> nn.Module:
-        folder = self.folder()
-        configuration = _asked(self.name, lambda: _config(folder, self.revision))
-        cls = self._class(configuration)
-        options = {"config": configuration, "revision": self.revision, "dtype": DTYPES[self.dtype]}
-        return _asked(self.name, lambda: cls.from_pretrained(folder, **options, **_without_pooler(cls)))
+        from transformers import AutoConfig
+
+        folder, revision, dtype = self.folder(), self.revision, DTYPES[self.dtype]
+        with _explained(self.name):
+            config = AutoConfig.from_pretrained(folder, revision=revision)  # of the weights, not of `architecture`
+            cls = self._class(config)
+            return cls.from_pretrained(folder, config=config, revision=revision, dtype=dtype, **_without_pooler(cls))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises SettingsError where there are none."""
@@ -129,7 +131,8 @@ class Pretrained(Model):
 
         if self._location is None:
             raise SettingsError(f"model {self.name} has random weights and so no tokenizer: give model.weights")
-        return _asked(self.name, lambda: AutoTokenizer.from_pretrained(self.folder(), revision=self.revision))
+        with _explained(self.name):
+            return AutoTokenizer.from_pretrained(self.folder(), revision=self.revision)
 
     def folder(self) -> str:
         """What from_pretrained takes: the folder or hub name; a GGUF file is converted to a folder once."""
@@ -141,21 +144,16 @@ class Pretrained(Model):
         return str(_converted(Path(location), self.install))
 
 
-def _config(folder: str, revision: str | None) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, revision=revision)
-
-
 def _without_pooler(cls: type) -> dict[str, bool]:
     """Encoders come without BERT's pooler, which no task here uses and which would count as a linear map."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}  # type: ignore[misc]
 
 
-def _asked(name: str, call: Callable[[], T]) -> T:
-    """What `call` gives; transformers' errors about files and hub as one SettingsError on the model `name`."""
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Makes transformers' errors about files and hub one SettingsError on the model `name`."""
     try:
-        return call()
+        yield
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise SettingsError(

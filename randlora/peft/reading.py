@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, unload
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.files import unchanged_on_failure
 from randlora.adapters.interface import Method
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
@@ -55,14 +56,11 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
     by_site = _by_site(tensors, folder)
     targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
-    report = adapt(model, method, targets, seed)
-    try:
+    with unchanged_on_failure(model):
+        report = adapt(model, method, targets, seed)
         adaptation = require_adaptation(model)
         _fill(adaptation, by_site, folder)
         _replace_bases(adaptation, tensors, folder)
-    except SettingsError:
-        unload(model)
-        raise
     return report
 
 
@@ -77,6 +75,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SettingsError(f"no PEFT adapter can be read from {folder}: {error}") from error
     if not isinstance(settings, dict):
         raise SettingsError(f"{folder / CONFIG} is not a JSON object of settings")
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise SettingsError(f"{folder / TENSORS} has {name} with values that are not finite floats")
     return settings, tensors
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from randlora.errors import SettingsError
+from randlora.records.record import state
 from randlora.records.result import Headline, Result
 from randlora.records.study import expand
 
-__all__ = ["Headline", "Result", "read"]
+__all__ = ["Headline", "Result", "read", "state"]
 
 
 def read(path: Path) -> list[Result]:

@@ -8,16 +8,19 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
-from randlora.integrity import write
+from randlora.integrity import MANIFEST, Damaged, verify, write
 from randlora.records import predictions
 from randlora.records.console import Console
-from randlora.records.result import Result, finite
+from randlora.records.lock import OWNER_FILES, Lock, living
+from randlora.records.metrics import NAME as METRICS
+from randlora.records.metrics import Row, keep_until
+from randlora.records.result import Result
 
 
 @runtime_checkable
@@ -34,10 +37,19 @@ class Logger(Protocol):
         """The run has ended, whether or not `start` was reached."""
 
 
+@runtime_checkable
+class ResumableLogger(Logger, Protocol):
+    """A mirror that keeps what an earlier attempt of the run has logged."""
+
+    def resume(self, rows: Sequence[Row]) -> None:
+        """Training goes on from a checkpoint; until there these rows have been logged, each step once."""
+
+
 class Record:
     """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
 
-    Beside them is predictions.json.gz, if that is wished for: see `randlora.records.predictions`.
+    Beside them is predictions.json.gz, if that is wished for: see `randlora.records.predictions`. One process owns the
+    folder from `open` to `close`: see `randlora.records.lock`.
 
     `writes` is False on every process but the first, and then nothing is written or mirrored, and printed only what
     is to be heard of every process.
@@ -48,50 +60,88 @@ class Record:
     ):
         self.folder, self.config, self.console, self.writes = folder, config, console, writes
         self.loggers = list(loggers) if writes else []
+        self._lock = Lock(folder)
 
     @property
     def checkpoints(self) -> Path:
         """Where the trainer keeps its own."""
         return self.folder / "checkpoints"
 
-    def result(self) -> Result | None:
-        """The result of the run, if it has ended before; SettingsError where its file is damaged."""
-        path = self.folder / "result.json"
-        return Result.read(path) if path.is_file() else None
+    def finished(self) -> Result | None:
+        """The result of the run, if it has finished and its adapter is as it was saved."""
+        try:
+            result = Result.read(self.folder / "result.json")
+            if result.status == "finished":
+                _verify_adapter(result, self.folder / "adapter")
+                return result
+        except SettingsError:
+            pass
+        return None
 
-    def clear(self) -> None:
-        """Forgets an earlier attempt."""
-        if self.writes:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def open(self, config_yaml: str, resume: bool) -> Result | None:
+        """Makes the folder this process's own, and readies what an earlier attempt has left in it.
 
-    def open(self, config_yaml: str) -> None:
-        """Makes the folder, or readies one that an attempt has left; SettingsError if it cannot be written."""
-        if not self.writes:
-            return
+        On one process of a run, for all of them.
+
+        Args:
+            config_yaml: The settings as a reader sees them.
+            resume: Whether to go on from what there is, instead of removing it.
+
+        Returns:
+            The result of a run that has finished, of which nothing is touched; else None.
+
+        Raises:
+            Busy: Another process owns it; nothing has been touched.
+            SettingsError: The folder cannot be written.
+        """
+        if resume and (done := self.finished()):
+            return done
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            if resume:
+                if done := self.finished():  # while this process was about to begin
+                    self.close()
+                    return done
+                self._set_aside()
+            else:
+                self._clear()
             (self.folder / "result.json").unlink(missing_ok=True)
-            if not any(self.checkpoints.glob("step_*")):
-                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             write(self.folder / "config.yaml", config_yaml)
             self._status("running")
         except OSError as error:
+            self.close()
             raise SettingsError(
                 f"run_root={self.config['run_root']}: {self.folder} cannot be written ({error.strerror}); give another"
             ) from error
+        return None
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        self._lock.release()
 
     def start_loggers(self) -> None:
         """Tells the mirrors that the run begins."""
         for logger in self.loggers:
             logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder)
 
+    def begin(self, step: int) -> None:
+        """Training goes on after `step` steps: metrics.jsonl loses what is logged again, and what a kill has torn."""
+        path = self.folder / METRICS
+        if not self.writes or not path.is_file():
+            return
+        rows = keep_until(path, step)
+        for logger in self.loggers:
+            if isinstance(logger, ResumableLogger):
+                logger.resume(rows)
+
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Adds a line to metrics.jsonl."""
         if not self.writes:
             return
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite(metrics)})
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
+        row = Row(step, round(time.time(), 3), metrics)
+        with (self.folder / METRICS).open("a") as file:
+            file.write(row.line())
         for logger in self.loggers:
             logger.log(metrics, step)
 
@@ -114,19 +164,70 @@ class Record:
         if self.writes:
             predictions.write_columns(self.folder, columns)
 
+    def write(self, result: Result) -> None:
+        """Writes result.json and status.json."""
+        if self.writes:
+            result.write(self.folder / "result.json")
+            self._status(result.status)
+
     def finish(self, result: Result) -> None:
-        """Writes result.json and tells the mirrors."""
-        if not self.writes:
-            return
+        """Writes the result and tells the mirrors."""
         self.console.close()
-        result.write(self.folder / "result.json")
-        self._status(result.status)
+        self.write(result)
         for logger in self.loggers:
             logger.finish(result)
+
+    def end(self, result: Result) -> None:
+        """Writes the result and gives the folder back, before the process ends at once; mirrors are not told."""
+        self.write(result)
+        self.close()
+
+    def _clear(self) -> None:
+        """Forgets an earlier attempt."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not path.name.startswith(OWNER_FILES):
+                path.unlink()
+
+    def _set_aside(self) -> None:
+        """Says why a result that is there does not count; keeps one that cannot be read as result.json.damaged."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return
+        try:
+            result = Result.read(path)
+        except SettingsError as error:
+            path.replace(path.with_name("result.json.damaged"))
+            self.say(f"{error}; it is now result.json.damaged, and the run goes on without it")
+            return
+        try:
+            if result.status == "finished":
+                _verify_adapter(result, self.folder / "adapter")
+        except Damaged as error:
+            self.say(f"the run had finished, but {error}: it is done again")
 
     def _status(self, status: str) -> None:
         state = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
         write(self.folder / "status.json", json.dumps(state) + "\n")
+
+
+def state(folder: Path) -> str:
+    """How the run of a folder stands: its result's status, or else ``running``, or ``dead`` where no process runs it.
+
+    SettingsError where its result cannot be read.
+    """
+    if (folder / "result.json").is_file():
+        return Result.read(folder / "result.json").status
+    return "running" if living(folder) else "dead"
+
+
+def _verify_adapter(result: Result, folder: Path) -> None:
+    """Raises Damaged unless the adapter is as it was saved; of one without a manifest, of before, the size is known."""
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    elif sum(path.stat().st_size for path in folder.glob("*")) < (result.adapter_bytes or 1):
+        raise Damaged(f"{folder} is not whole")
 
 
 def versions() -> dict[str, str]:

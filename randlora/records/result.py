@@ -39,6 +39,7 @@ class Result:
         task_version: Scores of two versions of a task are not comparable.
         status: One of STATUSES.
         metrics: ``zero_shot/…`` (before training, where there is such a score), ``validation/…`` and ``test/…``.
+        calibrated: Settings of the method that it chose from training data, such as ranks.
         trainable_parameters: Of the method; the head's are in `head_parameters`, and both in `total_parameters`.
         adapter_bytes: Size of the saved adapter.
         train_seconds: Of the optimisation alone, without evaluation.
@@ -67,6 +68,7 @@ class Result:
     task_version: int = 1
     status: str = "failed"
     metrics: Mapping[str, float] = field(default_factory=dict)
+    calibrated: Mapping[str, Any] | None = None
     trainable_parameters: int | None = None
     head_parameters: int | None = None
     total_parameters: int | None = None

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Where data and records lie, who watches, and how far apart the log lines are do not change a result.
+# Where data and records lie, who watches, and how often it is logged and saved do not change a result.
 EXCLUDED_FROM_HASH = {
     "run_root", "data_root", "dry_run", "resume", "tags", "logger",
-    "trainer.device", "trainer.workers", "trainer.log_every", "trainer.save_every", "trainer.evaluation_batch_size",
-    "predictions",
+    "trainer.device", "trainer.workers", "trainer.log_every", "trainer.evaluation_batch_size", "trainer.save_every",
+    "trainer.save_minutes", "trainer.keep_last", "predictions",
 }  # fmt: skip
 # Settings that came later, with the value that means what was done before: then they are left out of the hash.
 CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation"}

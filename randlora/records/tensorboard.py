@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from randlora.bounds import Bounded, FolderName
 from randlora.errors import SettingsError
+from randlora.records.metrics import Row
 from randlora.records.result import Result
 
 
@@ -34,11 +36,16 @@ class TensorBoard(Bounded):
     def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        shutil.rmtree(folder / self.folder, ignore_errors=True)  # `resume` writes again what counts of it
         self._writer = SummaryWriter(str(folder / self.folder))
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def resume(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.log(row.metrics, row.step, row.time)
+
+    def log(self, metrics: Mapping[str, float], step: int, time: float | None = None) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, time)
 
     def finish(self, result: Result) -> None:
         if self._writer is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from randlora.bounds import Bounded
 from randlora.errors import SettingsError
+from randlora.records.metrics import Row
 from randlora.records.result import Result
 
 
@@ -53,8 +55,21 @@ class Wandb(Bounded):
                 f"W&B: {str(error).splitlines()[0]}; logger.wandb.mode=offline needs no account"
             ) from error
 
+        if self._run.offline:  # each attempt has a folder, and syncing them all would show their steps twice
+            for earlier in (folder / "wandb").glob(f"offline-run-*-{signature}"):
+                if not Path(self._run.dir).is_relative_to(earlier.resolve()):
+                    shutil.rmtree(earlier, ignore_errors=True)
+
+    def resume(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.log(row.metrics, row.step)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        if step >= self._run.starting_step:
+            self._run.log(dict(metrics), step=step)
+        else:  # W&B has this step of an earlier attempt, and takes no step again
+            known = set(self._run.summary.keys())
+            self._run.summary.update({name: value for name, value in metrics.items() if name not in known})
 
     def finish(self, result: Result) -> None:
         if self._run is None:

@@ -59,6 +59,10 @@ class Bound(NamedTuple):
     model: nn.Module
     head: nn.Module | None = None
 
+    def modules(self) -> dict[str, nn.Module]:
+        """What `randlora.save_adapter` is to save beside the updates: the head, if there is one."""
+        return {} if self.head is None else {"head": self.head}
+
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters by the names that they are saved under; empty without a head."""
         named = self.head.named_parameters() if self.head is not None else ()

@@ -86,12 +86,8 @@ class PairEncoder(ImageEncoder):
     def __call__(self, example: Item) -> dict[str, Any]:
         item = super().__call__(example)
         label, caption = item["label"], int(torch.randint(self.tokens.shape[1], ()))
-        return {
-            **item,
-            "tokens": self.tokens[label, caption],
-            "general": self.general[caption],
-            "kind": self.kinds[label],
-        }
+        tokens, general = self.tokens[label, caption], self.general[caption]
+        return {**item, "tokens": tokens, "general": general, "kind": self.kinds[label]}
 
 
 class ContrastiveClip(nn.Module):

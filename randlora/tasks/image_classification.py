@@ -194,13 +194,7 @@ class ClipClassifier(ImageClassifier):
 
     tokens: Tensor
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        names: Sequence[str],
-        templates: Sequence[Template],
-        exp_scale: bool = True,
-    ):
+    def __init__(self, backbone: Backbone, names: Sequence[str], templates: Sequence[Template], exp_scale: bool = True):
         super().__init__()
         assert backbone.tokenizer is not None
         self.clip, self.exp_scale = backbone.module, exp_scale

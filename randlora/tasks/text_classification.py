@@ -171,14 +171,11 @@ class TextHead(nn.Module):
         assert backbone.features is not None
         self.backbone, self.features = backbone.module, backbone.features
         device = next(backbone.module.parameters()).device
-        layers: list[nn.Module] = [nn.Dropout(backbone.head_dropout)]
+        width, dropout = backbone.width, backbone.head_dropout
+        layers: list[nn.Module] = [nn.Dropout(dropout)]
         if backbone.head_hidden:
-            layers += [
-                nn.Linear(backbone.width, backbone.width, device=device),
-                nn.Tanh(),
-                nn.Dropout(backbone.head_dropout),
-            ]
-        self.head = nn.Sequential(*layers, nn.Linear(backbone.width, outputs, device=device))
+            layers += [nn.Linear(width, width, device=device), nn.Tanh(), nn.Dropout(dropout)]
+        self.head = nn.Sequential(*layers, nn.Linear(width, outputs, device=device))
         for layer in self.head:
             if isinstance(layer, nn.Linear) and device.type != "meta":
                 nn.init.normal_(layer.weight, std=0.02)  # as BERT's and RoBERTa's classifiers

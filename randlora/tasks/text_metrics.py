@@ -12,7 +12,9 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -50,7 +52,7 @@ def nist(generated: Texts, references: References, order: int = 5) -> float:
     for n in range(1, order + 1):
         gained = 0.0
         for output, refs in zip(outputs, allowed, strict=True):
-            shared = _ngrams(output, n) & _union(_ngrams(ref, n) for ref in refs)
+            shared = _ngrams(output, n) & reduce(or_, (_ngrams(ref, n) for ref in refs))
             gained += sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in shared.items())
         total += gained / max(1, sum(len(output) - n + 1 for output in outputs))
     length = sum(map(len, outputs)) / sum(sum(map(len, refs)) / len(refs) for refs in allowed)
@@ -149,18 +151,11 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
-def _union(counters: Iterable[Counter[tuple[str, ...]]]) -> Counter[tuple[str, ...]]:
-    merged: Counter[tuple[str, ...]] = Counter()
-    for counter in counters:
-        merged |= counter
-    return merged
-
-
-def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """The length of the longest common subsequence."""
-    row = [0] * (len(other) + 1)
-    for token in one:
+    row = [0] * (len(second) + 1)
+    for token in first:
         diagonal = 0
-        for j, compared in enumerate(other, 1):
+        for j, compared in enumerate(second, 1):
             diagonal, row[j] = row[j], diagonal + 1 if token == compared else max(row[j], row[j - 1])
     return row[-1]

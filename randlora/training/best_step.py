@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from randlora.errors import SettingsError
-from randlora.integrity import write
-
-FILE = "best.safetensors"
 
 
+@dataclass(frozen=True)
 class BestStep:
-    """Keeps the parameters of the best step so far in a file beside the checkpoints, where a resumed run finds them.
+    """The best step so far: step 0 with a loss of infinity, and no parameters, before the first.
+
+    It is a part of every checkpoint, so that a run resumed from any of them knows the best step of that time.
 
     Args:
-        folder: of the checkpoints.
-        trained: all that is trained, by name.
+        step: After which the parameters were scored.
+        loss: Of the validation set.
+        parameters: All that is trained, by name, as copies in main memory.
     """
 
-    def __init__(self, folder: Path, trained: Mapping[str, Tensor]):
-        self.path, self.trained = folder / FILE, trained
+    step: int = 0
+    loss: float = math.inf
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def consider(self, step: int, scores: Mapping[str, float]) -> None:
-        """Keeps the present parameters if their validation loss is the lowest so far; the file appears whole.
+    def or_now(self, step: int, scores: Mapping[str, float], trained: Mapping[str, Tensor]) -> BestStep:
+        """The present step if its validation loss is the lowest so far, else this one.
 
         Raises SettingsError where the scores of the validation set have no `loss`.
         """
@@ -38,33 +38,13 @@ class BestStep:
                 f"trainer.select=best: the validation set is scored by {', '.join(scores)} and has no loss; return one "
                 "as `loss` from the task's score, or use last"
             )
-        if scores["loss"] < self._known()[1]:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.trained.items()}
-            write(self.path, save(tensors, {"step": str(step), "loss": repr(scores["loss"])}))
-
-    def forget(self) -> None:
-        """Removes what an attempt without a checkpoint has left."""
-        self.path.unlink(missing_ok=True)
-
-    def names(self) -> list[str]:
-        """Of the best parameters so far. FileNotFoundError if no loss was finite."""
-        with safe_open(self.path, "pt") as file:
-            return list(file.keys())
+        if not scores["loss"] < self.loss:
+            return self
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trained.items()}
+        return BestStep(step, scores["loss"], copies)
 
     @torch.no_grad()
-    def restore(self) -> tuple[int, float]:
-        """Gives the model its best parameters; returns their step and loss. FileNotFoundError if no loss was finite."""
-        step, loss = self._known()
-        tensors = load_file(self.path)
-        for name, tensor in self.trained.items():
-            tensor.copy_(tensors[name])
-        return step, loss
-
-    def _known(self) -> tuple[int, float]:
-        """The best step so far and its loss; infinity where there is none."""
-        if not self.path.is_file():
-            return 0, math.inf
-        with safe_open(self.path, "pt") as file:
-            metadata = file.metadata()
-        return int(metadata["step"]), float(metadata["loss"])
+    def give_to(self, trained: Mapping[str, Tensor]) -> None:
+        """Copies the best parameters into the model's."""
+        for name, tensor in trained.items():
+            tensor.copy_(self.parameters[name])

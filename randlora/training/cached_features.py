@@ -39,7 +39,7 @@ def cache_features(
     def cached(split: Split) -> Split:
         if split.encode.random or not len(split):
             return split
-        batches = once(split, device, settings.evaluation_batch_size, settings.workers, observer.say)
+        batches = once(split, accelerator, settings.evaluation_batch_size, settings.workers, observer.say, shared=False)
         with attention_rule(device.type, precision), autocast(device.type, precision):
             features = CachedFeatures([{**frozen(batch), "row": batch["row"]} for batch in batches])
         return Split(features, np.arange(len(features)), features)

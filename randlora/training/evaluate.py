@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from randlora.adapters.core import merged, relative_norms
 from randlora.data.loader import Split, evaluation_keys, loader
+from randlora.signals import STOP
 from randlora.tasks.base import Batch, Task
 from randlora.tasks.mixins import UnequalExamples
 from randlora.training.precision import attention_rule, autocast
@@ -65,13 +67,14 @@ def predictions(
         say: Hears of examples that cannot be read.
 
     Raises:
+        Interrupted: Between two batches, when a signal has come to any process.
         Unreadable: When more of them cannot be read than the task allows.
     """
     if not len(split):
         return {}
     device, columns = accelerator.device, dict[str, list]()
     model.to(device).eval()
-    share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
+    share = once(split, accelerator, batch_size, workers, say)
     with merged(model), attention_rule(device.type, precision), autocast(device.type, precision):
         for batch in share:
             rows = batch["row"].tolist()
@@ -103,14 +106,21 @@ def mean_loss(
     """
     device, sums = accelerator.device, torch.zeros(2, dtype=torch.float64)
     model.to(device).eval()
-    share = once(split, device, batch_size, workers, say, accelerator.process_index, accelerator.num_processes)
+    share = once(split, accelerator, batch_size, workers, say)
     with merged(model), attention_rule(device.type, precision), autocast(device.type, precision):
         for batch in share:
             weight = terms(task, batch)
             sums += torch.tensor([float(task.loss(model, batch)) * weight, weight], dtype=torch.float64)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(device), "sum").cpu()
-    return float(sums[0] / sums[1])
+    total, weights = summed(accelerator, *sums.tolist())
+    return total / weights
+
+
+def summed(accelerator: Accelerator, *values: float) -> list[float]:
+    """Each value summed over all processes."""
+    if accelerator.num_processes == 1:
+        return [*values]
+    total: Any = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
 
 
 def terms(task: Task, batch: Batch) -> int:
@@ -123,15 +133,27 @@ def _rows(batch: Any) -> int:
 
 
 def once(
-    split: Split, device: torch.device, batch_size: int, workers: int, say: Callable[[str], None], rank: int = 0,
-    world: int = 1,
+    split: Split, accelerator: Accelerator, batch_size: int, workers: int, say: Callable[[str], None],
+    shared: bool = True,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Every example of process `rank`'s share of a split, of `world` processes, once, in batches on the device.
+    """Every example of a split once, in batches on the device; where it is `shared`, this process's part of them.
 
     Batches have up to `batch_size` examples, read by `workers` processes; `say` hears of those that cannot be read.
+    Raises Interrupted between two batches, on every process, when a signal has come to any.
     """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if shared else (0, 1)
     keys = evaluation_keys(split.by_length, batch_size, rank, world)
-    return (to_device(batch, device) for batch in chain.from_iterable(loader(split, keys, workers, say)))
+    batches = chain.from_iterable(loader(split, keys, workers, say))
+    most = math.ceil(math.ceil(len(split) / world) / batch_size)  # of any process: all ask the same number of times
+    return _stoppable(batches, most, accelerator)
+
+
+def _stoppable(batches: Iterator[Batch], most: int, accelerator: Accelerator) -> Iterator[Batch]:
+    for _ in range(most):
+        STOP.check(accelerator)
+        batch = next(batches, None)
+        if batch is not None:
+            yield to_device(batch, accelerator.device)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

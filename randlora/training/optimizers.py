@@ -38,6 +38,10 @@ class Optimizer:
                 raise SettingsError(f"optimizer.{name}: torch.optim.{algorithm} has {', '.join(known)}")
         check("optimizer", get_type_hints(self._class.__init__), self.settings)
 
+    def describe(self) -> dict[str, Any]:
+        """The class's name and its settings, as plain data."""
+        return {"algorithm": self.algorithm, **self.settings}
+
     def check(self, weight_decay: float) -> None:
         """Takes a step with a small matrix; SettingsError where torch refuses it.
 

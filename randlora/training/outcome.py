@@ -9,10 +9,6 @@ class Diverged(RuntimeError):
     """The loss or a gradient is no longer a number."""
 
 
-class Interrupted(RuntimeError):
-    """The run was asked to stop; a checkpoint is there to go on from."""
-
-
 @dataclass(frozen=True)
 class Fit:
     """What a finished training took; seconds are without evaluation and checkpoints.

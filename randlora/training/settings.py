@@ -13,6 +13,7 @@ from randlora.adapters.core import Adaptation
 from randlora.bounds import Bounded, Count, NotNegative, Positive
 from randlora.data.loader import Split
 from randlora.errors import SettingsError
+from randlora.records.signature import EXCLUDED_FROM_HASH
 from randlora.tasks.base import Task
 from randlora.training.evaluate import evaluate, mean_loss, predictions
 from randlora.training.precision import Precision
@@ -28,6 +29,9 @@ BatchSize = Annotated[int, Ge(1), Le(2**20)]
 
 class Observer(Protocol):
     """What is told of a training while it goes."""
+
+    def begin(self, step: int) -> None:
+        """Training goes on after `step` steps; what was logged of later ones belongs to an attempt that was lost."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """What is known after `step` steps, by name."""
@@ -62,7 +66,10 @@ class Settings(Bounded):
         select: The parameters that a run ends with: ``last``, or ``best``, those of lowest validation loss among every
             `evaluate_every` steps and the last one, the first of equals.
         sampling: How training examples are drawn: ``permutation``, each once an epoch, or ``replacement``.
-        save_every: Steps between checkpoints; None: one when interrupted.
+        save_every: Steps between checkpoints; None: by time alone. One is always made after the last step, and when
+            interrupted.
+        save_minutes: Minutes after which a checkpoint is made, beside `save_every`; None: by steps alone.
+        keep_last: How many checkpoints stay until the run is finished.
         log_every: Steps between lines of the log.
         device: auto, cpu or cuda.
         workers: Processes that read and decode; 0 for none beside this one.
@@ -88,6 +95,8 @@ class Settings(Bounded):
     select: Literal["last", "best"] = "last"
     sampling: Literal["permutation", "replacement"] = "permutation"
     save_every: Count | None = None
+    save_minutes: Positive | None = 5
+    keep_last: Count = 2
     log_every: Count = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, Ge(0), Le(256)] = 0
@@ -101,6 +110,10 @@ class Settings(Bounded):
             )
         if self.select == "best" and self.evaluate_every is None:
             raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that change the result, by name: all but those that the run's signature leaves out."""
+        return {key: value for key, value in vars(self).items() if f"trainer.{key}" not in EXCLUDED_FROM_HASH}
 
     def steps(self, examples: int) -> int:
         """The optimiser's steps over a training set of this size.

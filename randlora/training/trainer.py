@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from randlora.adapters.core import cached, require_adaptation
-from randlora.adapters.interface import Step
+from randlora.adapters.core import cached, require_adaptation, resume
+from randlora.adapters.interface import Step, describe
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.rng import integer
+from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
-from randlora.training import checkpoint
 from randlora.training.best_step import BestStep
-from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
+from randlora.training.checkpoint import Checkpoints, State, Tensors, latest
+from randlora.training.evaluate import brief, norms, prefixed, summed, terms, to_device
 from randlora.training.optimizers import Optimizer
-from randlora.training.outcome import Diverged, Fit, Interrupted
+from randlora.training.outcome import Diverged, Fit
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.settings import Observer, Settings
-from randlora.training.signals import StopRequest
 from randlora.training.watch import LossWatch
 
 if TYPE_CHECKING:
@@ -39,28 +39,29 @@ class Trainer(Settings):
 
     def fit(
         self, task: Task, bound: Bound, splits: Splits, *, seed: int, folder: Path, observer: Observer,
-        accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None,
+        accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None, strict: bool = False,
     ) -> Fit:  # fmt: skip
-        """Trains an adapted model with its head; goes on from a checkpoint in `folder`, if there is one.
+        """Trains an adapted model with its head; goes on from the newest valid checkpoint in `folder`.
 
         Args:
             task: Knows the loss.
             bound: What the task made of the adapted model.
             splits: The training split is learned from; the validation split is scored every `evaluate_every` steps.
             seed: Of the order of the data and of dropout.
-            folder: Where checkpoints are, and the best parameters so far.
+            folder: Where checkpoints are; the last one is of the last step, so that this returns at once again.
             observer: Hears of losses, scores and progress.
             accelerator: The device and the processes.
             optimizer: None for AdamW.
             steps: How many; None for what the settings make of the training split's length.
+            strict: Whether to stop where there are checkpoints and none is valid, instead of starting again.
 
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
-            Interrupted: When a signal asked for it, after a checkpoint.
-            SettingsError: When there is nothing to train, or the best step to select and no validation loss.
+            Interrupted: When a signal asked for it, with a checkpoint to go on from.
+            SettingsError: As `strict` says; nothing to train; the best step to select and no validation loss.
         """
         loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps)
-        return loop.fit()
+        return loop.fit(strict)
 
 
 class Loop:
@@ -78,21 +79,21 @@ class Loop:
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
-        self.best = BestStep(folder, {}) if trainer.select == "best" else None
         self.assemble()
         self.steps = steps or trainer.steps(len(splits.train))
+        about = {"seed": seed, "steps": self.steps, "examples": len(splits.train)}
+        about |= trainer.decisive() | {"method": describe(self.adaptation.method), "optimizer": optimizer.describe()}
+        self.checkpoints = Checkpoints(folder, about, trainer.keep_last)
+        self.best = BestStep() if trainer.select == "best" else None
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
         self.watch = LossWatch()
-        self.stop = StopRequest()
+        self.stopping = False  # as all processes know it
+        self.saved_at, self.save_due = time.monotonic(), False
 
     def assemble(self, known: Mapping[Tensor, Any] | None = None) -> None:
         """An optimiser and processes for what is trained now; given an earlier optimiser's state, it is kept."""
         self.trained = self.bound.trained()
-        # What a checkpoint holds: also the updates' fixed tensors that no seed gives again.
-        self.kept = self.trained | {name: t for name, t in self.adaptation.saved().items() if not t.requires_grad}
-        if self.best:
-            self.best.trained = self.trained
         groups = self.settings.parameter_groups(self.adaptation, self.bound.head)
         self.optimizer = self.algorithm.over(group | {"initial_lr": group["lr"]} for group in groups)
         if known is not None:
@@ -100,24 +101,32 @@ class Loop:
             self.accelerator.free_memory()  # of the processes' earlier wrapper
         self.model: nn.Module = self.accelerator.prepare(self.plain)
 
-    def fit(self) -> Fit:
-        """All steps from the last checkpoint on; see `Trainer.fit`."""
-        start, seconds = 0, 0.0
-        resumable = checkpoint.latest(self.folder)
-        if resumable is not None:
-            if self.adaptation.resume(checkpoint.names(resumable)):
-                self.assemble({})
-            state = checkpoint.restore(resumable, self.kept, self.optimizer)
-            start, seconds = int(state["step"]), state["train_seconds"]
-            self.observer.say(f"going on from step {start} of {self.steps}")
-        elif self.best and self.accelerator.is_main_process:
-            self.best.forget()
-        with self.stop:
-            seconds = self.train(start, seconds)
+    def tensors(self, names: Collection[str] | None = None) -> Tensors:
+        """What a checkpoint is of; given the names in one, the updates first take the tensors that they had then."""
+        if names is not None and resume(self.plain, names):
+            self.assemble({})
+        # Also the updates' fixed tensors that no seed gives again.
+        fixed = {name: tensor for name, tensor in self.adaptation.saved().items() if not tensor.requires_grad}
+        return Tensors(self.trained | fixed, self.optimizer)
+
+    def fit(self, strict: bool) -> Fit:
+        """All steps from the newest valid checkpoint on; see `Trainer.fit`."""
+        state = self.checkpoints.resume(self.tensors, self.observer.say, strict)
+        if summed(self.accelerator, state.step)[0] != state.step * self.accelerator.num_processes:
+            raise RuntimeError(f"processes read different checkpoints in {self.folder}: do all see the same files?")
+        if state.step:
+            self.best = state.best
+            self.observer.say(f"going on from step {state.step} of {self.steps}")
+        self.observer.begin(state.step)
+        with STOP:
+            if not state.scored:
+                self.validate(state.step)
+            seconds = self.train(state.step, state.train_seconds)
         selected = self.restore_best(self.best) if self.best else None
-        trained = sum(tensor.numel() for tensor in self.adaptation.trained().values())
+        self.plain.train()  # drops what an evaluation before has kept of other parameters
+        count = sum(tensor.numel() for tensor in self.adaptation.trained().values())
         self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
-        return Fit(self.steps, seconds, seconds / self.steps, trained, selected)
+        return Fit(self.steps, seconds, seconds / self.steps, count, selected)
 
     def train(self, start: int, seconds: float) -> float:
         """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
@@ -130,20 +139,24 @@ class Loop:
             loss, norm = self.step(batches, at)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, at.rate)
-            if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
-                self.validate(done)
-            if self.stop.came or self._due(settings.save_every, done):
-                self._save(done, seconds)
-            if self.stop.came:
-                raise Interrupted(f"stopped at step {done} of {self.steps}; run the same command to go on")
+            scored = False
+            with suppress(Interrupted):  # it is then scored again when the run goes on
+                if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
+                    self.validate(done)
+                scored = True
+            stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
+            if stopping or self.save_due or done == self.steps or self._due(settings.save_every, done):
+                self._save(State(done, seconds, self.best, scored))
+            if stopping:
+                raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
         return seconds
 
     def at(self, step: int) -> Step:
         """Where the training is at a step, whose learning rates the optimiser is given."""
-        settings = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * settings.rate_factor(step, self.steps, group.get("born", 0))
-        return Step(step, self.steps, settings.rate_factor(step, self.steps) * settings.learning_rate, self.seed)
+            group["lr"] = group["initial_lr"] * self.settings.rate_factor(step, self.steps, group.get("born", 0))
+        rate = self.settings.learning_rate * self.settings.rate_factor(step, self.steps)
+        return Step(step, self.steps, rate, self.seed)
 
     def validate(self, done: int) -> None:
         """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
@@ -155,28 +168,25 @@ class Loop:
         self.observer.log(named, done)
         self.observer.say(f"step {done}: {brief(named)}")
         if self.best:
-            if self.accelerator.is_main_process:
-                self.best.consider(done, scores)
-            self.accelerator.wait_for_everyone()
+            self.best = self.best.or_now(done, scores, self.trained)
 
     def restore_best(self, best: BestStep) -> int:
         """Gives the model its best parameters; returns their step."""
-        try:
-            if self.adaptation.resume(best.names()):
-                self.assemble({})
-            step, loss = best.restore()
-        except FileNotFoundError as error:
-            raise Diverged("trainer.select=best: the validation loss was never finite") from error
-        self.observer.say(f"selected step {step} of {self.steps}, with a validation loss of {loss:.4g}")
-        return step
+        if not best.step:
+            raise Diverged("trainer.select=best: the validation loss was never finite")
+        self.tensors(best.parameters)
+        best.give_to(self.trained)
+        self.observer.say(f"selected step {best.step} of {self.steps}, with a validation loss of {best.loss:.4g}")
+        return best.step
 
     def step(self, batches: Iterator[list[dict[str, Any]]], step: Step) -> tuple[float, float]:
         """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
         self.model.train()
+        self.adaptation.method.before_step(self.adaptation.updates.values(), step)
         device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
         micro = [to_device(batch, device) for batch in next(batches)]
         weights = [terms(self.task, batch) for batch in micro]
-        (total,) = self._sum(float(sum(weights)))
+        (total,) = summed(self.accelerator, sum(weights))
         if not total:
             raise SettingsError(f"step {step.number}: its examples have nothing to learn; are they cut too short?")
         mean = torch.zeros((), device=device)
@@ -193,13 +203,14 @@ class Loop:
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
-        value, stopping = self._sum(float(mean), float(self.stop.came))
-        size, self.stop.came = float(norm), stopping > 0  # every process stops after the same step
+        late = time.monotonic() - self.saved_at > 60 * (self.settings.save_minutes or math.inf)
+        value, stopping, saving = summed(self.accelerator, float(mean), STOP.came, late)
+        # Every process saves and stops after the same step.
+        size, self.stopping, self.save_due = float(norm), stopping > 0, saving > 0
         if not (math.isfinite(value) and math.isfinite(size)):
-            last_good = checkpoint.latest(self.folder)
             raise Diverged(
                 f"step {step.number}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {last_good or 'none'}"
+                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {latest(self.folder) or 'none'}"
             )
         method, updates = self.adaptation.method, self.adaptation.updates.values()
         if method.after_backward(updates, step):
@@ -213,30 +224,22 @@ class Loop:
         """This process's micro-batches of every step from `start` to the end."""
         settings, process = self.settings, self.accelerator
         steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
-        replacement = settings.sampling == "replacement"
-        keys = training_keys(len(self.splits.train), settings.batch_size, steps, self.seed, rank, world, replacement)
+        shape = len(self.splits.train), settings.batch_size, steps, self.seed, rank, world
+        keys = training_keys(*shape, settings.sampling == "replacement")
         return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)
 
     def _due(self, every: int | None, done: int) -> bool:
         return every is not None and done % every == 0 and done < self.steps
 
     def _report(self, done: int, loss: float, norm: float, rate: float) -> None:
-        warning = self.watch.add(loss)
-        if warning:
+        if warning := self.watch.add(loss):
             self.observer.say(f"step {done}: {warning}")
         if done % self.settings.log_every == 0 or done in (1, self.steps):
             self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
         self.observer.progress(done, self.steps, f"loss {loss:.3f}")
 
-    def _save(self, done: int, seconds: float) -> None:
+    def _save(self, state: State) -> None:
         if self.accelerator.is_main_process:
-            state = {"step": done, "train_seconds": seconds}
-            checkpoint.save(self.folder, state, self.kept, self.optimizer)
+            self.checkpoints.save(state, self.tensors())
         self.accelerator.wait_for_everyone()
-
-    def _sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        reduced: Any = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
-        return reduced.tolist()
+        self.saved_at = time.monotonic()
