@@ -72,6 +72,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
     config = experiment.config
     accelerator = experiment.trainer.accelerator()
     record = Record(experiment.folder, config, experiment.loggers, Console(), writes=accelerator.is_main_process)
+    check_memory(experiment, accelerator.device)
     try:
         if not config["resume"]:
             STOP.check(accelerator)  # before anything is removed
@@ -84,7 +85,6 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
-    check_memory(experiment, accelerator.device)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,

@@ -36,8 +36,7 @@ from randlora.methods import (
 )
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
-from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
-from randlora.training import checkpoint as checkpoints
+from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
 from randlora.training.evaluate import prefixed
 from randlora.training.loop import Loop
 from randlora.training.schedule import rate_factor
@@ -501,7 +500,7 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoints.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:

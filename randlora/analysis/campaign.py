@@ -191,7 +191,6 @@ class _Storm:
         self.root = self.kept / "runs"
         self.root.mkdir(parents=True)
         self.ended = False  # by an undisturbed attempt, and nothing has struck since
-        self.finished = False  # when the last attempt began
         self.promise: int | None = None
 
     @property
@@ -222,7 +221,7 @@ class _Storm:
     def run(self, strike: Signals | AtCall | None) -> Ending:
         """One attempt, and what is to be said of it."""
         trial, before = self.trial, self.program.steps(self.folder)
-        self.finished = self._state() == "finished"
+        finished = trial.codes[-1:] == [FINISHED]  # whatever has been damaged since
         main = partial(self.program.main, trial.settings, self.root)
         log = self.kept / f"attempt_{len(trial.codes)}.log"
         ending = attempt(main, self.root, log, strike)
@@ -232,7 +231,7 @@ class _Storm:
         if resumed is not None:
             if self.promise is not None and self.promise != resumed:
                 trial.false.append(f"interrupted, to go on from step {self.promise}: it went on from {resumed}")
-            if not self.finished:
+            if not finished:
                 trial.lost.append(max(0, before - resumed))
             if resumed:
                 trial.resumed.append(resumed)
@@ -318,7 +317,7 @@ class _Storm:
         ending = attempt(load, self.root, self.kept / "load.log")
         if ending.code == LOADED_DIFFERENT:
             self.trial.silent.append(f"{path.name} of the adapter was loaded")
-        elif ending.code == WRONG_SETTINGS and path.name not in ending.said:
+        elif ending.code == WRONG_SETTINGS and f"{path.parent}/" not in ending.said:
             self.trial.silent.append(f"refused without naming {path.name}: {ending.said.strip()[-200:]}")
         elif ending.code not in (LOADED, WRONG_SETTINGS):
             self.trial.tracebacks += 1

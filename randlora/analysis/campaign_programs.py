@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ import randlora
 from randlora.analysis.campaign import LOADED, LOADED_DIFFERENT, STEPS, Settings
 from randlora.analysis.faults import attempt
 from randlora.config import CONFIGS, settings
+from randlora.errors import exit_code
 from randlora.experiment import Experiment
 from randlora.records.record import state
 from randlora.records.result import Result
@@ -42,6 +44,7 @@ def prepare(root: Path) -> Path:
 
     Imports what runs import, so that their processes, which are forked, need not.
     """
+    os.environ["GIT_DIR"] = os.devnull  # which commit it is takes longer than a training of these
     for module in _IMPORTED:
         importlib.import_module(module)
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("vit")  # it is kept
@@ -97,7 +100,7 @@ class Ours:
             f"trainer.precision={drawn['precision']}", f"trainer.workers={drawn['workers']}",
             f"trainer.save_every={'null' if drawn['save_every'] is None else drawn['save_every']}",
         ]  # fmt: skip
-        given += ["targets=attention"] if method == "lorta" else []
+        given += {"lorta": ["targets=attention"], "mora": ["method.rank=4"]}.get(method, [])
         given += ["trainer.micro_batch_size=1"] if drawn["accumulated"] else []
         given += ["trainer.evaluate_every=2", "trainer.select=best"] if drawn["evaluated"] else []
         if drawn["random"]:
@@ -110,17 +113,19 @@ class Ours:
         return self._main(self.arguments(drawn, root))
 
     def load(self, drawn: Settings, folder: Path, undisturbed: Path) -> int:
-        experiment = Experiment.from_config(settings(*self.arguments(drawn, folder)))
-        torch.manual_seed(experiment.budget.seed)
-        backbone = experiment.model.load()
-        randlora.load_adapter(backbone.module, folder / "adapter")
-        return LOADED_DIFFERENT  # only ever asked of damaged files
+        def main() -> int:
+            backbone = Experiment.from_config(settings(*self.arguments(drawn, folder))).model.load()
+            randlora.load_adapter(backbone.module, folder / "adapter", modules={})
+            return LOADED_DIFFERENT  # a sealed file differs
+
+        return exit_code(main)
 
     def folder(self, root: Path) -> Path:
         return next(iter(root.glob("*/*/*/*/")), root / "none")
 
     def state(self, folder: Path) -> str:
-        return state(folder) if (folder / "status.json").is_file() else ""
+        begun = any((folder / name).is_file() for name in ("result.json", "status.json", "metrics.jsonl"))
+        return state(folder) if begun else ""
 
     def outputs(self, folder: Path) -> dict[str, Any]:
         result = Result.read(folder / "result.json").to_json()
