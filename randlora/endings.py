@@ -31,7 +31,9 @@ def ending(error: BaseException, record: Record, accelerator: Accelerator, train
     if out_of_memory(error):
         remedy = "lower trainer.micro_batch_size, set trainer.auto_batch=true or trainer.precision=bf16"
         return {"status": "out_of_memory", "error": f"{first or 'out of memory'} ({remedy})"}
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
+    # What it was sending may be missed before its death is noticed.
+    dead = trainer.workers > 0 and isinstance(error, ConnectionError | EOFError)
+    if dead or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in text):
         return {
             "error": f"a process that reads data has died ({first}); is there memory for trainer.workers="
             f"{trainer.workers}? {_kept(record) or LOST}"
