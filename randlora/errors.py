@@ -28,19 +28,6 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
         raise SettingsError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises SettingsError unless low <= value < high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        bound = f"at least {low}" + ("" if high == float("inf") else f" and below {high}")
-        raise SettingsError(f"{name}={value!r}: must be a number of {bound}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises SettingsError unless value is a number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise SettingsError(f"{name}={value!r}: must be a number above 0")
-
-
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raises SettingsError unless value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

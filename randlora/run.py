@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,9 +30,10 @@ from randlora.records.record import Record, commit, versions
 from randlora.records.result import Headline, Result
 from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Splits
-from randlora.training import Diverged, checkpoint
+from randlora.training import Diverged, Trainer, checkpoint
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
+from randlora.training.out_of_memory import out_of_memory
 from randlora.training.processes import Peers, lost
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
     config = experiment.config
     accelerator = experiment.trainer.accelerator()
     record = Record(experiment.folder, config, experiment.loggers, Console(), writes=accelerator.is_main_process)
+    check_memory(experiment, accelerator.device)
     try:
         if not config["resume"]:
             STOP.check(accelerator)  # before anything is removed
@@ -82,7 +85,6 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
-    check_memory(experiment, accelerator.device)
     result = Result(
         task=experiment.task.name,
         model=experiment.model.name,
@@ -113,20 +115,11 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
     except (Interrupted, KeyboardInterrupt) as error:
         ended = _interrupted(record, str(error).partition(" at ")[0] or "stopped by SIGINT", NOTHING)
         code = INTERRUPTED
-    except Diverged as error:
-        ended = {"status": "diverged", "error": str(error)}
-    except Unreadable as error:
-        ended = {"error": str(error)}
-    except torch.OutOfMemoryError as error:
-        remedy = "lower trainer.micro_batch_size or set trainer.precision=bf16"
-        ended = {"status": "out_of_memory", "error": f"{str(error).splitlines()[0]} ({remedy})"}
     except Exception as error:
-        fault, alone = disk_fault(error), lost(error, accelerator, experiment.trainer.peer_timeout)
-        if fault is None:
-            record.say(traceback.format_exc(), everywhere=True)
-            ended = {"error": alone or f"{type(error).__name__}: {error}"}
-        else:
-            ended = {"error": f"{fault} in {record.folder}, make room; {_kept(record) or LOST}"}
+        ended = _failure(error, record, accelerator, experiment.trainer)
+        if "error" not in ended:
+            ended["error"] = f"{type(error).__name__}: {error}"
+            _tell(record, traceback.format_exc())
     finally:
         if code != FINISHED:
             ended = peers.first(ended)
@@ -138,15 +131,50 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
             if code == FINISHED and accelerator.is_main_process:
                 shutil.rmtree(record.checkpoints, ignore_errors=True)
         except OSError as error:  # its folder then says that no process runs it, and no more
-            code = FAILED
-            sentence = f"the result cannot be written ({error}); {_kept(record) or LOST}"
-            result = replace(result, status="failed", error=sentence)
+            if result.error:
+                record.console.say(f"{result.status}: {result.error}")
+            sentence = f"the result cannot be written: {_disk(error, record)}"
+            code, result = FAILED, replace(result, status="failed", error=sentence)
         finally:
             record.close()
         accelerator.free_memory()
         gc.collect()
-    record.say(f"{result.status}: {summary(result) if code == FINISHED else result.error}", everywhere=code != FINISHED)
+    _tell(record, f"{result.status}: {summary(result) if code == FINISHED else result.error}", code != FINISHED)
     return Outcome(code, result.validation)
+
+
+def _tell(record: Record, text: str, everywhere: bool = True) -> None:
+    """Says what is known to have gone wrong, also where the log cannot be written: the console hears it first."""
+    with suppress(OSError):
+        record.say(text, everywhere)
+
+
+def _failure(error: Exception, record: Record, accelerator: Accelerator, trainer: Trainer) -> dict[str, Any]:
+    """The fields of the result of a run that failed for a known reason; none for an error in the code."""
+    text, first = str(error), str(error).partition("\n")[0]
+    if isinstance(error, Diverged):
+        return {"status": "diverged", "error": text}
+    if isinstance(error, Unreadable):
+        return {"error": text}
+    if out_of_memory(error):
+        remedy = "lower trainer.micro_batch_size, set trainer.auto_batch=true or trainer.precision=bf16"
+        return {"status": "out_of_memory", "error": f"{first or 'out of memory'} ({remedy})"}
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
+        return {
+            "error": f"a process that reads data has died ({first}); is there memory for trainer.workers="
+            f"{trainer.workers}? {_kept(record) or LOST}"
+        }
+    if disk_fault(error) or (accelerator.is_main_process and not record.folder.is_dir()):
+        return {"error": _disk(error, record)}
+    sentence = lost(error, accelerator, trainer.peer_timeout)
+    return {"error": sentence} if sentence else {}
+
+
+def _disk(error: Exception, record: Record) -> str:
+    """A sentence for a file that cannot be written."""
+    if not record.folder.is_dir():
+        return f"the run folder {record.folder} is gone ({error})"
+    return f"{disk_fault(error) or error} in {record.folder}, make room; {_kept(record) or LOST}"
 
 
 def _as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:

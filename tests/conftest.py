@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import runpy
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ |= {
@@ -32,6 +35,33 @@ DATA, MODELS = SHARED / "data", SHARED / "models"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 torch.set_num_threads(1)
+
+REACHED: list[str] = []  # addresses outside this machine that something has tried to reach
+
+
+def no_network(event: str, arguments: tuple) -> None:
+    """Refuses connections and look-ups that leave this machine, and notes them: many a library hides the refusal."""
+    if event == "socket.connect":
+        address = arguments[1]
+    elif event == "socket.getaddrinfo":
+        address = arguments[:2]
+    else:
+        return
+    if isinstance(address, tuple) and address[0] and not LOCAL.match(str(address[0])):
+        REACHED.append(f"{address[0]}:{address[1]}")
+        raise OSError(errno.ENETUNREACH, f"tests reach nothing outside this machine, and this is {REACHED[-1]}")
+
+
+LOCAL = re.compile(rf"localhost|127\.|::1$|0\.0\.0\.0$|{re.escape(socket.gethostname())}$")
+sys.addaudithook(no_network)
+
+
+@pytest.fixture(autouse=True)
+def offline() -> Iterator[None]:
+    """Fails a test that has tried to leave this machine, whatever it made of the refusal."""
+    REACHED.clear()
+    yield
+    assert REACHED == [], "the test tried to reach these addresses"
 
 
 class Conv1D(nn.Module):

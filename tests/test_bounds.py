@@ -26,18 +26,19 @@ import torch
 from annotated_types import Ge, Gt, Le, Len, Lt, Predicate
 
 import randlora.records.tensorboard
-import randlora.records.wandb  # noqa: F401
+import randlora.records.wandb
+import randlora.run  # noqa: F401 -- all that a command imports
 from conftest import REPOSITORY
-from randlora import experiment as _  # noqa: F401 -- every class of settings is imported
 from randlora.bounds import Bounded, declared
 from randlora.cli import main
 from randlora.config import General, build, settings
 from randlora.data.sources import Digits, Source
 from randlora.errors import WRONG_SETTINGS, SettingsError
+from randlora.experiment import Experiment
 from randlora.training import Optimizer
 
-CONSTRUCTIONS = int(os.environ.get("RANDLORA_CONSTRUCTIONS", 1000))
-COMMANDS = int(os.environ.get("RANDLORA_COMMANDS", 12))
+CONSTRUCTIONS = int(os.environ.get("RANDLORA_CONSTRUCTIONS", 500))
+COMMANDS = int(os.environ.get("RANDLORA_COMMANDS", 8))
 SECONDS = 10  # that a command may take
 
 
@@ -184,9 +185,8 @@ def test_an_optimiser_takes_what_torch_declares(data: st.DataObject) -> None:
 
 def test_the_page_of_settings_is_what_is_declared() -> None:
     page = (REPOSITORY / "docs" / "settings.md").read_text()
-    assert runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))["page"]() == page, (
-        "python scripts/settings.py > docs/settings.md"
-    )
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "settings.py"))
+    assert script["page"]() == page, "python scripts/settings.py > docs/settings.md"
 
 
 # Values as they stand on a command line, and as they arrive.
@@ -297,7 +297,10 @@ def ended(line: Sequence[str], folder: Path) -> tuple[int | None, str]:
 
 
 def test_a_wrong_command_is_a_sentence(tmp_path: Path) -> None:
-    Optimizer().check(0.0)  # which loads torch's compiler: once here, and not in every process
+    # Loads torch's compiler, open_clip and accelerate: once here, and not in every process.
+    Optimizer().check(0.0)
+    Experiment.from_config(settings()).model.meta_model()
+    Experiment.from_config(settings()).trainer.accelerator()
     bad = []
     for line in commands(COMMANDS):
         code, said = ended(line, tmp_path)

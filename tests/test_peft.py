@@ -15,7 +15,21 @@ import randlora
 from conftest import BLOCK_TARGETS, Blocks
 from randlora.adapters.core import require_adaptation
 from randlora.errors import SettingsError
-from randlora.methods import DoRA, EDoRA, IncreLoRA, LoRA, LoRAMini, LoRTA, MELoRA, Method, NoLA, RandLoRA, SoRA, VeRA
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    GeLoRA,
+    IncreLoRA,
+    LoRA,
+    LoRAMini,
+    LoRTA,
+    MELoRA,
+    Method,
+    NoLA,
+    RandLoRA,
+    SoRA,
+    VeRA,
+)
 
 peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
 
@@ -353,8 +367,40 @@ def test_ranks_and_scales_of_each_site_are_patterns_of_peft(tmp_path: Path) -> N
     assert found == {f"base_model.model.{name}": value for name, value in expected.items()}
 
 
+def test_geloras_ranks_are_patterns_and_train_on_in_peft(tmp_path: Path) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(24, 24)}) for _ in range(2))}))
+    ours, plain = models
+    randlora.adapt(ours, GeLoRA(scale=3, ranks={"h.0": 2, "h.1": 5}), ["h.*.fc"])
+    randomise(ours)
+    randlora.to_peft(ours, tmp_path)
+    assert not (tmp_path / "INFERENCE_ONLY.txt").exists()
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).base_model.model
+    x = torch.randn(9, 24)
+    for own, other in zip(ours["h"], theirs["h"], strict=True):
+        assert_close(own["fc"](x), other["fc"](x))
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_a_dora_with_gradient_through_its_norm_is_for_inference(tmp_path: Path) -> None:
     ours = Net(16)
     randlora.adapt(ours, DoRA(rank=4, detach_norm=False), TARGETS)
     with pytest.warns(UserWarning, match=r"takes the norm as a constant in backward"):
         randlora.to_peft(ours, tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused_and_the_model_stays(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(16), CONFIGS["lora"]())
+    with torch.no_grad():
+        next(p for name, p in theirs.named_parameters() if "lora_B" in name)[0, 0] = float("inf")
+    theirs.save_pretrained(tmp_path)
+    ours = Net(16)
+    before = [(name, id(p), p.requires_grad) for name, p in ours.named_parameters()]
+    with pytest.raises(SettingsError, match="values that are not finite"):
+        randlora.from_peft(ours, tmp_path)
+    assert [(name, id(p), p.requires_grad) for name, p in ours.named_parameters()] == before

@@ -50,7 +50,8 @@ def test_the_keys_of_the_file(tmp_path: Path) -> None:
         "schema", "task", "model", "method", "shots", "fraction", "status", "headline", "metrics",
         "trainable_parameters", "head_parameters", "total_parameters", "adapter_bytes", "train_seconds",
         "seconds_per_step", "peak_memory_bytes", "steps", "seed", "signature", "config", "versions", "commit", "device",
-        "error", "examples", "task_version", "selected_step", "micro_batch_size", "sha256", "files",
+        "error", "examples", "task_version", "selected_step", "micro_batch_size",
+        "calibrated", "sha256", "files",
     }  # fmt: skip
 
 

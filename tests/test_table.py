@@ -124,8 +124,16 @@ def test_a_search_ends_with_the_best_validation_score(tmp_path: Path) -> None:
     """The test scores say the opposite, and take no part."""
     for basis, test, validation in (("uniform", 0.9, 0.5), ("normal", 0.1, 0.7), ("binary", 0.8, 0.6)):
         record(tmp_path, 0, basis, test, metrics={"validation/accuracy": validation})
-    row = table(str(tmp_path), "--best", "method.basis,method.alpha").stdout.splitlines()[-1]
+    row = table(str(tmp_path), "--best", "method.basis,fraction").stdout.splitlines()[-1]
     assert row == "| cifar10 | vit | randlora | 16 | 3 | normal |  | 70.0 | 60.0 |"
+
+
+@pytest.mark.parametrize("option", ["--best", "--columns"])
+def test_a_key_that_no_run_has_is_a_sentence(option: str, tmp_path: Path) -> None:
+    record(tmp_path, 0, "uniform", 0.5)
+    done = table(str(tmp_path), option, "method.basis,method.bassi")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: method.bassi: no run has it")
 
 
 def test_some_of_the_runs(tmp_path: Path) -> None:
@@ -150,7 +158,7 @@ def test_a_partial_record_is_a_row(tmp_path: Path) -> None:
     done = table(str(tmp_path))
     assert done.returncode == 0
     assert "failed" in next(line for line in done.stdout.splitlines() if "dtd" in line)
-    for options in (["--seeds"], ["--metrics"], ["--published"], ["--best", "method.rank"]):
+    for options in (["--seeds"], ["--metrics"], ["--published"], ["--best", "method.basis"]):
         done = table(str(tmp_path), *options)
         assert done.returncode == 0
         assert done.stderr == "1 of 2 runs have not finished\n"

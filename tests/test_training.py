@@ -16,7 +16,7 @@ import randlora
 from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
-from randlora.data.sources import ArrayImages
+from randlora.data.sources import ArrayImages, Source
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
@@ -37,8 +37,7 @@ from randlora.methods import (
 )
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
-from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer
-from randlora.training import checkpoint as checkpoints
+from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
 from randlora.training.evaluate import prefixed
 from randlora.training.loop import Loop
 from randlora.training.schedule import rate_factor
@@ -58,6 +57,8 @@ class Bars(Task):
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
 
     headline: ClassVar[str] = "accuracy"
+
+    source: Source | None = None  # type: ignore[assignment]
 
     def bind(self, backbone):  # type: ignore[no-untyped-def]
         return Bound(backbone.module)
@@ -503,7 +504,7 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
-    assert checkpoints.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:

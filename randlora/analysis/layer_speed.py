@@ -23,10 +23,28 @@ import torch
 from torch import nn
 
 from randlora.adapters import adapt, cached, merged, save_adapter, unload
+from randlora.adapters.core import require_adaptation
+from randlora.adapters.interface import Step
 from randlora.analysis.timing import device_seconds_of, interleaved
 from randlora.analysis.workloads import Workload
 from randlora.bases import Basis
-from randlora.methods import FullFineTuning, LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.budget import matched, parameters
+from randlora.methods import (
+    DoRA,
+    EDoRA,
+    FlatLoRA,
+    FullFineTuning,
+    IncreLoRA,
+    LoRA,
+    LoRAMini,
+    MELoRA,
+    Method,
+    MoRA,
+    NoLA,
+    RandLoRA,
+    SoRA,
+    VeRA,
+)
 from randlora.plan import saved
 from randlora.records.memory import PeakMemory
 from randlora.studies.tables import markdown
@@ -66,6 +84,19 @@ def _peft(config: str, **settings: int) -> Variant:
     return Variant(build, ours=False)
 
 
+def _at_loras_count(method: Method) -> Variant:
+    """The method with as many parameters as `lora` has, as near as its setting comes; within a step of training."""
+
+    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
+        target = parameters(model, LoRA(rank=lora_rank(model, targets)), targets)
+        sized = matched(model, method, targets, target).method
+        adapt(model, sized.grown(), targets)
+        sized.before_step(require_adaptation(model).updates.values(), Step(1, 2, 1e-4, 0))  # noise, where there is some
+        return model
+
+    return Variant(build)
+
+
 def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
     """The rank at which LoRA trains as many parameters as RandLoRA does."""
     report = adapt(model, RandLoRA(rank=RANK), targets)
@@ -85,6 +116,15 @@ VARIANTS = {
     "vera": _ours(VeRA(rank=1024)),
     "vera_kronecker": _ours(VeRA(rank=1024, basis="kronecker")),
     "nola": _ours(NoLA(rank=1, num_bases=1024)),
+    "dora": _at_loras_count(DoRA()),
+    "edora": _at_loras_count(EDoRA()),
+    "mora": _at_loras_count(MoRA()),
+    "mora_sharing": _at_loras_count(MoRA(compression="sharing")),
+    "melora": _at_loras_count(MELoRA()),
+    "loramini": _at_loras_count(LoRAMini()),
+    "sora": _at_loras_count(SoRA()),
+    "increlora": _at_loras_count(IncreLoRA()),
+    "flatlora": _at_loras_count(FlatLoRA()),
     "nola_kronecker": _ours(NoLA(rank=1, num_bases=1024, basis="kronecker")),
 }
 if peft is not None:

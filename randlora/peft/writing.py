@@ -23,8 +23,10 @@ from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
 from randlora.methods.common import LowRankUpdate, relative_scale
 from randlora.methods.dora import DoRA, DoRAUpdate
-from randlora.methods.lora import LoRAUpdate
+from randlora.methods.gelora import GeLoRA
+from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
+from randlora.methods.ranked_lora import RankedLoRA
 from randlora.methods.vera import VeRA, VeRAUpdate
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
 
@@ -150,8 +152,8 @@ def _low_rank(adaptation: Adaptation) -> Contents:
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-    alike = all(type(update) is LoRAUpdate for _, update in updates)
-    return Contents(settings, tensors, "" if alike else TRAINS_OTHERWISE)
+    plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
+    return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
 
 
 def _commonest(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:

@@ -18,7 +18,7 @@ COLOURS = {
     "randlora": "#D55E00", "randlora_a": "#CC79A7", "linearprobe": "#999999",
     # They are eight; these are of Paul Tol's muted scheme.
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
-    "sora": "#117733", "increlora": "#CC6677", "flatlora": "#DDCC77", "gelora": "#88CCEE",
+    "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
 }  # fmt: skip
 ACROSS = 4  # panels in a row, so that a page's width shows them
 # Text stays text in an SVG, and the same results make the same file.

@@ -82,7 +82,8 @@ class Checkpoints:
         final = self.folder / f"step_{state.step:07d}"
         draft = self.folder / f"{DRAFT}{final.name}"
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        self.folder.mkdir(exist_ok=True)
+        draft.mkdir()  # without parents: a run folder that has vanished does not come back without its record
         tensors = {OF_MODEL + name: tensor.detach() for name, tensor in model.kept.items()}
         for name, tensor in model.kept.items():
             for key, value in model.optimizer.state.get(tensor, {}).items():
@@ -132,6 +133,7 @@ class Checkpoints:
         Raises:
             SettingsError: as `strict` says.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(self.folder)
         reasons = []
         for path in _newest_first(self.folder):
