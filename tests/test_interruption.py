@@ -36,8 +36,9 @@ from randlora.experiment import Experiment
 from randlora.methods import LoRA
 from randlora.models.base import Backbone, Model
 from randlora.records import lock
+from randlora.records.console import Console
 from randlora.records.lock import Busy, Lock, Owner, living, started
-from randlora.records.metrics import keep_until
+from randlora.records.metrics import Row
 from randlora.records.record import Record
 from randlora.records.tensorboard import TensorBoard
 from randlora.records.wandb import Wandb
@@ -511,22 +512,23 @@ def test_a_run_whose_adapter_is_damaged_has_not_finished(
     assert path.read_bytes() == content
 
 
-def test_rows_of_lost_steps_and_torn_lines_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    kept = [
-        '{"step": 1, "time": 2.5, "train/loss": 0.5}', '{"step": 2, "time": 3.0, "train/loss": "nan", "count": 4}',
-        '{"step": 2, "time": 3.1, "validation/loss": 0.25}',
-    ]  # fmt: skip
-    lost = [
-        '{"step": 2, "time": 9.0, "test/loss": 0.5}',
-        '{"step": 3, "time": 4.0, "train/loss": 0.1}',
-        '{"step": 4, "ti',
-    ]
-    path.write_text("\n".join(kept + lost))
-    rows = keep_until(path, 2)
-    assert path.read_text().splitlines() == kept
+def test_the_log_goes_on_as_the_checkpoint_has_it(tmp_path: Path) -> None:
+    """Rows of lost steps, torn lines and damage are gone, the other rows are to the letter as they were."""
+    record = Record(tmp_path, {}, [], Console())
+    record.begin([])
+    record.log({"train/loss": 0.5}, 1)
+    record.log({"train/loss": float("nan"), "count": 4}, 2)
+    kept = record.logged()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(kept)
+    record.log({"train/loss": 0.1}, 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 2.5, "train/loss": 0.6}\n{"step": 4, "ti')
+    again = Record(tmp_path, {}, [], Console())
+    again.begin(kept[:2])
+    again.log({"train/loss": 0.1}, 3)
+    rows = [Row.of(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row.step, row.metrics.get("train/loss")) for row in rows[::2]] == [(1, 0.5), (3, 0.1)]
     assert np.isnan(rows[1].metrics["train/loss"])
-    assert [row.step for row in rows] == [1, 2, 2]
+    assert rows[1].metrics["count"] == 4
 
 
 def blocks(log: bytes) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,7 +78,10 @@ class Regression(Task):
 class Silent:
     """Hears all and says nothing."""
 
-    def begin(self, step: int) -> None: ...
+    def begin(self, log: Sequence[str]) -> None: ...
+
+    def logged(self) -> Sequence[str]:
+        return ()
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 

@@ -1,6 +1,7 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -99,8 +100,11 @@ class Quiet:
         self.said: list[str] = []
         self.metrics: list[dict] = []
 
-    def begin(self, step: int) -> None:
+    def begin(self, log: Sequence[str]) -> None:
         pass
+
+    def logged(self) -> Sequence[str]:
+        return ()
 
     def log(self, metrics: dict, step: int) -> None:
         self.metrics.append(metrics | {"step": step})

@@ -133,13 +133,16 @@ class Campaign:
         gc.collect()
         gc.freeze()  # children then neither look through nor copy what is imported
         numbers, struck = {trial.number for trial in done}, sum(len(trial.struck) for trial in done)
-        for number in count():
-            if struck >= faults:
-                return
-            if number not in numbers:
-                trial = self.trial(number)
-                struck += len(trial.struck)
-                yield trial
+        try:
+            for number in count():
+                if struck >= faults:
+                    return
+                if number not in numbers:
+                    trial = self.trial(number)
+                    struck += len(trial.struck)
+                    yield trial
+        finally:
+            gc.unfreeze()
 
     def trial(self, number: int) -> Trial:
         """One trial, the same for the same seed, but for where a moment falls."""

@@ -34,7 +34,7 @@ _COMMON = (
 )  # fmt: skip
 _IMPORTED = (
     "randlora.cli", "randlora.run", "accelerate", "sklearn.datasets", "torchvision.transforms.v2",
-    "transformers.models.vit.modeling_vit", "peft",
+    "transformers.models.vit.modeling_vit",
 )  # fmt: skip
 _NOT_OUTPUTS = ("train_seconds", "seconds_per_step", "peak_memory_bytes", "config", "versions", "commit")
 

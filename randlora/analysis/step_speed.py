@@ -31,7 +31,10 @@ Step = Callable[[], object]  # takes the next training step
 class Quiet:
     """An observer that says nothing."""
 
-    def begin(self, step: int) -> None: ...
+    def begin(self, log: Sequence[str]) -> None: ...
+
+    def logged(self) -> Sequence[str]:
+        return ()
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 

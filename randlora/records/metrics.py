@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from randlora.integrity import write
 from randlora.records.result import finite
 
 NAME = "metrics.jsonl"
@@ -27,7 +25,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, line: str) -> Row:
-        """The row that `line` gave; ValueError for a line that a kill has torn."""
+        """The row that `line` gave; ValueError for any other line."""
         try:
             content = json.loads(line)
             step, time = content.pop("step"), content.pop("time")
@@ -35,21 +33,3 @@ class Row(NamedTuple):
             return cls(int(step), float(time), metrics)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{line!r} is no row of metrics") from error
-
-
-def keep_until(path: Path, step: int) -> list[Row]:
-    """The rows of the first `step` steps, which is what the file then has.
-
-    Later rows are of an attempt that was lost, those with test scores of an evaluation that is done again, and a torn
-    line is of a kill.
-    """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = Row.of(line)
-        except ValueError:
-            continue
-        if row.step <= step and not any(name.startswith("test/") for name in row.metrics):
-            rows.append(row)
-    write(path, "".join(row.line() for row in rows))
-    return rows

@@ -20,7 +20,7 @@ from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.lock import OWNER_FILES, Lock, living
 from randlora.records.metrics import NAME as METRICS
-from randlora.records.metrics import Row, keep_until
+from randlora.records.metrics import Row
 from randlora.records.result import Result
 
 # What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
@@ -65,6 +65,7 @@ class Record:
         self.folder, self.config, self.console, self.writes = folder, config, console, writes
         self.loggers = list(loggers) if writes else []
         self._lock = Lock(folder)
+        self._log: list[str] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -129,21 +130,26 @@ class Record:
         for logger in self.loggers:
             logger.start("/".join(self.folder.parts[-4:]), self.config, self.folder)
 
-    def begin(self, step: int) -> None:
-        """Training goes on after `step` steps: metrics.jsonl loses what is logged again, and what a kill has torn."""
-        path = self.folder / METRICS
-        if not self.writes or not path.is_file():
+    def begin(self, log: Sequence[str]) -> None:
+        """Training begins, or goes on from where these lines were logged: metrics.jsonl has them and no others."""
+        if not self.writes:
             return
-        rows = keep_until(path, step)
-        for logger in self.loggers:
+        self._log = [*log]
+        write(self.folder / METRICS, "".join(log))
+        for logger in self.loggers if log else []:
             if isinstance(logger, ResumableLogger):
-                logger.resume(rows)
+                logger.resume([Row.of(line) for line in log])
+
+    def logged(self) -> Sequence[str]:
+        """The lines of metrics.jsonl."""
+        return self._log
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Adds a line to metrics.jsonl."""
         if not self.writes:
             return
         row = Row(step, round(time.time(), 3), metrics)
+        self._log.append(row.line())
         with (self.folder / METRICS).open("a") as file:
             file.write(row.line())
         for logger in self.loggers:

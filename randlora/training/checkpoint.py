@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +37,14 @@ class State:
         train_seconds: What they took, without evaluation and checkpoints.
         best: The best step so far; None where the last one is selected.
         scored: False where a signal came while the step was validated: that is then done first.
+        log: What was logged until then, in lines: the log's file may be damaged, or have more.
     """
 
     step: int = 0
     train_seconds: float = 0.0
     best: BestStep | None = None
     scored: bool = True
+    log: Sequence[str] = ()
 
 
 class Tensors(NamedTuple):
@@ -94,6 +96,7 @@ class Checkpoints:
             "train_seconds": state.train_seconds,
             "best": {"step": best.step, "loss": best.loss} if best else None,
             "scored": state.scored,
+            "log": list(state.log),
             "tensors": len(tensors),
             "settings": self.settings,
         }
@@ -168,7 +171,7 @@ class Checkpoints:
         best = content["best"]
         parameters = {name.removeprefix(OF_BEST): tensors[name] for name in tensors if name.startswith(OF_BEST)}
         step = BestStep(best["step"], best["loss"], parameters) if best else None
-        return State(content["step"], content["train_seconds"], step, content["scored"])
+        return State(content["step"], content["train_seconds"], step, content["scored"], content["log"])
 
     def _content(self, path: Path) -> dict[str, Any]:
         """What state.json says; Damaged unless the folder is as it was written, by this training and at this step."""

@@ -87,7 +87,7 @@ class Loop:
         if state.step:
             self.best = state.best
             self.observer.say(f"going on from step {state.step} of {self.steps}")
-        self.observer.begin(state.step)
+        self.observer.begin(state.log)
         with STOP:
             if not state.scored:
                 self.validate(state.step)
@@ -114,7 +114,7 @@ class Loop:
                 scored = True
             stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
             if stopping or self.save_due or done == self.steps or self._due(settings.save_every, done):
-                self._save(State(done, seconds, self.best, scored))
+                self._save(State(done, seconds, self.best, scored, self.observer.logged()))
             if stopping:
                 raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
         return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -31,8 +32,11 @@ BatchSize = Annotated[int, Ge(1), Le(2**20)]
 class Observer(Protocol):
     """What is told of a training while it goes."""
 
-    def begin(self, step: int) -> None:
-        """Training goes on after `step` steps; what was logged of later ones belongs to an attempt that was lost."""
+    def begin(self, log: Sequence[str]) -> None:
+        """Training begins, or goes on from where `logged` gave this; what was logged later was of a lost attempt."""
+
+    def logged(self) -> Sequence[str]:
+        """What has been logged so far, in lines, for a checkpoint."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """What is known after `step` steps, by name."""
