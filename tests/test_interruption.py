@@ -342,6 +342,28 @@ def test_before_anything_is_removed_a_signal_leaves_all_as_it_was(tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == kept
 
 
+def test_an_error_before_the_record_is_opened_leaves_nothing_and_one_in_opening_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more threads")
+
+    for owner, name in ((randlora.run, "Peers"), (Record, "_status")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(RuntimeError, match="no more threads"):
+                run_code(tmp_path)
+        assert list(tmp_path.rglob("*" if name == "Peers" else lock.OWNER)) == []
+
+
+def test_what_a_killed_writer_left_in_a_run_folder_is_removed(tmp_path: Path) -> None:
+    record = Record(tmp_path, {"run_root": ""}, (), Console())
+    (tmp_path / ".draft_config.yaml.1").write_text("hal")
+    record.open("", resume=True)
+    record.close()
+    assert list(tmp_path.glob(".draft_*")) == []
+
+
 # Locks
 
 

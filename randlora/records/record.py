@@ -7,15 +7,13 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
-from randlora.integrity import MANIFEST, Damaged, sha256, verify, write
+from randlora.integrity import MANIFEST, Damaged, remove_drafts, verify, verify_file, write
 from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.lock import OWNER_FILES, Lock, living
@@ -111,11 +109,14 @@ class Record:
                 self._set_aside()
             else:
                 self._clear()
+            remove_drafts(self.folder)
             (self.folder / "result.json").unlink(missing_ok=True)
             write(self.folder / "config.yaml", config_yaml)
             self._status("running")
-        except OSError as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, OSError):
+                raise
             raise SettingsError(
                 f"run_root={self.config['run_root']}: {self.folder} cannot be written ({error.strerror}); give another"
             ) from error
@@ -220,8 +221,8 @@ class Record:
             self.say(f"the run had finished, but {error}: it is done again")
 
     def _status(self, status: str) -> None:
-        state = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
-        write(self.folder / "status.json", json.dumps(state) + "\n")
+        content = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
+        write(self.folder / "status.json", json.dumps(content) + "\n")
 
 
 def state(folder: Path) -> str:
@@ -239,40 +240,9 @@ def _verify(result: Result, folder: Path) -> None:
     if result.signature != folder.name:
         raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
     for name, digest in result.files.items():
-        if not (folder / name).is_file():
-            raise Damaged(f"{folder / name} is missing")
-        if sha256(folder / name) != digest:
-            raise Damaged(f"{folder / name} is damaged: its SHA-256 is not that of what was written")
+        verify_file(folder / name, digest)
     adapter = folder / "adapter"
     if (adapter / MANIFEST).is_file():
         verify(adapter)
     if sum(path.stat().st_size for path in adapter.glob("*")) < (result.adapter_bytes or 1):
         raise Damaged(f"{adapter} is not whole")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    known = {"python": platform.python_version()}
-    for name in ("randlora", "torch", "transformers", "open_clip_torch", "accelerate", "datasets", "numpy"):
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return known
-
-
-def commit() -> str | None:
-    """The commit of this code, with ``+`` when the work tree has changes; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
-            return None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
