@@ -172,8 +172,11 @@ MOMENTS = {
 }
 
 
-def interrupted_at(moment: Moment, root: Path) -> int:
-    """The exit code of a run that gets the moment's signal; 98 if it predicts more than the batch that it came in."""
+def interrupted_at(moment: Moment, root: Path, happens: Callable[[], None] | None = None) -> int:
+    """The exit code of a run that gets the moment's signal; 98 if it predicts more than the batch that it came in.
+
+    Or that something else happens to.
+    """
     steps = calls = 0
     progress, call = Record.progress, getattr(moment.owner, moment.name)
 
@@ -186,7 +189,7 @@ def interrupted_at(moment: Moment, root: Path) -> int:
         nonlocal calls
         calls += steps == moment.steps
         if calls == moment.batch and steps == moment.steps:
-            os.kill(os.getpid(), moment.number)
+            os.kill(os.getpid(), moment.number) if happens is None else happens()
         return call(*arguments, **named)
 
     Record.progress = count  # type: ignore[method-assign]
@@ -499,6 +502,30 @@ def test_an_owner_beats_until_it_gives_the_folder_back(tmp_path: Path, monkeypat
     os.utime(path, (0, 0))
     time.sleep(0.1)
     assert path.stat().st_mtime == 0
+
+
+@pytest.mark.parametrize("moment", ["training", "validation", "final evaluation"])
+def test_a_process_whose_folder_was_taken_over_stops_and_writes_no_more(
+    moment: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """It slept, say, and a process on another machine that saw no beat is now the owner."""
+    folder, left = experiment(tmp_path, save_every=3).folder, dict[Path, bytes]()
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def take_over() -> None:
+        write_owner(folder, replace(Owner.present(), host="other", machine="other"))
+        left.update(content())
+
+    def taken_over() -> int:
+        code = interrupted_at(MOMENTS[moment], tmp_path, take_over)
+        assert left
+        assert content() == left
+        return code
+
+    assert code_of(forked(taken_over)) in (INTERRUPTED, 98)
+    assert "on other) runs this run now" in capfd.readouterr().err
 
 
 # Records

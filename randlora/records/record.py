@@ -16,10 +16,11 @@ from randlora.errors import SettingsError
 from randlora.integrity import MANIFEST, Damaged, remove_drafts, verify, verify_file, write
 from randlora.records import predictions
 from randlora.records.console import Console
-from randlora.records.lock import OWNER_FILES, Lock, living
+from randlora.records.lock import OWNER_FILES, STALE_SECONDS, Lock, living
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.result import Result
+from randlora.signals import Interrupted
 
 # What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
 SEALED = (METRICS, predictions.NAME, f"adapter/{MANIFEST}")
@@ -51,7 +52,8 @@ class Record:
     """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
 
     Beside them is predictions.json.gz, if that is wished for: see `randlora.records.predictions`. One process owns the
-    folder from `open` to `close`: see `randlora.records.lock`.
+    folder from `open` to `close`: see `randlora.records.lock`. Where another process has taken it over, nothing more is
+    written, and what a training logs or asks for a checkpoint raises Interrupted.
 
     `writes` is False on every process but the first, and then nothing is written or mirrored, and printed only what
     is to be heard of every process.
@@ -133,6 +135,7 @@ class Record:
 
     def begin(self, log: Sequence[str]) -> None:
         """Training begins, or goes on from where these lines were logged: metrics.jsonl has them and no others."""
+        self._check()
         if not self.writes:
             return
         self._log = [*log]
@@ -143,10 +146,12 @@ class Record:
 
     def logged(self) -> Sequence[str]:
         """The lines of metrics.jsonl."""
+        self._check()
         return self._log
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Adds a line to metrics.jsonl."""
+        self._check()
         if not self.writes:
             return
         row = Row(step, round(time.time(), 3), metrics)
@@ -160,7 +165,7 @@ class Record:
         """Prints a sentence, on every process where it matters `everywhere`, and adds it to train.log."""
         if self.writes or everywhere:
             self.console.say(text)
-        if not self.writes:
+        if not self._mine():
             return
         # The console has it; what cannot be written and matters is told of where it is written.
         with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
@@ -173,12 +178,13 @@ class Record:
 
     def keep_predictions(self, columns: Mapping[str, list]) -> None:
         """Writes what was predicted of every test example, by column."""
+        self._check()
         if self.writes:
             predictions.write_columns(self.folder, columns)
 
     def write(self, result: Result) -> None:
         """Writes result.json, with the checksums of what a finished run has left, and status.json."""
-        if self.writes:
+        if self._mine():
             left = [name for name in SEALED if result.status == "finished" and (self.folder / name).is_file()]
             result.write(self.folder / "result.json", left)
             self._status(result.status)
@@ -194,6 +200,18 @@ class Record:
         """Writes the result and gives the folder back, before the process ends at once; mirrors are not told."""
         self.write(result)
         self.close()
+
+    def _mine(self) -> bool:
+        """Whether this process may write."""
+        return self.writes and not self._lock.successor()
+
+    def _check(self) -> None:
+        """Raises Interrupted where another process has taken the folder over."""
+        if owner := self._lock.successor():
+            raise Interrupted(
+                f"this process was not heard of for {STALE_SECONDS:.0f} s, and another one (pid {owner.pid} on "
+                f"{owner.host}) runs this run now"
+            )
 
     def _clear(self) -> None:
         """Forgets an earlier attempt."""
