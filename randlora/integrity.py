@@ -70,7 +70,7 @@ def verify(folder: Path, needed: Iterable[str] = ()) -> None:
         if name not in sealed:
             raise Damaged(f"{path} does not list {name}")
     for name, (size, digest) in sealed.items():
-        _verify_file(folder / name, size, digest)
+        verify_file(folder / name, digest, size)
 
 
 def disk_fault(error: BaseException) -> str | None:
@@ -101,10 +101,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _verify_file(path: Path, size: int, digest: str) -> None:
+def verify_file(path: Path, digest: str, size: int | None = None) -> None:
+    """Raises Damaged unless a file has this SHA-256, and this many bytes where they are known."""
     try:
         present = path.stat().st_size
-        if present != size:
+        if size not in (None, present):
             raise Damaged(f"{path} is damaged: it has {present:,} bytes, and {size:,} were written")
         if sha256(path) != digest:
             raise Damaged(f"{path} is damaged: its SHA-256 is not that of what was written")

@@ -19,8 +19,9 @@ from randlora.finetune import finetune
 from randlora.plan import check_memory
 from randlora.records.console import Console
 from randlora.records.lock import Busy
-from randlora.records.record import Record, commit, versions
+from randlora.records.record import Record
 from randlora.records.result import Headline, Result
+from randlora.records.versions import commit, versions
 from randlora.signals import STOP, Interrupted
 from randlora.training.processes import Peers, as_the_main_process
 
@@ -57,6 +58,8 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
     accelerator = experiment.trainer.accelerator()
     record = Record(experiment.folder, config, experiment.loggers, Console(), writes=accelerator.is_main_process)
     check_memory(experiment, accelerator.device)
+    # Before the record is opened: from then on whatever happens has a result.
+    result, peers = _unfinished(experiment, record, accelerator), Peers(accelerator, record.folder.name)
     try:
         if not config["resume"]:
             STOP.check(accelerator)  # before anything is removed
@@ -69,8 +72,6 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         if accelerator.is_main_process:
             record.console.say(f"already finished: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
-    result = _unfinished(experiment, record, accelerator)
-    peers = Peers(accelerator, record.folder.name)
     STOP.at_once = lambda: record.end(replace(result, **interrupted(record, "ended at once by a second SIGINT", LOST)))
     code, ended = FAILED, {}  # what the result has besides
     try:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_run import start
-from test_training import Quiet, StopsAt, fit, flattened, model, select_best
+from test_training import TASK, Quiet, StopsAt, fit, flattened, model, select_best, splits, trainer_of
 
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.integrity import MANIFEST, seal
-from randlora.methods import LoRA, RandLoRA
+from randlora.methods import IncreLoRA, LoRA, RandLoRA
+from randlora.tasks.base import Bound
 from randlora.training import Interrupted, Trainer, trainer
 from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import STATE, TENSORS, Checkpoints, State, Tensors, latest
@@ -182,6 +183,28 @@ def test_other_tensors_are_refused_before_any_is_copied(
     with pytest.raises(SettingsError, match=sentence):
         reader.resume(strict=True)
     assert same(reader.bits(), before)
+
+
+def test_a_start_again_after_a_checkpoint_of_a_grown_model_has_the_same_bits(tmp_path: Path) -> None:
+    """The checkpoint has more tensors than the start, and is passed over after the updates have taken them."""
+    method = IncreLoRA(rank=4, top=1, gain=2, interval=3)
+    unbroken, again, strict, observer = model(method), model(method), model(method), Quiet()
+    at_start = flattened(strict)
+    with pytest.raises(Interrupted):
+        fit(model(method), tmp_path / "a", StopsAt(7))
+    (checkpoint,) = (tmp_path / "a").iterdir()
+    edited(lambda t: t.update({"trained/x": torch.zeros(1)}))(checkpoint)
+    settings = trainer_of()
+    with pytest.raises(SettingsError, match="trained/x, and this model has no such tensor"):
+        settings.fit(
+            TASK, Bound(strict, None), splits(), seed=1, folder=tmp_path / "a", observer=observer,
+            accelerator=settings.accelerator(), strict=True,
+        )  # fmt: skip
+    assert torch.equal(flattened(strict), at_start)
+    fit(again, tmp_path / "a", observer)
+    assert "trained/x, and this model has no such tensor" in observer.said[-2]
+    fit(unbroken, tmp_path / "b")
+    assert torch.equal(flattened(again), flattened(unbroken))
 
 
 def test_a_checkpoint_of_other_settings_is_passed_over(two: tuple[Path, list[torch.Tensor]]) -> None:

@@ -172,8 +172,11 @@ MOMENTS = {
 }
 
 
-def interrupted_at(moment: Moment, root: Path) -> int:
-    """The exit code of a run that gets the moment's signal; 98 if it predicts more than the batch that it came in."""
+def interrupted_at(moment: Moment, root: Path, happens: Callable[[], None] | None = None) -> int:
+    """The exit code of a run that gets the moment's signal; 98 if it predicts more than the batch that it came in.
+
+    Or that something else happens to.
+    """
     steps = calls = 0
     progress, call = Record.progress, getattr(moment.owner, moment.name)
 
@@ -186,7 +189,7 @@ def interrupted_at(moment: Moment, root: Path) -> int:
         nonlocal calls
         calls += steps == moment.steps
         if calls == moment.batch and steps == moment.steps:
-            os.kill(os.getpid(), moment.number)
+            os.kill(os.getpid(), moment.number) if happens is None else happens()
         return call(*arguments, **named)
 
     Record.progress = count  # type: ignore[method-assign]
@@ -342,6 +345,28 @@ def test_before_anything_is_removed_a_signal_leaves_all_as_it_was(tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == kept
 
 
+def test_an_error_before_the_record_is_opened_leaves_nothing_and_one_in_opening_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more threads")
+
+    for owner, name in ((randlora.run, "Peers"), (Record, "_status")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(RuntimeError, match="no more threads"):
+                run_code(tmp_path)
+        assert list(tmp_path.rglob("*" if name == "Peers" else lock.OWNER)) == []
+
+
+def test_what_a_killed_writer_left_in_a_run_folder_is_removed(tmp_path: Path) -> None:
+    record = Record(tmp_path, {"run_root": ""}, (), Console())
+    (tmp_path / ".draft_config.yaml.1").write_text("hal")
+    record.open("", resume=True)
+    record.close()
+    assert list(tmp_path.glob(".draft_*")) == []
+
+
 # Locks
 
 
@@ -477,6 +502,30 @@ def test_an_owner_beats_until_it_gives_the_folder_back(tmp_path: Path, monkeypat
     os.utime(path, (0, 0))
     time.sleep(0.1)
     assert path.stat().st_mtime == 0
+
+
+@pytest.mark.parametrize("moment", ["training", "validation", "final evaluation"])
+def test_a_process_whose_folder_was_taken_over_stops_and_writes_no_more(
+    moment: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """It slept, say, and a process on another machine that saw no beat is now the owner."""
+    folder, left = experiment(tmp_path, save_every=3).folder, dict[Path, bytes]()
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def take_over() -> None:
+        write_owner(folder, replace(Owner.present(), host="other", machine="other"))
+        left.update(content())
+
+    def taken_over() -> int:
+        code = interrupted_at(MOMENTS[moment], tmp_path, take_over)
+        assert left
+        assert content() == left
+        return code
+
+    assert code_of(forked(taken_over)) in (INTERRUPTED, 98)
+    assert "on other) runs this run now" in capfd.readouterr().err
 
 
 # Records

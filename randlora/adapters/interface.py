@@ -74,7 +74,8 @@ class Update(nn.Module):
     def resume(self, names: Collection[str]) -> bool:
         """Takes the tensors that it had in a training, by name; their values come afterwards.
 
-        For updates that grow. Returns whether its tensors are others than before.
+        For updates that grow. Without names it takes those of the start, with their values. Returns whether its
+        tensors are others than before.
         """
         return False
 

@@ -29,14 +29,17 @@ class GrowingUpdate(LowRankUpdate):
 
     def __init__(self, site: Site, rank: int, alpha: float, dropout: float, seed: int, device: torch.device):
         super().__init__()
-        self.site, self.seed, self.alpha, self.dropout = site, seed, alpha, dropout
+        self.site, self.start, self.seed, self.alpha, self.dropout = site, rank, seed, alpha, dropout
         self.a, self.b, self.lambda_ = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.A: nn.Parameter | None = None
         self.B: nn.Parameter | None = None
         self.register_buffer("importance", torch.zeros(2, device=device))
         self.register_buffer("gradient", torch.zeros(site.shape, device=device), persistent=False)
-        self.advance(rank, 0)
-        self.grow(rank, 0, 0.0)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.advance(self.start, 0)
+        self.grow(self.start, 0, 0.0)
 
     @staticmethod
     def birth(name: str) -> int:
@@ -90,9 +93,13 @@ class GrowingUpdate(LowRankUpdate):
             return False
         rows, columns = self.site.shape
         shapes = {"a": (1, columns), "b": (rows, 1), "lambda_": (1, 1)}
-        for factor, tensors in {"a": self.a, "b": self.b, "lambda_": self.lambda_}.items():
-            keys = [name.partition(".")[2] for name in names if name.startswith(f"{factor}.")]
+        factors = {"a": self.a, "b": self.b, "lambda_": self.lambda_}
+        for tensors in factors.values():
             tensors.clear()
+        if not names:
+            self._begin()
+        for factor, tensors in factors.items():
+            keys = [name.partition(".")[2] for name in names if name.startswith(f"{factor}.")]
             for key in sorted(keys, key=lambda key: [int(part) for part in key.split("_")]):
                 tensors[key] = nn.Parameter(self.importance.new_empty(shapes[factor]))
         return True

@@ -58,13 +58,14 @@ class Lock:
     """``owner.json`` in a run's folder, from `acquire` to `release`; a thread renews its time every BEAT_SECONDS.
 
     A process that is killed leaves the file. On its own machine that is noticed at once, on another one that sees the
-    folder STALE_SECONDS after its last beat.
+    folder STALE_SECONDS after its last beat. Then another process may take the folder over from one that only slept.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / OWNER
         self._owner: Owner | None = None
         self._ended = threading.Event()
+        self._ended.set()
 
     def acquire(self) -> None:
         """Makes this process the owner. Raises Busy where another one is, and OSError where nothing can be written."""
@@ -88,17 +89,26 @@ class Lock:
         self._ended.clear()
         threading.Thread(target=self._beat, daemon=True).start()
 
+    def successor(self) -> Owner | None:
+        """The process that has the folder after this one, if any; None before `acquire`."""
+        owner = self._owner
+        if owner is not None:
+            with contextlib.suppress(OSError):  # a file server that is away for a moment
+                owner = _read(self.path)
+        return None if owner == self._owner else owner
+
     def release(self) -> None:
         """Gives the folder back; nothing where this process does not own it."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         with contextlib.suppress(OSError):
             if self._owner == Owner.present() == living(self.path.parent):
                 self.path.unlink()
-        self._owner = None
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a file server that is away for a moment
+        while not (self._ended.wait(BEAT_SECONDS) or self.successor()):
+            with contextlib.suppress(OSError):
                 os.utime(self.path)
 
 
@@ -107,12 +117,17 @@ def living(folder: Path, now: float | None = None) -> Owner | None:
     path = folder / OWNER
     try:
         beat_age = (time.time() if now is None else now) - path.stat().st_mtime
-        owner = Owner(**json.loads(path.read_text()))
+        owner = _read(path)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # damaged
-        owner = Owner("an unknown host", 0, "", "")
     return owner if owner.alive(beat_age) else None
+
+
+def _read(path: Path) -> Owner:
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (ValueError, TypeError):  # damaged
+        return Owner("an unknown host", 0, "", "")
 
 
 def started(pid: int) -> str:

@@ -7,21 +7,20 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from randlora.errors import SettingsError
-from randlora.integrity import MANIFEST, Damaged, sha256, verify, write
+from randlora.integrity import MANIFEST, Damaged, remove_drafts, verify, verify_file, write
 from randlora.records import predictions
 from randlora.records.console import Console
-from randlora.records.lock import OWNER_FILES, Lock, living
+from randlora.records.lock import OWNER_FILES, STALE_SECONDS, Lock, living
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.result import Result
+from randlora.signals import Interrupted
 
 # What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
 SEALED = (METRICS, predictions.NAME, f"adapter/{MANIFEST}")
@@ -53,7 +52,8 @@ class Record:
     """``root/task/model/method/signature``: config.yaml, status.json, metrics.jsonl, train.log, result.json.
 
     Beside them is predictions.json.gz, if that is wished for: see `randlora.records.predictions`. One process owns the
-    folder from `open` to `close`: see `randlora.records.lock`.
+    folder from `open` to `close`: see `randlora.records.lock`. Where another process has taken it over, nothing more is
+    written, and what a training logs or asks for a checkpoint raises Interrupted.
 
     `writes` is False on every process but the first, and then nothing is written or mirrored, and printed only what
     is to be heard of every process.
@@ -111,11 +111,14 @@ class Record:
                 self._set_aside()
             else:
                 self._clear()
+            remove_drafts(self.folder)
             (self.folder / "result.json").unlink(missing_ok=True)
             write(self.folder / "config.yaml", config_yaml)
             self._status("running")
-        except OSError as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, OSError):
+                raise
             raise SettingsError(
                 f"run_root={self.config['run_root']}: {self.folder} cannot be written ({error.strerror}); give another"
             ) from error
@@ -132,6 +135,7 @@ class Record:
 
     def begin(self, log: Sequence[str]) -> None:
         """Training begins, or goes on from where these lines were logged: metrics.jsonl has them and no others."""
+        self._check()
         if not self.writes:
             return
         self._log = [*log]
@@ -142,10 +146,12 @@ class Record:
 
     def logged(self) -> Sequence[str]:
         """The lines of metrics.jsonl."""
+        self._check()
         return self._log
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Adds a line to metrics.jsonl."""
+        self._check()
         if not self.writes:
             return
         row = Row(step, round(time.time(), 3), metrics)
@@ -159,7 +165,7 @@ class Record:
         """Prints a sentence, on every process where it matters `everywhere`, and adds it to train.log."""
         if self.writes or everywhere:
             self.console.say(text)
-        if not self.writes:
+        if not self._mine():
             return
         # The console has it; what cannot be written and matters is told of where it is written.
         with contextlib.suppress(OSError), (self.folder / "train.log").open("a") as file:
@@ -172,12 +178,13 @@ class Record:
 
     def keep_predictions(self, columns: Mapping[str, list]) -> None:
         """Writes what was predicted of every test example, by column."""
+        self._check()
         if self.writes:
             predictions.write_columns(self.folder, columns)
 
     def write(self, result: Result) -> None:
         """Writes result.json, with the checksums of what a finished run has left, and status.json."""
-        if self.writes:
+        if self._mine():
             left = [name for name in SEALED if result.status == "finished" and (self.folder / name).is_file()]
             result.write(self.folder / "result.json", left)
             self._status(result.status)
@@ -193,6 +200,18 @@ class Record:
         """Writes the result and gives the folder back, before the process ends at once; mirrors are not told."""
         self.write(result)
         self.close()
+
+    def _mine(self) -> bool:
+        """Whether this process may write."""
+        return self.writes and not self._lock.successor()
+
+    def _check(self) -> None:
+        """Raises Interrupted where another process has taken the folder over."""
+        if owner := self._lock.successor():
+            raise Interrupted(
+                f"this process was not heard of for {STALE_SECONDS:.0f} s, and another one (pid {owner.pid} on "
+                f"{owner.host}) runs this run now"
+            )
 
     def _clear(self) -> None:
         """Forgets an earlier attempt."""
@@ -220,8 +239,8 @@ class Record:
             self.say(f"the run had finished, but {error}: it is done again")
 
     def _status(self, status: str) -> None:
-        state = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
-        write(self.folder / "status.json", json.dumps(state) + "\n")
+        content = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
+        write(self.folder / "status.json", json.dumps(content) + "\n")
 
 
 def state(folder: Path) -> str:
@@ -239,40 +258,9 @@ def _verify(result: Result, folder: Path) -> None:
     if result.signature != folder.name:
         raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
     for name, digest in result.files.items():
-        if not (folder / name).is_file():
-            raise Damaged(f"{folder / name} is missing")
-        if sha256(folder / name) != digest:
-            raise Damaged(f"{folder / name} is damaged: its SHA-256 is not that of what was written")
+        verify_file(folder / name, digest)
     adapter = folder / "adapter"
     if (adapter / MANIFEST).is_file():
         verify(adapter)
     if sum(path.stat().st_size for path in adapter.glob("*")) < (result.adapter_bytes or 1):
         raise Damaged(f"{adapter} is not whole")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    known = {"python": platform.python_version()}
-    for name in ("randlora", "torch", "transformers", "open_clip_torch", "accelerate", "datasets", "numpy"):
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return known
-
-
-def commit() -> str | None:
-    """The commit of this code, with ``+`` when the work tree has changes; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
-            return None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -124,6 +124,7 @@ class Checkpoints:
 
         Args:
             model: Gives the tensors to fill, for the names of those that a checkpoint has: some grow in a training.
+                For no names it makes them those of the start again.
             say: Told of every checkpoint that is passed over, and why.
             strict: Whether to stop where there are checkpoints and none is valid, instead of starting again.
 
@@ -142,6 +143,8 @@ class Checkpoints:
             except Damaged as error:
                 reasons.append(str(error))
                 say(f"passing over a checkpoint: {error}")
+        if reasons:
+            model(())  # one that was passed over may have been of more tensors
         if reasons and strict:
             raise SettingsError(
                 f"resume=strict: none of the {len(reasons)} checkpoints in {self.folder} can be gone on from "

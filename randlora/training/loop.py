@@ -72,7 +72,10 @@ class Loop:
         self.model: nn.Module = self.accelerator.prepare(self.plain)
 
     def tensors(self, names: Collection[str] | None = None) -> Tensors:
-        """What a checkpoint is of; given the names in one, the updates first take the tensors that they had then."""
+        """What a checkpoint is of; given the names in one, the updates first take the tensors that they had then.
+
+        Without names, as `Update.resume` says, those of the start.
+        """
         if names is not None and resume(self.plain, names):
             self.assemble({})
         # Also the updates' fixed tensors that no seed gives again.
