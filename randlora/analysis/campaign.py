@@ -19,7 +19,7 @@ from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
 from typing import Any, Protocol
 
 from randlora.analysis.faults import DAMAGES, HUNG, AtCall, Ending, Signals, attempt, damage
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
+from randlora.errors import BUSY, FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
 
 FAULTS = ("killed", "killed in a write", "signalled", "disk full", *DAMAGES)
 STEPS, MOST_ATTEMPTS = 10, 12
@@ -47,6 +47,9 @@ class Program(Protocol):
 
     def state(self, folder: Path) -> str:
         """What its record says: ``finished``, ``interrupted``, ``running``, …; empty where nothing was begun."""
+
+    def waits(self, folder: Path, struck: Sequence[str]) -> bool:
+        """Whether it refuses for a while, as after such damage another may run it; that is then over."""
 
     def outputs(self, folder: Path) -> dict[str, Any]:
         """What must be the same to the bit, by name, of a finished run."""
@@ -148,7 +151,7 @@ class Campaign:
         """One trial, the same for the same seed, but for where a moment falls."""
         rng = Random(f"{self.seed} {number}")
         fault = self.faults[number % len(self.faults)]
-        settings = self.program.settings(rng, number // len(self.faults))
+        settings = self.program.settings(rng, number)
         storm = _Storm(self, Trial(self.program.name, number, fault, settings), rng)
         for _ in range(rng.choice((1, 2, 3))):
             storm.strike()
@@ -238,7 +241,8 @@ class _Storm:
                 trial.lost.append(max(0, before - resumed))
             if resumed:
                 trial.resumed.append(resumed)
-        self._judge(ending, strike)
+        if ending.code != BUSY or not self.program.waits(self.folder, trial.struck):
+            self._judge(ending, strike)
         self.ended = ending.code == FINISHED
         return ending
 
