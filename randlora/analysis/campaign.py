@@ -7,6 +7,7 @@ more undisturbed, and compares what is there with a run of the same settings tha
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from randlora.analysis.faults import DAMAGES, HUNG, AtCall, Ending, Signals, att
 from randlora.errors import BUSY, FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
 
 FAULTS = ("killed", "killed in a write", "signalled", "disk full", *DAMAGES)
-STEPS, MOST_ATTEMPTS = 10, 12
+STEPS, MOST_ATTEMPTS = 10, 6
 LOADED, LOADED_DIFFERENT = FINISHED, 3  # how `Program.load` ends, or with WRONG_SETTINGS where it refuses
 
 Settings = dict[str, Any]
@@ -338,8 +339,11 @@ def place(path: Path) -> str:
 
 
 def read(path: Path) -> list[Trial]:
-    """The trials of a file, one a line."""
-    return [Trial(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The trials of a file, one a line, compressed where it ends with .gz; none where it is not there."""
+    if not path.is_file():
+        return []
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return [Trial(**json.loads(row)) for row in text.splitlines()]
 
 
 def line(trial: Trial) -> str:
