@@ -325,7 +325,7 @@ class _Storm:
         ending = attempt(load, self.root, self.kept / "load.log")
         if ending.code == LOADED_DIFFERENT:
             self.trial.silent.append(f"{path.name} of the adapter was loaded")
-        elif ending.code == WRONG_SETTINGS and f"{path.parent}/" not in ending.said:
+        elif ending.code == WRONG_SETTINGS and path.name not in ending.said and f"{path.parent}/" not in ending.said:
             self.trial.silent.append(f"refused without naming {path.name}: {ending.said.strip()[-200:]}")
         elif ending.code not in (LOADED, WRONG_SETTINGS):
             self.trial.tracebacks += 1

@@ -163,6 +163,8 @@ class Ours:
 class Peer:
     """A script as its documentation has them: transformers' Trainer, PEFT's LoRA, resumed from the last checkpoint.
 
+    Resumed from its last step it trains one step more, at a rate of zero: what it says of that is not compared.
+
     Args:
         model: The folder that `prepare` wrote.
     """
@@ -254,15 +256,19 @@ class Peer:
     def outputs(self, folder: Path) -> dict[str, Any]:
         results = json.loads((folder / "all_results.json").read_text())
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        timed = ("runtime", "per_second")
+        timed = ("runtime", "per_second", "epoch")
         return {
             "adapter": _sha256(folder / "adapter" / "adapter_model.safetensors"),
             "results": {key: value for key, value in results.items() if not key.endswith(timed)},
-            "losses": [(row["step"], row["loss"], row["grad_norm"]) for row in history if "loss" in row],
+            "losses": [
+                (row["step"], row["loss"], row["grad_norm"])
+                for row in history
+                if "loss" in row and row["step"] <= STEPS
+            ],
         }
 
     def steps(self, folder: Path) -> int:
-        return _logged_steps(folder.parent.with_suffix(".steps"))
+        return min(STEPS, _logged_steps(folder.parent.with_suffix(".steps")))
 
     def resumed(self, said: str) -> int | None:
         went_on = re.search(r"going on from step (\d+)", said)
