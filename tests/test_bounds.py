@@ -227,7 +227,7 @@ RELATIONS = [
     trainer.workers=100000
     method=lora method.rank=1000000000
     method=nola method.num_bases=100000000
-    method.rank=100000
+    method.rank=1000000000
     method=vera method.rank=1000000000
     method=randlora method.num_bases=1000000000
     optimizer.betas=[nan,0.9]

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from test_training import Pixels8, WithLoss, splits
 from torch import nn
 
+import randlora.finetune
 import randlora.run
 from randlora import cli, records
 from randlora.data.loader import Split
@@ -219,8 +220,8 @@ def test_what_is_finished_anyway_is_finished(tmp_path: Path) -> None:
     """A signal while the adapter is saved, after all that a signal could stop."""
 
     def signalled() -> int:
-        before = randlora.run.save_adapter
-        randlora.run.save_adapter = lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or before(*rest)
+        before = randlora.finetune.save_adapter
+        randlora.finetune.save_adapter = lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or before(*rest)
         return run_code(tmp_path)
 
     assert code_of(forked(signalled)) == FINISHED
@@ -353,7 +354,7 @@ def hold(root: Path, resume: bool, begin: int, end: int, say: int) -> int:
         os.read(end, 1)
         raise RuntimeError("over")
 
-    randlora.run.train = train
+    randlora.run.finetune = train
     randlora.run.commit = lambda: None
     os.read(begin, 1)
     return run_code(root, resume)

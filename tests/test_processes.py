@@ -165,7 +165,7 @@ def broken_run(root: Path, fails: Callable[[], object], monkeypatch: pytest.Monk
         accelerator.reduce(torch.ones(1))
         return {"status": "finished"}
 
-    monkeypatch.setattr("randlora.run.train", train)
+    monkeypatch.setattr("randlora.run.finetune", train)
     codes = of_two(lambda: run(experiment, "as: given\n").code, patience=15)
     assert codes[0] == FAILED
     assert codes[1] != 0

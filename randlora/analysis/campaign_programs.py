@@ -256,15 +256,12 @@ class Peer:
     def outputs(self, folder: Path) -> dict[str, Any]:
         results = json.loads((folder / "all_results.json").read_text())
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses = [row for row in history if "loss" in row and row["step"] <= STEPS]
         timed = ("runtime", "per_second", "epoch")
         return {
             "adapter": _sha256(folder / "adapter" / "adapter_model.safetensors"),
             "results": {key: value for key, value in results.items() if not key.endswith(timed)},
-            "losses": [
-                (row["step"], row["loss"], row["grad_norm"])
-                for row in history
-                if "loss" in row and row["step"] <= STEPS
-            ],
+            "losses": [(row["step"], row["loss"], row["grad_norm"]) for row in losses],
         }
 
     def steps(self, folder: Path) -> int:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed
 
@@ -16,6 +16,8 @@ from randlora.errors import FAILED, SettingsError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 # What accelerate's environment can switch on, and why it is refused. Without this accelerate would do it, or a part of
 # it, under a trainer that computes something else.
@@ -145,3 +147,21 @@ def lost(error: BaseException, accelerator: Accelerator, peer_timeout: float) ->
             f"slower than trainer.peer_timeout allows ({first})"
         )
     return f"process {rank} of {world} lost another one, which ended without a word: was it killed? ({first})"
+
+
+def as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Does it on the main process; what it returns or raises there is returned or raised on all."""
+    if accelerator.num_processes == 1:
+        return act()
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,112 @@
+"""The stages of a run: load, adapt, train, score, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from randlora.adapters import save_adapter
+from randlora.adapters.interface import describe, method_from
+from randlora.experiment import Experiment
+from randlora.integrity import Damaged, read_json, write_json
+from randlora.models.base import Backbone
+from randlora.records.memory import PeakMemory
+from randlora.records.record import Record
+from randlora.records.result import Headline
+from randlora.signals import STOP
+from randlora.tasks.base import Splits
+from randlora.training.cached_features import cache_features
+from randlora.training.evaluate import brief, norms, prefixed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -> dict[str, Any]:
+    """Loads, adapts, trains, scores and saves; returns the fields of the result that come of it."""
+    task, trainer, seed = experiment.task, experiment.trainer, experiment.budget.seed
+    STOP.check(accelerator)
+    remark = task.remark()
+    if remark:
+        record.say(remark)
+    memory = PeakMemory(accelerator.device)
+    torch.manual_seed(seed)  # random weights and heads
+    began = time.perf_counter()
+    backbone = experiment.model.load()
+    STOP.check(accelerator)
+    splits = task.splits(backbone, experiment.budget)
+    STOP.check(accelerator)
+    experiment, chosen = calibrated(experiment, backbone, splits, record, accelerator)
+    report = experiment.adapt(backbone)
+    bound = experiment.bind(backbone)
+    head = bound.head_parameters()
+    head_size = sum(parameter.numel() for parameter in head.values())
+    examples = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
+    record.say(
+        f"{experiment.model.name}: {report.trainable_parameters:,} of {report.total_parameters:,} parameters in "
+        f"{len(report.sites)} sites, {head_size:,} in the head; {examples['train']:,} training examples; "
+        f"loaded in {time.perf_counter() - began:.1f} s"
+    )
+    STOP.check(accelerator)
+    splits = cache_features(task, bound.model, splits, trainer, record, accelerator)
+
+    def scores(name: str, split: str) -> dict[str, float]:
+        return prefixed(name, trainer.evaluate(task, bound.model, getattr(splits, split), record, accelerator))
+
+    metrics: dict[str, float] = {}
+    if task.zero_shot and bound.head is None:
+        metrics = scores("zero_shot", "test")
+        record.say(f"before training: {brief(metrics)}")
+    fit = trainer.fit(
+        task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
+        optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
+        strict=experiment.config["resume"] == "strict",
+    )  # fmt: skip
+    metrics |= scores("validation", "validation")
+    columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
+    metrics |= prefixed("test", task.score(columns))
+    if experiment.config["predictions"]:
+        record.keep_predictions(columns)
+    record.log(metrics | norms(bound.model), fit.steps)
+    adapter_bytes = None
+    if accelerator.is_main_process:
+        adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
+    headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
+    return vars(fit) | {
+        "status": "finished",
+        "calibrated": chosen,
+        "headline": Headline(headline, metrics[headline]),
+        "metrics": metrics,
+        "head_parameters": head_size,
+        "total_parameters": report.total_parameters + grown + head_size,
+        "adapter_bytes": adapter_bytes,
+        "peak_memory_bytes": memory.bytes(),
+        "examples": examples,
+    }
+
+
+def calibrated(
+    experiment: Experiment, backbone: Backbone, splits: Splits, record: Record, accelerator: Accelerator
+) -> tuple[Experiment, dict[str, Any] | None]:
+    """The experiment with its method as training data make it, and what they chose, if anything.
+
+    A run that goes on takes what it began with, from calibrated.json, unless the file is damaged.
+    """
+    before, path = experiment.method, record.folder / "calibrated.json"
+    if not before.calibration_examples:
+        return experiment, None
+    try:
+        experiment = replace(experiment, method=method_from(read_json(path)))
+    except Damaged as error:
+        if path.is_file():
+            record.say(f"{error}; it is made again")
+        experiment = experiment.calibrated(backbone, splits, accelerator)
+        if accelerator.is_main_process:
+            write_json(path, describe(experiment.method))
+    old = describe(before)
+    chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
+    record.say(f"{before.name} chose from training data: {chosen}")
+    return experiment, chosen

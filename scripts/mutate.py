@@ -1,0 +1,134 @@
+"""Runs the tests against small changes of the code, which mutmut makes, in random order: hours, resumable.
+
+    python scripts/mutate.py                                        # all that is not checked yet
+    python scripts/mutate.py 'randlora/methods/*' --share 0.2       # a fifth of these files' mutants, at random
+
+mutmut makes the mutants, finds which tests reach which function, and keeps what comes of each mutant, so that its own
+commands and scripts/mutants.py show it. Here the tests are collected once, and every mutant is a fork of that process:
+mutmut alone would collect them anew for each, ten seconds that a test of a millisecond does not need. The tests of a
+mutant begin with those that reach little else, and end after LIMIT seconds: a mutant that lives so long has survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from fnmatch import fnmatch
+
+import pytest
+from mutmut.configuration import config
+from mutmut.mutation.data import SourceFileMutationData
+from mutmut.mutation.trampoline import set_mutant_under_test
+from mutmut.state import state
+from mutmut.stats import load_stats, status_by_exit_code
+from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
+from mutmut.utils.format_utils import mangled_name_from_mutant_name
+
+LIMIT = 60  # seconds of computing for the tests of a mutant; a test that takes as long is one that hangs
+PATIENCE = 1200  # seconds for a mutant that waits for ever
+NO_TESTS, TIMEOUT = 33, 36  # mutmut's exit codes
+ONE = "randlora.training.schedule.x_rate_factor__mutmut_1"
+
+
+class Forks:
+    """A pytest plugin in whose place of the test loop every mutant is a fork that runs its own tests."""
+
+    def __init__(self, pending: list[tuple[SourceFileMutationData, str]], workers: int):
+        self.pending, self.workers = pending, workers
+        self.running: dict[int, tuple[SourceFileMutationData, str, float]] = {}
+        self.done: Counter[str] = Counter()
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        reach = Counter(test for tests in state().tests_by_mangled_function_name.values() for test in tests)
+        cost = {test: seconds * reach[test] for test, seconds in state().duration_by_test.items()}
+        items = {item.nodeid: item for item in session.items}
+        for data, mutant in self.pending:
+            names = state().tests_by_mangled_function_name.get(mangled_name_from_mutant_name(mutant), set())
+            tests = [items[name] for name in sorted(names & items.keys(), key=lambda name: (cost.get(name, 0), name))]
+            if not tests:
+                self.keep(data, mutant, NO_TESTS)
+                continue
+            while len(self.running) >= self.workers:
+                self.reap()
+            pid = os.fork()
+            if not pid:
+                os._exit(run(session, mutant, tests))
+            self.running[pid] = (data, mutant, time.monotonic())
+        while self.running:
+            self.reap()
+        return True
+
+    def reap(self) -> None:
+        """Keeps what came of the mutants that have ended; ends those that hang."""
+        time.sleep(0.02)
+        for pid, (data, mutant, began) in list(self.running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended and time.monotonic() - began > PATIENCE:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                ended, status = pid, TIMEOUT << 8
+            if ended:
+                del self.running[pid]
+                self.keep(data, mutant, os.waitstatus_to_exitcode(status))
+
+    def keep(self, data: SourceFileMutationData, mutant: str, code: int) -> None:
+        data.exit_code_by_key[mutant] = code
+        data.save()
+        self.done[status_by_exit_code[code]] += 1
+        print(f"{self.done.total()}/{len(self.pending)} {dict(self.done)}", file=sys.__stdout__, flush=True)
+
+
+def run(session: pytest.Session, mutant: str, tests: list[pytest.Item]) -> int:
+    """In a fork: 1 when a test fails with this mutant, 0 when none does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    set_mutant_under_test(mutant)
+    end = time.process_time() + LIMIT
+    resource.setrlimit(resource.RLIMIT_CPU, (round(end + LIMIT), resource.RLIM_INFINITY))  # SIGXCPU: mutmut's timeout
+    try:
+        for test, following in zip(tests, [*tests[1:], None], strict=True):
+            session.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+            if session.testsfailed:
+                return 1
+            if time.process_time() > end:
+                break
+    except BaseException:  # also what a mutant made of pytest's own
+        return 1
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="?", default="*", help="a pattern of files; all without it")
+    parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn at random with seed 0")
+    parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of a pool would not live through a fork
+    # Makes the mutants of what has changed and finds who tests what, beside running one of them.
+    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", "1", ONE], check=True)
+    load_stats()
+    mutants = []
+    for path in walk_mutatable_files():
+        data = SourceFileMutationData(path=path)
+        data.load()
+        data.meta_path = data.meta_path.resolve()  # the tests run in another folder
+        mutants += [
+            (data, mutant, code) for mutant, code in data.exit_code_by_key.items() if fnmatch(path, options.files)
+        ]
+    random.Random(0).shuffle(mutants)
+    pending = [(data, mutant) for data, mutant, code in mutants[: round(options.share * len(mutants))] if code is None]
+    arguments = [*config().pytest_add_cli_args_test_selection, *config().pytest_add_cli_args]
+    set_mutant_under_test("list_all_tests")
+    with change_cwd("mutants"):
+        sys.path.insert(0, os.getcwd())
+        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers)])
+
+
+if __name__ == "__main__":
+    main()
