@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from randlora.errors import SettingsError
 
@@ -38,6 +39,28 @@ def write(path: Path, content: str | bytes) -> None:
     finally:
         draft.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`write` of plain data, with its own SHA-256 beside it."""
+    write(path, json.dumps(dict(content) | {"sha256": digest(content)}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` was given; Damaged where the file is missing or is not what was written."""
+    try:
+        content = json.loads(path.read_text())
+        expected = content.pop("sha256")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} cannot be read: {error}") from error
+    if digest(content) != expected:
+        raise Damaged(f"{path} is damaged: its SHA-256 is not that of its content")
+    return content
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path, files: Iterable[str]) -> None:
