@@ -1,4 +1,4 @@
-"""One run as a SLURM job that is queued again, and goes on, when it is pre-empted or its time ends: pip install submitit, then
+"""One run as a SLURM job that, pre-empted or at its time's end, is queued again and goes on: pip install submitit, then
 
 python scripts/submit.py --minutes 240 --gpus 4 -- model=clip task=cifar10 data_root=FOLDER run_root=SHARED/runs
 
@@ -13,14 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from randlora.errors import INTERRUPTED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-WARNING = 120  # seconds before the end of a job's time at which it is told, to finish its step and save
 GRACE = 600  # seconds in which a scheduler that has sent SIGTERM ends the job
 
 
@@ -31,8 +29,8 @@ class Run:
         arguments: of train.py.
     """
 
-    def __init__(self, arguments: Sequence[str]):
-        self.arguments = list(arguments)
+    def __init__(self, arguments: list[str]):
+        self.arguments = arguments
         self.child = 0  # the running command's process id
 
     def __call__(self) -> None:
@@ -52,10 +50,11 @@ class Run:
                 code = process.wait()
             finally:
                 process.terminate()  # where the wait was broken off
-        if code == INTERRUPTED and tasks.rank > 0:
-            sys.exit()  # no result: the first task speaks for all
+                self.child = 0
         if code == INTERRUPTED:
-            # By SIGTERM, which submitit ignores: the scheduler that sent it knows whether it cancels the job or queues it again.
+            if tasks.rank > 0:
+                sys.exit()  # no result: the first task speaks for all
+            # By SIGTERM, which submitit ignores: whoever sent it knows whether the job is cancelled or queued again.
             time.sleep(GRACE)
         if code:
             raise RuntimeError(f"train.py ended with exit code {code}")
@@ -67,7 +66,7 @@ class Run:
         if self.child:
             with suppress(ProcessLookupError, ChildProcessError):  # it has ended
                 os.kill(self.child, signal.SIGTERM)
-                os.waitpid(self.child, 0)
+                os.waitpid(self.child, 0)  # the run that was broken into may hold the lock of Popen.wait
         return DelayedSubmission(Run(self.arguments))
 
 
@@ -86,8 +85,8 @@ def main() -> int:
 
     executor = submitit.AutoExecutor(options.folder, cluster=options.cluster, slurm_max_num_timeout=100)
     executor.update_parameters(
-        timeout_min=options.minutes, nodes=options.nodes, tasks_per_node=max(options.gpus, 1), gpus_per_node=options.gpus or None,
-        slurm_partition=options.partition, slurm_signal_delay_s=WARNING,
+        timeout_min=options.minutes, nodes=options.nodes, tasks_per_node=max(options.gpus, 1),
+        gpus_per_node=options.gpus or None, slurm_partition=options.partition, slurm_signal_delay_s=120,
     )  # fmt: skip
     job = executor.submit(Run(options.arguments))
     print(job.job_id, flush=True)
