@@ -89,13 +89,18 @@ class Experiment:
             return self
         module, train = backbone.module, splits.train
         before, device = next(module.parameters()).device, accelerator.device
-        with torch.random.fork_rng():  # so that the head to come starts as with any other method
-            model = self.task.bind(backbone).model.to(device).eval()
         keys = training_keys(len(train), size, range(-(-min(count, len(train)) // size)), self.budget.seed)
-        batches = chain.from_iterable(loader(train, keys, self.trainer.workers))
-        method = calibrate(
-            module, self.method, self.patterns, batches, lambda batch: self.task.loss(model, to_device(batch, device))
-        )
+        # So that the head to come starts as with any other method, and as in a run that goes on and does without this.
+        with torch.random.fork_rng():
+            model = self.task.bind(backbone).model.to(device).eval()
+            batches = chain.from_iterable(loader(train, keys, self.trainer.workers))
+            method = calibrate(
+                module,
+                self.method,
+                self.patterns,
+                batches,
+                lambda batch: self.task.loss(model, to_device(batch, device)),
+            )
         module.to(before)
         if accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from randlora.adapters import save_adapter
 from randlora.adapters.interface import describe, method_from
 from randlora.experiment import Experiment
-from randlora.integrity import write
+from randlora.integrity import Damaged, read_json, write_json
 from randlora.models.base import Backbone
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record
@@ -94,17 +93,19 @@ def calibrated(
 ) -> tuple[Experiment, dict[str, Any] | None]:
     """The experiment with its method as training data make it, and what they chose, if anything.
 
-    A run that goes on takes what it began with, from calibrated.json.
+    A run that goes on takes what it began with, from calibrated.json, unless the file is damaged.
     """
     before, path = experiment.method, record.folder / "calibrated.json"
     if not before.calibration_examples:
         return experiment, None
-    if path.is_file():
-        experiment = replace(experiment, method=method_from(json.loads(path.read_text())))
-    else:
+    try:
+        experiment = replace(experiment, method=method_from(read_json(path)))
+    except Damaged as error:
+        if path.is_file():
+            record.say(f"{error}; it is made again")
         experiment = experiment.calibrated(backbone, splits, accelerator)
         if accelerator.is_main_process:
-            write(path, json.dumps(describe(experiment.method)) + "\n")
+            write_json(path, describe(experiment.method))
     old = describe(before)
     chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
     record.say(f"{before.name} chose from training data: {chosen}")

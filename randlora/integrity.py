@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from randlora.errors import SettingsError
 
@@ -42,7 +43,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def draft(folder: Path, name: str) -> Iterator[Path]:
+def draft_folder(folder: Path, name: str) -> Iterator[Path]:
     """A new folder in `folder` for files that are not to be seen yet; it is gone at the end, unless it was renamed."""
     path = folder / f"{DRAFT}{name}"
     shutil.rmtree(path, ignore_errors=True)
@@ -51,6 +52,28 @@ def draft(folder: Path, name: str) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`write` of plain data, with its own SHA-256 beside it."""
+    write(path, json.dumps(dict(content) | {"sha256": digest(content)}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` was given; Damaged where the file is missing or is not what was written."""
+    try:
+        content = json.loads(path.read_text())
+        expected = content.pop("sha256")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} cannot be read: {error}") from error
+    if digest(content) != expected:
+        raise Damaged(f"{path} is damaged: its SHA-256 is not that of its content")
+    return content
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path, files: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""One run as a SLURM job that goes on after a pre-emption or its time's end: pip install submitit, then
+"""One run as a SLURM job that is queued again, and goes on, when it is pre-empted or its time ends: pip install submitit, then
 
-python scripts/submit.py --folder jobs --minutes 240 --gpus 4 -- model=clip task=cifar10 data_root=FOLDER
+python scripts/submit.py --minutes 240 --gpus 4 -- model=clip task=cifar10 data_root=FOLDER run_root=SHARED/runs
 
-`--cluster local` runs it on this machine, as a trial.
+`--cluster local` runs it on this machine under submitit, `--cluster debug` without, each to its end.
 """
 
 from __future__ import annotations
@@ -17,41 +17,58 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from randlora.errors import INTERRUPTED
+
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+WARNING = 120  # seconds before the end of a job's time at which it is told, to finish its step and save
+GRACE = 600  # seconds in which a scheduler that has sent SIGTERM ends the job
 
 
 class Run:
-    """A command line of train.py, as submitit calls it in the job.
+    """A command line of train.py as submitit calls it in the job, once for each GPU.
 
     Args:
         arguments: of train.py.
-        processes: how many on the machine, one for each GPU.
     """
 
-    def __init__(self, arguments: Sequence[str], processes: int):
-        self.arguments, self.processes = list(arguments), processes
+    def __init__(self, arguments: Sequence[str]):
+        self.arguments = list(arguments)
         self.child = 0  # the running command's process id
 
     def __call__(self) -> None:
         """Raises RuntimeError with the command's exit code where that is not 0."""
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        command = [sys.executable, *(launch if self.processes > 1 else []), str(TRAIN), *self.arguments]
-        # SLURM's warning goes to every process of the job: torchrun would die of it before the run has saved.
-        process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
-        self.child = process.pid
-        while process.poll() is None:
-            time.sleep(0.5)
-        if process.returncode:
-            raise RuntimeError(f"train.py ended with exit code {process.returncode}")
+        from submitit.helpers import TorchDistributedEnvironment
+
+        tasks = TorchDistributedEnvironment()
+        if tasks.world_size > 1:
+            tasks.export(set_cuda_visible_devices=False, overwrite=True)  # each process takes the GPU of its LOCAL_RANK
+        # SLURM warns every process of a job. The first task's `checkpoint` alone acts on it, once there is a child: the
+        # child inherits that it does not hear it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        with subprocess.Popen([sys.executable, str(TRAIN), *self.arguments]) as process:
+            self.child = process.pid
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+            try:
+                code = process.wait()
+            finally:
+                process.terminate()  # where the wait was broken off
+        if code == INTERRUPTED and tasks.rank > 0:
+            sys.exit()  # no result: the first task speaks for all
+        if code == INTERRUPTED:
+            # By SIGTERM, which submitit ignores: the scheduler that sent it knows whether it cancels the job or queues it again.
+            time.sleep(GRACE)
+        if code:
+            raise RuntimeError(f"train.py ended with exit code {code}")
 
     def checkpoint(self) -> object:
-        """submitit's call before it queues the job again: the run stops and saves first, to exit with 85."""
+        """submitit's call before it queues the job again: the run stops and saves first."""
         from submitit.helpers import DelayedSubmission
 
-        with suppress(ProcessLookupError, ChildProcessError):  # it has ended
-            os.kill(self.child, signal.SIGTERM)
-            os.waitpid(self.child, 0)
-        return DelayedSubmission(Run(self.arguments, self.processes))
+        if self.child:
+            with suppress(ProcessLookupError, ChildProcessError):  # it has ended
+                os.kill(self.child, signal.SIGTERM)
+                os.waitpid(self.child, 0)
+        return DelayedSubmission(Run(self.arguments))
 
 
 def main() -> int:
@@ -59,21 +76,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="jobs", help="for submitit's logs, seen by every machine")
     parser.add_argument("--minutes", type=int, default=240, help="of the job; it is queued again at their end")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="of each node, a process each; 0: one process on the CPU")
     parser.add_argument("--partition")
-    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm")
+    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
     parser.add_argument("arguments", nargs="+", help="of train.py, after --")
     options = parser.parse_args()
     import submitit
 
     executor = submitit.AutoExecutor(options.folder, cluster=options.cluster, slurm_max_num_timeout=100)
-    executor.update_parameters(timeout_min=options.minutes, gpus_per_node=options.gpus)
-    if options.partition:
-        executor.update_parameters(slurm_partition=options.partition)
-    job = executor.submit(Run(options.arguments, options.gpus))
-    print(job.job_id)
-    if options.cluster == "local":
-        job.result()
+    executor.update_parameters(
+        timeout_min=options.minutes, nodes=options.nodes, tasks_per_node=max(options.gpus, 1), gpus_per_node=options.gpus or None,
+        slurm_partition=options.partition, slurm_signal_delay_s=WARNING,
+    )  # fmt: skip
+    job = executor.submit(Run(options.arguments))
+    print(job.job_id, flush=True)
+    if options.cluster != "slurm":
+        job.results()
     return 0
 
 

@@ -1,11 +1,24 @@
 """Sealed folders: what is damaged is found and named."""
 
+import errno
 import os
 import random
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from randlora.integrity import MANIFEST, Damaged, remove_drafts, seal, verify, write
+from randlora.integrity import (
+    MANIFEST,
+    Damaged,
+    disk_fault,
+    read_json,
+    remove_drafts,
+    seal,
+    verify,
+    write,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -15,6 +28,30 @@ def sealed(tmp_path):
     (tmp_path / "notes.txt").write_text("not sealed")
     seal(tmp_path, ["b.json", "a.bin"])
     return tmp_path
+
+
+def test_json_with_its_checksum(tmp_path: Path) -> None:
+    """Whatever byte is changed, it is damage."""
+    path = tmp_path / "file.json"
+    content = {"ranks": [1, 20], "rate": 2.5, "name": None}
+    write_json(path, content)
+    text = path.read_bytes()
+    assert read_json(path) == content
+    for position in range(len(text)):
+        path.write_bytes(text[:position] + bytes([text[position] ^ 1]) + text[position + 1 :])
+        with pytest.raises(Damaged, match=str(path)):
+            read_json(path)
+    path.unlink()
+    with pytest.raises(Damaged, match=str(path)):
+        read_json(path)
+
+
+def test_faults_of_the_disk() -> None:
+    full = "No space left on device"
+    assert disk_fault(OSError(errno.ENOSPC, full)) == full
+    assert disk_fault(SafetensorError(f"Error while serializing: I/O error: {full} (os error 28)")) == full
+    assert disk_fault(OSError(errno.ENOENT, "missing")) is None
+    assert disk_fault(ValueError("28")) is None
 
 
 def test_an_unchanged_folder_is_valid(sealed):

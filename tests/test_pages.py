@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
+from randlora.analysis import campaign
 
 STUDIES = REPOSITORY / "experiments"
 PAGES = sorted(STUDIES.glob("*/README.md"))
@@ -24,6 +25,7 @@ import table  # noqa: E402
 
 # Tables that no command prints; each has a test of its own below.
 BY_HAND = {
+    "faults": ["program"],
     "image_protocol": ["where"],
     "published": ["file"],  # words
     "speed": ["variant", "", *["variant"] * 14],
@@ -153,6 +155,14 @@ def test_tables_of_training_speed() -> None:
         planned, peak = figures["plan"]["total"], figures["peak"]
         overrides = " ".join(override for override in figures["overrides"] if not override.startswith("data_root"))
         assert texts == [f"`{overrides}`", f"{planned / 2**20:,.0f}", f"{peak / 2**20:,.0f}", f"{peak / planned:.2f}"]
+
+
+def test_table_of_faults() -> None:
+    """Every cell; and of our own runs there is nothing to be mended."""
+    folder = STUDIES / "faults"
+    trials = [trial for path in sorted(folder.glob("*.jsonl.gz")) for trial in campaign.read(path)]
+    assert tables_of((folder / "README.md").read_text()) == [campaign.table(trials)]
+    assert all(trial.clean for trial in trials if trial.program == "randlora")
 
 
 def test_generated_answers() -> None:

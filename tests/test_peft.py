@@ -27,6 +27,7 @@ from randlora.methods import (
     Method,
     NoLA,
     RandLoRA,
+    RankedLoRA,
     SoRA,
     VeRA,
 )
@@ -135,6 +136,12 @@ CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=TARGETS),
     "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=TARGETS),
+    "lora of patterns": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, rank_pattern={"w..e": 2, "^tall": 5}, alpha_pattern={"tall|conv": 3}, target_modules=TARGETS
+    ),
+    "rslora of patterns": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS
+    ),
     "vera": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, projection_prng_key=3),
     "vera without bases": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, save_projection=False),
     "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=15, target_modules=TARGETS, projection_prng_key=3),
@@ -308,7 +315,11 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
         peft.get_peft_model(Net(), config).save_pretrained(tmp_path / name, **options)
         return tmp_path / name
 
-    ranks = saved(peft.LoraConfig(target_modules=TARGETS[:3], rank_pattern={"wide": 2}), "ranks")
+    dora = peft.LoraConfig(r=4, use_dora=True, target_modules=TARGETS[:3], rank_pattern={"wide": 2})
+    ranks, broken, listed = saved(dora, "ranks"), saved(CONFIGS["lora"](), "broken"), saved(CONFIGS["lora"](), "listed")
+    for folder, patterns in ((broken, {"(": 2}), (listed, ["wide"])):
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": patterns}))
     ia3 = saved(peft.IA3Config(target_modules=["square"], feedforward_modules=[]), "ia3")
     pickled = saved(CONFIGS["lora"](), "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
@@ -321,6 +332,8 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {"base_model.model.square.lora_C": torch.ones(2)}, extra / "adapter_model.safetensors")
     for folder, why in (
         (ranks, "rank_pattern="),
+        (broken, "patterns that give no ranks or alphas"),
+        (listed, "patterns that give no ranks or alphas"),
         (ia3, "IA3"),
         (pickled, "pickle"),
         (tmp_path / "no", "no PEFT"),
@@ -365,6 +378,11 @@ def test_ranks_and_scales_of_each_site_are_patterns_of_peft(tmp_path: Path) -> N
     found = {name: (m.r["default"], m.scaling["default"]) for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     expected = {"inner.square": (1, 2.0), "square": (3, 0.5), "tall": (2, 1.25)}
     assert found == {f"base_model.model.{name}": value for name, value in expected.items()}
+    again = Nested()
+    randlora.from_peft(again, tmp_path)
+    torch.testing.assert_close(again(x), ours(x), rtol=1e-6, atol=1e-6)
+    ranks, alphas = ({name: pair[i] for name, pair in expected.items()} for i in (0, 1))
+    assert require_adaptation(again).method == RankedLoRA(ranks, {name: alphas[name] * ranks[name] for name in ranks})
 
 
 def test_geloras_ranks_are_patterns_and_train_on_in_peft(tmp_path: Path) -> None:

@@ -667,6 +667,8 @@ def test_a_finished_sora_is_a_lora_on_disk(tmp_path) -> None:  # type: ignore[no
 def test_ranked_lora_names_every_site(toy: Toy) -> None:
     with pytest.raises(SettingsError, match=r"RankedLoRA.ranks has no tall: name every site"):
         randlora.adapt(toy, RankedLoRA({"square": 2}), ["square", "tall"])
+    with pytest.raises(SettingsError, match=r"RankedLoRA.alpha has no tall: name every site"):
+        randlora.adapt(toy, RankedLoRA({"square": 2, "tall": 3}, {"square": 4}), ["square", "tall"])
 
 
 # IncreLoRA

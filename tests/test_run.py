@@ -1,18 +1,22 @@
 """Whole runs of the embedded default: the record, skipping, resuming, sweeps, mirrors, and runs that go wrong."""
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import randlora
 from conftest import REPOSITORY, settings
@@ -23,11 +27,12 @@ from randlora.experiment import Experiment
 from randlora.models import OpenClip
 from randlora.plan import counts, lengths
 from randlora.records.predictions import example_scores, read_columns
+from randlora.records.record import state
 from randlora.records.result import Result
 from randlora.records.tensorboard import TensorBoard
 from randlora.run import run
 from randlora.tasks import ImageClassification
-from randlora.training import Trainer
+from randlora.training import Trainer, checkpoint
 from randlora.training.evaluate import evaluate
 
 SHORT = ("trainer.max_steps=3", "trainer.batch_size=8", "task.test_size=20", "task.validation_size=10", "shots=2")
@@ -157,6 +162,76 @@ def test_a_finished_run_is_skipped_and_begun_again_when_asked(tmp_path: Path, ca
     assert (experiment.folder / "result.json").stat().st_mtime_ns == stamp
     start(tmp_path, "resume=false")
     assert (experiment.folder / "result.json").stat().st_mtime_ns > stamp
+
+
+def test_a_run_whose_evidence_is_damaged_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """To the bit; the file is named. A whole result of other settings is no result of this run."""
+    _, experiment = start(tmp_path)
+    names = ("metrics.jsonl", "predictions.json.gz", "result.json")
+    paths = {name: experiment.folder / name for name in names}
+    log = [line.partition('"time"')[0] for line in paths["metrics.jsonl"].read_text().splitlines()]
+    predicted = paths["predictions.json.gz"].read_bytes()
+
+    def damage(name: str, how: str) -> None:
+        content = paths[name].read_bytes()
+        if how == "removed":
+            paths[name].unlink()
+        elif how == "flipped":
+            paths[name].write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        else:
+            result = Result.read(paths["result.json"])
+            replace(result, signature="0123456789ab").write(paths["result.json"], result.files)
+
+    for name, how in zip(names, ("flipped", "removed", "another run's"), strict=True):
+        damage(name, how)
+        capsys.readouterr()
+        start(tmp_path)
+        said = capsys.readouterr().err
+        assert f"the run had finished, but {paths[name]} is" in said
+        assert paths["predictions.json.gz"].read_bytes() == predicted
+        assert [line.partition('"time"')[0] for line in paths["metrics.jsonl"].read_text().splitlines()] == log
+    start(tmp_path)
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_what_was_calibrated_is_taken_up_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: the run that chose; the head starts from the same random numbers where nothing is chosen anew."""
+    options = ("method=gelora", "model=clip_tiny_vision")
+    _, experiment = start(tmp_path, *options)
+    head = (experiment.folder / "adapter" / "head.safetensors").read_bytes()
+    path = experiment.folder / "calibrated.json"
+    for damaged in (False, True):
+        (experiment.folder / "result.json").unlink()
+        if damaged:
+            path.write_text(path.read_text().replace('"seed"', '"need"').replace("1", "2", 1))
+        capsys.readouterr()
+        start(tmp_path, *options)
+        assert (f"{path} is damaged" in capsys.readouterr().err) is damaged
+        assert (experiment.folder / "adapter" / "head.safetensors").read_bytes() == head
+
+
+def test_a_full_disk_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In what native code raises for it; at the end nothing can be written at all."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, experiment = start(tmp_path)
+    result = result_of(experiment)
+    assert (code, result["status"]) == (FAILED, "failed")
+    assert result["error"].startswith(f"No space left on device in {experiment.folder}, make room; there was no checkp")
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr(Result, "write", write)
+    code, _ = start(tmp_path)
+    assert code == FAILED
+    assert "the result cannot be written: No space left on device" in capsys.readouterr().err
+    assert state(experiment.folder) == "dead"
 
 
 def test_a_frozen_text_tower_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

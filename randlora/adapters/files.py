@@ -33,7 +33,7 @@ from randlora.adapters.identity import (
 from randlora.adapters.tensor_files import entry, header, write_tensors
 from randlora.adapters.transaction import unchanged_on_failure
 from randlora.errors import SettingsError, check_choice
-from randlora.integrity import MANIFEST, Damaged, draft, remove_drafts, seal, sync
+from randlora.integrity import MANIFEST, Damaged, draft_folder, remove_drafts, seal, sync
 
 
 def save_adapter(
@@ -58,7 +58,7 @@ def save_adapter(
     settings = description(model, modules, whole)
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)
-    with draft(folder, "adapter") as unseen:
+    with draft_folder(folder, "adapter") as unseen:
         files = {TENSORS: _pack(require_adaptation(model))} | ({MODULES: _state(modules)} if modules else {})
         for name, tensors in files.items():
             write_tensors(unseen / name, tensors)

@@ -7,6 +7,7 @@ more undisturbed, and compares what is there with a run of the same settings tha
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,10 @@ from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
 from typing import Any, Protocol
 
 from randlora.analysis.faults import DAMAGES, HUNG, AtCall, Ending, Signals, attempt, damage
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
+from randlora.errors import BUSY, FINISHED, INTERRUPTED, WRONG_SETTINGS, check_choice
 
 FAULTS = ("killed", "killed in a write", "signalled", "disk full", *DAMAGES)
-STEPS, MOST_ATTEMPTS = 10, 12
+STEPS, MOST_ATTEMPTS = 10, 6
 LOADED, LOADED_DIFFERENT = FINISHED, 3  # how `Program.load` ends, or with WRONG_SETTINGS where it refuses
 
 Settings = dict[str, Any]
@@ -47,6 +48,9 @@ class Program(Protocol):
 
     def state(self, folder: Path) -> str:
         """What its record says: ``finished``, ``interrupted``, ``running``, …; empty where nothing was begun."""
+
+    def waits(self, folder: Path, struck: Sequence[str]) -> bool:
+        """Whether it refuses for a while, as after such damage another may run it; that is then over."""
 
     def outputs(self, folder: Path) -> dict[str, Any]:
         """What must be the same to the bit, by name, of a finished run."""
@@ -148,7 +152,7 @@ class Campaign:
         """One trial, the same for the same seed, but for where a moment falls."""
         rng = Random(f"{self.seed} {number}")
         fault = self.faults[number % len(self.faults)]
-        settings = self.program.settings(rng, number // len(self.faults))
+        settings = self.program.settings(rng, number)
         storm = _Storm(self, Trial(self.program.name, number, fault, settings), rng)
         for _ in range(rng.choice((1, 2, 3))):
             storm.strike()
@@ -238,7 +242,8 @@ class _Storm:
                 trial.lost.append(max(0, before - resumed))
             if resumed:
                 trial.resumed.append(resumed)
-        self._judge(ending, strike)
+        if ending.code != BUSY or not self.program.waits(self.folder, trial.struck):
+            self._judge(ending, strike)
         self.ended = ending.code == FINISHED
         return ending
 
@@ -320,7 +325,7 @@ class _Storm:
         ending = attempt(load, self.root, self.kept / "load.log")
         if ending.code == LOADED_DIFFERENT:
             self.trial.silent.append(f"{path.name} of the adapter was loaded")
-        elif ending.code == WRONG_SETTINGS and f"{path.parent}/" not in ending.said:
+        elif ending.code == WRONG_SETTINGS and path.name not in ending.said and f"{path.parent}/" not in ending.said:
             self.trial.silent.append(f"refused without naming {path.name}: {ending.said.strip()[-200:]}")
         elif ending.code not in (LOADED, WRONG_SETTINGS):
             self.trial.tracebacks += 1
@@ -334,8 +339,11 @@ def place(path: Path) -> str:
 
 
 def read(path: Path) -> list[Trial]:
-    """The trials of a file, one a line."""
-    return [Trial(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The trials of a file, one a line, compressed where it ends with .gz; none where it is not there."""
+    if not path.is_file():
+        return []
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return [Trial(**json.loads(row)) for row in text.splitlines()]
 
 
 def line(trial: Trial) -> str:

@@ -24,6 +24,7 @@ from randlora.analysis.faults import attempt
 from randlora.config import CONFIGS, settings
 from randlora.errors import exit_code
 from randlora.experiment import Experiment
+from randlora.records.lock import OWNER
 from randlora.records.record import state
 from randlora.records.result import Result
 
@@ -101,7 +102,7 @@ class Ours:
             f"trainer.save_every={'null' if drawn['save_every'] is None else drawn['save_every']}",
         ]  # fmt: skip
         given += {"lorta": ["targets=attention"], "mora": ["method.rank=4"]}.get(method, [])
-        given += ["trainer.micro_batch_size=1"] if drawn["accumulated"] else []
+        given += ["trainer.micro_batch_size=2"] if drawn["accumulated"] else []
         given += ["trainer.evaluate_every=2", "trainer.select=best"] if drawn["evaluated"] else []
         if drawn["random"]:
             given.append("task.augmentation=crop")
@@ -126,6 +127,13 @@ class Ours:
     def state(self, folder: Path) -> str:
         begun = any((folder / name).is_file() for name in ("result.json", "status.json", "metrics.jsonl"))
         return state(folder) if begun else ""
+
+    def waits(self, folder: Path, struck: Sequence[str]) -> bool:
+        """Where its owner's file is damaged, a folder may be another's for STALE_SECONDS: here they pass at once."""
+        damaged = any(sentence.startswith(OWNER) for sentence in struck)
+        if damaged:
+            os.utime(folder / OWNER, (0, 0))
+        return damaged
 
     def outputs(self, folder: Path) -> dict[str, Any]:
         result = Result.read(folder / "result.json").to_json()
@@ -154,6 +162,8 @@ class Ours:
 
 class Peer:
     """A script as its documentation has them: transformers' Trainer, PEFT's LoRA, resumed from the last checkpoint.
+
+    Resumed from its last step it trains one step more, at a rate of zero: what it says of that is not compared.
 
     Args:
         model: The folder that `prepare` wrote.
@@ -240,18 +250,22 @@ class Peer:
             return ""
         return "finished" if (folder / "all_results.json").is_file() else "dead"
 
+    def waits(self, folder: Path, struck: Sequence[str]) -> bool:
+        return False
+
     def outputs(self, folder: Path) -> dict[str, Any]:
         results = json.loads((folder / "all_results.json").read_text())
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        timed = ("runtime", "per_second")
+        losses = [row for row in history if "loss" in row and row["step"] <= STEPS]
+        timed = ("runtime", "per_second", "epoch")
         return {
             "adapter": _sha256(folder / "adapter" / "adapter_model.safetensors"),
             "results": {key: value for key, value in results.items() if not key.endswith(timed)},
-            "losses": [(row["step"], row["loss"], row["grad_norm"]) for row in history if "loss" in row],
+            "losses": [(row["step"], row["loss"], row["grad_norm"]) for row in losses],
         }
 
     def steps(self, folder: Path) -> int:
-        return _logged_steps(folder.parent.with_suffix(".steps"))
+        return min(STEPS, _logged_steps(folder.parent.with_suffix(".steps")))
 
     def resumed(self, said: str) -> int | None:
         went_on = re.search(r"going on from step (\d+)", said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from randlora.errors import SettingsError
 from randlora.methods.dora import DoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA
+from randlora.methods.ranked_lora import RankedLoRA
 from randlora.methods.vera import VeRA
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
 
 # What changes the mathematics of an adapter, with the only value that is understood here.
 _PLAIN: dict[str, Any] = {
-    "use_qalora": False, "use_bdlora": None, "lora_bias": False, "rank_pattern": {},
-    "alpha_pattern": {}, "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
-    "target_parameters": None, "alora_invocation_tokens": None, "bias": "none", "sparse": False, "very_sparse": False,
+    "use_qalora": False, "use_bdlora": None, "lora_bias": False, "modules_to_save": None, "layer_replication": None,
+    "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None, "bias": "none",
+    "sparse": False, "very_sparse": False,
 }  # fmt: skip
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # a LoRA's: the ranks and alphas of the sites that are not as the others
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
 # PEFT's names of the tensors of a site, and ours.
 _TRAINED = {
@@ -44,17 +47,19 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     """Adapts `model` with the adapter that PEFT saved in `folder`.
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
-    drawn again, `save_adapter` refuses and `to_peft` writes them. Trained further, the adapter follows the path that it
-    would have in PEFT.
+    drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
+    `RankedLoRA`. Trained further, the adapter follows the path that it would have in PEFT.
 
     Raises:
-        SettingsError: for pickles, unknown types and variants such as rank_pattern, and for modules that the model does
-            not have; the model is then as it was.
+        SettingsError: for pickles, unknown types and variants such as modules_to_save, and for modules that the model
+            does not have; the model is then as it was.
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
     by_site = _by_site(tensors, folder)
+    if any(settings.get(name) for name in _PATTERNS):
+        method = _ranked(settings, by_site, folder)
     targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
     with unchanged_on_failure(model):
         report = adapt(model, method, targets, seed)
@@ -87,6 +92,8 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     strange += [name for name, value in settings.items() if name.endswith("_config") and value and name != "eva_config"]
     if settings.get("init_lora_weights", True) not in _STARTS:
         strange.append("init_lora_weights")
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+        strange += [name for name in _PATTERNS if settings.get(name)]
     if strange:
         raise SettingsError(
             f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
@@ -106,6 +113,22 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     except KeyError as error:
         raise SettingsError(f"{folder / CONFIG} has no {error.args[0]}") from error
     raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
+
+
+def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> RankedLoRA:
+    """LoRA with the rank and the alpha that PEFT's patterns give each site: those of the first that matches its end."""
+
+    def of(name: str, site: str, common: float) -> Any:
+        patterns = (settings.get(name) or {}).items()
+        return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", site)), common)
+
+    try:
+        ranks = {site: of("rank_pattern", site, settings["r"]) for site in sites}
+        roots = {site: math.sqrt(rank) if settings.get("use_rslora") else 1.0 for site, rank in ranks.items()}
+        alphas = {site: of("alpha_pattern", site, settings["lora_alpha"]) * root for site, root in roots.items()}
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise SettingsError(f"{folder / CONFIG} has patterns that give no ranks or alphas: {error}") from error
+    return RankedLoRA(ranks, alphas, settings.get("lora_dropout", 0.0))
 
 
 def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from randlora.errors import SettingsError
-from randlora.integrity import Damaged, sha256, sync, write
+from randlora.integrity import Damaged, digest, sha256, sync, write_json
 
 SCHEMA = 2  # 1: records before November 2026, without names and budget at the top level
 STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted")
@@ -118,7 +117,7 @@ class Result:
         if not isinstance(content, Mapping):
             raise SettingsError(f"{path}: a result is a mapping, and this is {content!r:.60}; {_REMEDY}")
         content = dict(content) if "schema" in content else _of_schema_1(content)
-        if content.pop("sha256", None) not in (None, _digest(content)):  # results of before had none
+        if content.pop("sha256", None) not in (None, digest(content)):  # results of before had none
             raise Damaged(f"{path} is damaged: its SHA-256 is not that of its content; {_REMEDY}")
         files = content.pop("files", {})
         if content["schema"] != SCHEMA:
@@ -143,7 +142,7 @@ class Result:
         for name in files:
             sync(path.parent / name)
         content = self.to_json() | {"files": {name: sha256(path.parent / name) for name in files}}
-        write(path, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
+        write_json(path, content)
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -159,10 +158,6 @@ _REMEDY = "remove the file, or make it again by the run's command"
 _HINTS = {key: hint for key, hint in get_type_hints(Result).items() if key not in ("path", "collection", "files")}
 _MEASURED = ("headline", "metrics", "train_seconds", "seconds_per_step")  # what may be NaN or infinite
 _REQUIRED = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING} | {"status"}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _of_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:

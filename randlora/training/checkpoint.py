@@ -20,7 +20,7 @@ from torch import Tensor
 
 from randlora.adapters.tensor_files import Entry, entry, header, write_tensors
 from randlora.errors import SettingsError
-from randlora.integrity import DRAFT, Damaged, draft, remove_drafts, seal, sync, verify
+from randlora.integrity import DRAFT, Damaged, draft_folder, remove_drafts, seal, sync, verify
 from randlora.training.best_step import BestStep
 
 FORMAT = 2  # 1 had no manifest and is not read
@@ -97,7 +97,7 @@ class Checkpoints:
             "tensors": len(tensors),
             "settings": self.settings,
         }
-        with draft(self.folder, final.name) as unseen:
+        with draft_folder(self.folder, final.name) as unseen:
             write_tensors(unseen / TENSORS, tensors)
             (unseen / STATE).write_text(json.dumps(content))
             seal(unseen, (TENSORS, STATE))
