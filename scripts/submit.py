@@ -1,4 +1,4 @@
-"""One run as a SLURM job that is queued again, and goes on, when it is pre-empted or its time ends: pip install submitit, then
+"""A run as a SLURM job, queued again and going on when it is pre-empted or out of time: pip install submitit, then
 
 python scripts/submit.py --minutes 240 --gpus 4 -- model=clip task=cifar10 data_root=FOLDER run_root=SHARED/runs
 
@@ -55,7 +55,7 @@ class Run:
         if code == INTERRUPTED and tasks.rank > 0:
             sys.exit()  # no result: the first task speaks for all
         if code == INTERRUPTED:
-            # By SIGTERM, which submitit ignores: the scheduler that sent it knows whether it cancels the job or queues it again.
+            # By SIGTERM, which submitit ignores: the scheduler that sent it knows whether the job is queued again.
             time.sleep(GRACE)
         if code:
             raise RuntimeError(f"train.py ended with exit code {code}")
@@ -86,8 +86,8 @@ def main() -> int:
 
     executor = submitit.AutoExecutor(options.folder, cluster=options.cluster, slurm_max_num_timeout=100)
     executor.update_parameters(
-        timeout_min=options.minutes, nodes=options.nodes, tasks_per_node=max(options.gpus, 1), gpus_per_node=options.gpus or None,
-        slurm_partition=options.partition, slurm_signal_delay_s=WARNING,
+        timeout_min=options.minutes, nodes=options.nodes, tasks_per_node=max(options.gpus, 1),
+        gpus_per_node=options.gpus or None, slurm_partition=options.partition, slurm_signal_delay_s=WARNING,
     )  # fmt: skip
     job = executor.submit(Run(options.arguments))
     print(job.job_id, flush=True)
