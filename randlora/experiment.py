@@ -17,7 +17,7 @@ from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
 from randlora.methods import Method
 from randlora.models.base import Backbone, Model
-from randlora.records.record import Logger
+from randlora.records.logger import Logger
 from randlora.records.signature import signature
 from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.training import Optimizer, Trainer

@@ -22,8 +22,9 @@ import torch
 from accelerate import PartialState
 
 from randlora.adapters import load_adapter
-from randlora.adapters.files import MODULES, load_modules
-from randlora.adapters.header import header
+from randlora.adapters.files import load_modules
+from randlora.adapters.identity import MODULES
+from randlora.adapters.tensor_files import header
 from randlora.config import settings
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, SettingsError, exit_code

@@ -21,7 +21,7 @@ from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.integrity import MANIFEST, seal
 from randlora.methods import IncreLoRA, LoRA, RandLoRA
 from randlora.tasks.base import Bound
-from randlora.training import Interrupted, Trainer, trainer
+from randlora.training import Interrupted, Trainer, loop
 from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import STATE, TENSORS, Checkpoints, State, Tensors, latest
 
@@ -289,7 +289,7 @@ def test_the_last_step_has_a_checkpoint_without_being_asked(tmp_path: Path) -> N
 def test_time_alone_makes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that a minute passes on with every look: one look at the start, after a save and in each step."""
     looks = iter(range(1000))
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: 60.0 * next(looks))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 60.0 * next(looks))
     fit(model(), tmp_path, save_minutes=5, max_steps=20, keep_last=9)
     assert names(tmp_path) == [f"step_{step:07d}" for step in (6, 12, 18, 20)]
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, settings
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
-from randlora.records.record import Logger
+from randlora.records.logger import Logger
 from randlora.records.signature import modern, signature
 
 

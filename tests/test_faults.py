@@ -21,7 +21,7 @@ import torch
 from test_training import Bars, Pixels8, splits
 from torch import nn
 
-from randlora.adapters import files
+from randlora.adapters import tensor_files
 from randlora.data.loader import Split
 from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError
 from randlora.experiment import Experiment
@@ -134,8 +134,7 @@ class Disk:
 
         monkeypatch.setattr(Path, "open", opened)
         monkeypatch.setattr(os, "fsync", before(lambda descriptor: None))
-        for module in (checkpoint, files):
-            monkeypatch.setattr(module, "save_file", before(module.save_file))
+        monkeypatch.setattr(tensor_files, "save_file", before(tensor_files.save_file))
 
     def write(self) -> None:
         self.writes += 1

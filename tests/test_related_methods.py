@@ -15,7 +15,7 @@ from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy, settings
 from randlora.adapters import unfuse_attention
 from randlora.adapters.calibration import States
 from randlora.adapters.core import adapted_layers, require_adaptation
-from randlora.adapters.files import TENSORS
+from randlora.adapters.identity import TENSORS
 from randlora.adapters.interface import Step, Update
 from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.positions import Position, attention_heads, position

@@ -10,30 +10,30 @@ modules that were trained beside the updates, if any, and ``manifest.json`` the 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, adapted_layers, require_adaptation
-from randlora.adapters.fingerprint import difference, fingerprint
-from randlora.adapters.header import entry, header
-from randlora.adapters.interface import Method, describe, method_from
-from randlora.bases import Basis
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.identity import (
+    MODULES,
+    SETTINGS,
+    TENSORS,
+    check_frozen,
+    check_sites,
+    description,
+    frozen,
+    method_of,
+    read_settings,
+)
+from randlora.adapters.tensor_files import entry, header, write_tensors
+from randlora.adapters.transaction import unchanged_on_failure
 from randlora.errors import SettingsError, check_choice
-from randlora.integrity import DRAFT, MANIFEST, Damaged, remove_drafts, seal, sync, verify
-
-FORMAT = 2  # 1 had neither manifest nor fingerprint, and is still read
-TENSORS, SETTINGS, MODULES = "adapter.safetensors", "adapter.json", "head.safetensors"
-_TYPES = {"method": dict, "targets": list, "seed": int, "sites": int, "sites_sha256": str}  # what both formats have
+from randlora.integrity import MANIFEST, Damaged, draft_folder, remove_drafts, seal, sync
 
 
 def save_adapter(
@@ -54,35 +54,18 @@ def save_adapter(
     Raises:
         SettingsError: The model is not adapted, or has bases from a file that no seed gives again.
     """
-    adaptation, modules = require_adaptation(model), modules or {}
-    if not all(basis.reproducible for basis in _bases(adaptation)):
-        raise SettingsError("this adapter's bases came from a file and no seed gives them: write it with to_peft")
-    settings = {
-        "format": FORMAT,
-        "method": describe(adaptation.method),
-        "targets": adaptation.targets,
-        "seed": adaptation.seed,
-        "sites": len(adaptation.sites),
-        "sites_sha256": _sites_sha256(adaptation),
-        "bases_sha256": _bases_sha256(adaptation),
-        "base": fingerprint(_frozen(model, adaptation, modules), whole),
-        "modules": sorted(modules),
-    }
-    folder = Path(folder)
+    modules, folder = modules or {}, Path(folder)
+    settings = description(model, modules, whole)
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)
-    draft = folder / f"{DRAFT}adapter"
-    draft.mkdir()
-    try:
-        files = {TENSORS: _pack(adaptation)} | ({MODULES: _state(modules)} if modules else {})
+    with draft_folder(folder, "adapter") as unseen:
+        files = {TENSORS: _pack(require_adaptation(model))} | ({MODULES: _state(modules)} if modules else {})
         for name, tensors in files.items():
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, draft / name)
-        (draft / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        seal(draft, (*files, SETTINGS))
+            write_tensors(unseen / name, tensors)
+        (unseen / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+        seal(unseen, (*files, SETTINGS))
         for name in (*files, SETTINGS, MANIFEST):
-            (draft / name).replace(folder / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            (unseen / name).replace(folder / name)
     if not modules:
         (folder / MODULES).unlink(missing_ok=True)
     sync(folder)
@@ -107,13 +90,13 @@ def load_adapter(
     """
     folder = Path(folder)
     check_choice("base", base, ("same", "any"))
-    settings = _read(folder)
+    settings = read_settings(folder)
     with unchanged_on_failure(model):
-        report = adapt(model, _method(settings, folder), settings["targets"], settings["seed"])
+        report = adapt(model, method_of(settings, folder), settings["targets"], settings["seed"])
         adaptation = require_adaptation(model)
-        _check_sites(adaptation, settings, folder)
+        check_sites(adaptation, settings, folder)
         if base == "same" and "base" in settings:
-            _check_frozen(_frozen(model, adaptation, modules or {}), settings["base"], folder)
+            check_frozen(frozen(model, adaptation, modules or {}), settings["base"], folder)
         groups = _groups(adaptation)
         expected = {
             name: torch.empty(sum(p.numel() for p in parameters), dtype=_stored(parameters), device="meta")
@@ -138,107 +121,12 @@ def load_modules(folder: str | Path, modules: Mapping[str, nn.Module]) -> None:
     Raises SettingsError unless the file is whole and has just the tensors of these; they are then as they were.
     """
     folder = Path(folder)
-    _read(folder)
+    read_settings(folder)
     state = _state(modules)
     tensors = _tensors(folder / MODULES, state, "these modules need")
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
-
-
-@contextmanager
-def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Whatever ends the code inside early, the model has its modules, parameters and `requires_grad` of before."""
-    parts = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    adapted = {id(module) for module in model.modules() if "_adaptation" in module.__dict__}
-    try:
-        yield
-    except BaseException:
-        for module, children, parameters in parts:
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            if id(module) not in adapted:
-                module.__dict__.pop("_adaptation", None)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        raise
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter whose files are as they were written."""
-    try:
-        if (folder / MANIFEST).exists():
-            verify(folder, (TENSORS, SETTINGS))
-        settings = json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"no adapter can be read from {folder}: {error}") from error
-    if not isinstance(settings, dict) or settings.get("format") not in (1, FORMAT):
-        given = settings.get("format") if isinstance(settings, dict) else settings
-        raise SettingsError(f"{folder / SETTINGS} has format {given!r}; this version reads 1 and {FORMAT}")
-    for name, kind in _TYPES.items():
-        if not isinstance(settings.get(name), kind):
-            value = f"{name}={settings.get(name)!r:.60}"
-            raise SettingsError(f"{folder / SETTINGS} has {value}, which is no {kind.__name__}")
-    if settings["format"] == FORMAT and not (folder / MANIFEST).exists():
-        raise Damaged(f"no adapter can be read from {folder}: {MANIFEST} is missing")
-    if settings["format"] == 1:
-        warnings.warn(
-            f"the adapter in {folder} was written before adapters had checksums, so damage and another base model go "
-            "unnoticed; save it again",
-            stacklevel=3,
-        )
-    return settings
-
-
-def _method(settings: Mapping[str, Any], folder: Path) -> Method:
-    try:
-        return method_from(settings["method"])
-    except TypeError as error:
-        raise SettingsError(f"{folder / SETTINGS}: the method cannot be built ({error})") from error
-
-
-def _check_sites(adaptation: Adaptation, settings: Mapping[str, Any], folder: Path) -> None:
-    if _sites_sha256(adaptation) != settings["sites_sha256"]:
-        raise SettingsError(
-            f"the adapter in {folder} was made for {settings['sites']} sites of other names or shapes "
-            f"than the {len(adaptation.sites)} that its targets match in this model"
-        )
-    if _bases_sha256(adaptation) != settings.get("bases_sha256"):
-        raise SettingsError(f"the bases drawn here differ from those that the adapter in {folder} was trained with")
-
-
-def _check_frozen(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any], folder: Path) -> None:
-    """SettingsError unless the frozen weights are those of the fingerprint; a warning where none can be compared."""
-    try:
-        other = difference(recorded, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{folder / SETTINGS} has a fingerprint that cannot be read: {error}") from error
-    if other.changed or other.missing:
-        example = f", such as {other.changed[0]}" if other.changed else ""
-        raise SettingsError(
-            f"the adapter in {folder} was trained on another model: of its {other.tensors} frozen tensors this one has "
-            f"{len(other.changed)} with other values{example}, and lacks {other.missing}; load the weights that it was "
-            "trained on, or give base='any'"
-        )
-    if other.tensors and not other.compared:
-        warnings.warn(
-            f"whether the adapter in {folder} was trained on this model cannot be told: its weights were of another "
-            "precision, and names and shapes alone agree",
-            stacklevel=3,
-        )
-
-
-def _frozen(model: nn.Module, adaptation: Adaptation, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights under the updates and beside them: all that is neither trained nor replaced by what is."""
-    others = [p for module in (*adaptation.updates.values(), *modules.values()) for p in module.parameters()]
-    for layer in adapted_layers(model).values():
-        if all(update is not None and update.replaces_base for _, update in layer.segments()):
-            others.append(layer.base.weight)  # type: ignore[arg-type]
-    ignored = {id(parameter) for parameter in others}
-    return {name: p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in ignored}
 
 
 def _tensors(path: Path, expected: Mapping[str, Tensor], needs: str) -> dict[str, Tensor]:
@@ -293,18 +181,3 @@ def _stored(parameters: Sequence[Tensor]) -> torch.dtype:
     """The dtype in the file: float32 for floats of less, so that a model cast to bfloat16 gives a file like others."""
     dtype = parameters[0].dtype
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-def _sites_sha256(adaptation: Adaptation) -> str:
-    text = json.dumps([[s.name, s.out_features, s.in_features] for s in adaptation.sites])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _bases_sha256(adaptation: Adaptation) -> list[str]:
-    return sorted(f"{basis.name} {basis.sha256()}" for basis in _bases(adaptation))
-
-
-def _bases(adaptation: Adaptation) -> list[Basis]:
-    """The fixed matrices, each once."""
-    modules = [module for update in adaptation.updates.values() for module in update.modules()]
-    return list({id(module): module for module in modules if isinstance(module, Basis)}.values())

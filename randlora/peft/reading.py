@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
-from randlora.adapters.files import unchanged_on_failure
 from randlora.adapters.interface import Method
+from randlora.adapters.transaction import unchanged_on_failure
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
 from randlora.errors import SettingsError

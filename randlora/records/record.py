@@ -10,13 +10,14 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from randlora.errors import SettingsError
 from randlora.integrity import MANIFEST, Damaged, remove_drafts, verify, verify_file, write
 from randlora.records import predictions
 from randlora.records.console import Console
 from randlora.records.lock import OWNER_FILES, STALE_SECONDS, Lock, living
+from randlora.records.logger import Logger, ResumableLogger
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.result import Result
@@ -24,28 +25,6 @@ from randlora.signals import Interrupted
 
 # What a finished run has left and is checked before it is believed; its adapter has a manifest of its own.
 SEALED = (METRICS, predictions.NAME, f"adapter/{MANIFEST}")
-
-
-@runtime_checkable
-class Logger(Protocol):
-    """A mirror of the record, such as a dashboard; nothing is read back from it."""
-
-    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        """The run ``task/model/method/signature`` begins, with these settings and this folder."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """What is known after `step` steps."""
-
-    def finish(self, result: Result) -> None:
-        """The run has ended, whether or not `start` was reached."""
-
-
-@runtime_checkable
-class ResumableLogger(Logger, Protocol):
-    """A mirror that keeps what an earlier attempt of the run has logged."""
-
-    def resume(self, rows: Sequence[Row]) -> None:
-        """Training goes on from a checkpoint; until there these rows have been logged, each step once."""
 
 
 class Record:

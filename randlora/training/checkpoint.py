@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from randlora.adapters.header import Entry, entry, header
+from randlora.adapters.tensor_files import Entry, entry, header, write_tensors
 from randlora.errors import SettingsError
-from randlora.integrity import DRAFT, Damaged, remove_drafts, seal, sync, verify
+from randlora.integrity import DRAFT, Damaged, draft_folder, remove_drafts, seal, sync, verify
 from randlora.training.best_step import BestStep
 
 FORMAT = 2  # 1 had no manifest and is not read
@@ -80,11 +80,8 @@ class Checkpoints:
         checkpoints are then as they were.
         """
         final = self.folder / f"step_{state.step:07d}"
-        draft = self.folder / f"{DRAFT}{final.name}"
-        shutil.rmtree(draft, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        draft.mkdir()  # without parents: a run folder that has vanished does not come back without its record
-        tensors = {OF_MODEL + name: tensor.detach() for name, tensor in model.kept.items()}
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that has vanished does not come back empty
+        tensors = {OF_MODEL + name: tensor for name, tensor in model.kept.items()}
         for name, tensor in model.kept.items():
             for key, value in model.optimizer.state.get(tensor, {}).items():
                 tensors[f"{OF_OPTIMIZER}{key}/{name}"] = torch.as_tensor(value)
@@ -100,15 +97,12 @@ class Checkpoints:
             "tensors": len(tensors),
             "settings": self.settings,
         }
-        try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / TENSORS)
-            (draft / STATE).write_text(json.dumps(content))
-            seal(draft, (TENSORS, STATE))
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        _discard(final)
-        draft.rename(final)
+        with draft_folder(self.folder, final.name) as unseen:
+            write_tensors(unseen / TENSORS, tensors)
+            (unseen / STATE).write_text(json.dumps(content))
+            seal(unseen, (TENSORS, STATE))
+            _discard(final)
+            unseen.rename(final)
         sync(self.folder)
         newest_first = _newest_first(self.folder)
         for path in {*newest_first} - {*newest_first[newest_first.index(final) :][: self.keep_last]}:

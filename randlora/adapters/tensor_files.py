@@ -1,12 +1,14 @@
-"""What a safetensors file holds, from its header alone."""
+"""Safetensors files: how tensors get into one, and what it holds, from its header alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from randlora.integrity import Damaged
@@ -26,6 +28,11 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name, wherever they are and however they lie in memory."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def entry(tensor: Tensor) -> Entry:

@@ -1,0 +1,32 @@
+"""What mirrors of a record are told, such as dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from randlora.records.metrics import Row
+from randlora.records.result import Result
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """A mirror of the record, such as a dashboard; nothing is read back from it."""
+
+    def start(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        """The run ``task/model/method/signature`` begins, with these settings and this folder."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """What is known after `step` steps."""
+
+    def finish(self, result: Result) -> None:
+        """The run has ended, whether or not `start` was reached."""
+
+
+@runtime_checkable
+class ResumableLogger(Logger, Protocol):
+    """A mirror that keeps what an earlier attempt of the run has logged."""
+
+    def resume(self, rows: Sequence[Row]) -> None:
+        """Training goes on from a checkpoint; until there these rows have been logged, each step once."""
