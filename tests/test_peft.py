@@ -224,6 +224,7 @@ def apart(ours: nn.Module, theirs: nn.Module, folder: Path) -> float:
     [
         ("uneven", LoRA(rank=4, alpha=3), True),
         ("uneven", DoRA(rank=4, alpha=3), True),
+        ("uneven", RankedLoRA({"square": 3, "tall": 0, "wide": 2, "conv": 3}, 5.0), True),
         ("even", VeRA(rank=7), True),
         ("even", VeRA(rank=7, basis="sparse"), True),
         ("uneven", VeRA(rank=7, basis="peft"), False),

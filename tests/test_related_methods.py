@@ -252,6 +252,21 @@ def test_melora_is_small_loras_side_by_side(shape: tuple[int, int], permuted: bo
     agree(layer, update, expected)
 
 
+def uniform_within(values: Tensor, bound: float) -> None:
+    assert values.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert values.abs().max() <= bound * (1 + 1e-6)
+    assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_meloras_parts_start_as_loras_of_their_own_width() -> None:
+    """Kaiming with a = √5 and the fan-in of a part, other values in each."""
+    model = nn.Sequential(nn.Linear(400, 300))
+    randlora.adapt(model, MELoRA(rank=8, parts=4), ["0"])
+    A = model[0].updates[0].A
+    uniform_within(A, 1 / math.sqrt(100))
+    assert abs(torch.corrcoef(A.flatten(1)).fill_diagonal_(0)).max() < 0.15
+
+
 def test_melora_refuses_widths_that_the_parts_do_not_divide(toy: Toy) -> None:
     with pytest.raises(SettingsError, match=r"parts=8 does not divide the widths 60 × 24 of tall: .* divisor of 12"):
         randlora.adapt(toy, MELoRA(parts=8), ["square", "tall"])
@@ -319,6 +334,19 @@ def test_lorta_is_a_tensor_with_the_heads_on_their_side(side: str) -> None:
         torch.testing.assert_close(update.delta(base.weight), delta, rtol=1e-10, atol=1e-10)
         x = torch.randn(2, 9, 24, dtype=torch.float64)
         torch.testing.assert_close(update(x, base), x @ (base.weight + delta).T + base.bias, rtol=1e-10, atol=1e-10)
+
+
+def test_lorta_starts_as_its_authors_code() -> None:
+    """And in the first step B alone has gradient."""
+    model, rank = Blocks(), 2000
+    randlora.adapt(model, LoRTA(rank=rank), BLOCK_TARGETS)
+    tensor = adapted_layers(model)[BLOCK_TARGETS[0]].updates[0].tensor
+    uniform_within(tensor.A, 1 / math.sqrt(rank))
+    for factor in (tensor.H, tensor.L, tensor.M):
+        uniform_within(factor, math.sqrt(6 / rank))
+    assert not tensor.B.any()
+    model(torch.randn(2, 5, 24)).square().sum().backward()
+    assert [name for name, p in tensor.named_parameters() if p.grad.any()] == ["B"]
 
 
 def test_lortas_tensor_is_counted_trained_and_saved_once(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -317,11 +317,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 CHANGING = {
     "grows": (IncreLoRA(rank=4, top=1, gain=2, interval=3, dropout=0.2), [1, 7, 10]),
     "closes gates": (SoRA(rank=4, sparsity=1.0, final_sparsity=8.0, dropout=0.2), [7, 12]),
+    "louder noise": (FlatLoRA(rank=4, sigma=0.5, dropout=0.2), [7]),
 }
 
 
 @pytest.mark.parametrize(("method", "stops"), CHANGING.values(), ids=CHANGING)
-def test_a_method_that_changes_shape_resumes_to_the_same_bits(method: Method, stops: list[int], tmp_path: Path) -> None:
+def test_a_method_that_changes_in_training_resumes_to_the_same_bits(
+    method: Method, stops: list[int], tmp_path: Path
+) -> None:
     """Growth is in steps 0, 6, 9 and 12: stopped after the first, in the middle and right after a round."""
     unbroken = model(method, dropout=0.3)
     fit(unbroken, tmp_path / "a")

@@ -37,6 +37,7 @@ from randlora.methods import (
     IncreLoRA,
     LoRA,
     LoRAMini,
+    LoRTA,
     MELoRA,
     Method,
     MoRA,
@@ -59,15 +60,16 @@ Figures = dict[str, dict[str, float]]  # by variant and measure
 
 
 class Variant(NamedTuple):
-    """A way to adapt a workload's model: `build` gives the model to be stepped, from the model and its targets."""
+    """A way to adapt a workload's model: `build` gives the model to be stepped, from the model and its workload."""
 
-    build: Callable[[nn.Module, Sequence[str]], nn.Module]
+    build: Callable[[nn.Module, Workload], nn.Module]
     cached: bool = False  # stepped inside `cached`: W' is kept from forward to backward
     ours: bool = True  # whether it is evaluated inside `merged`
+    attention_only: bool = False  # adapts the workload's `attention`, and is left out where there is none
 
 
-def _adapted(method: Method, model: nn.Module, targets: Sequence[str]) -> nn.Module:
-    adapt(model, method, targets)
+def _adapted(method: Method, model: nn.Module, workload: Workload) -> nn.Module:
+    adapt(model, method, workload.targets)
     return model
 
 
@@ -76,25 +78,26 @@ def _ours(method: Method, cached: bool = False) -> Variant:
 
 
 def _peft(config: str, **settings: int) -> Variant:
-    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-        names = sorted({target.rpartition(".")[2] for target in targets})
-        rank = settings.get("r") or lora_rank(model, targets)
+    def build(model: nn.Module, workload: Workload) -> nn.Module:
+        names = sorted({target.rpartition(".")[2] for target in workload.targets})
+        rank = settings.get("r") or lora_rank(model, workload.targets)
         return peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **settings | {"r": rank}))
 
     return Variant(build, ours=False)
 
 
-def _at_loras_count(method: Method) -> Variant:
+def _at_loras_count(method: Method, attention_only: bool = False) -> Variant:
     """The method with as many parameters as `lora` has, as near as its setting comes; within a step of training."""
 
-    def build(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-        target = parameters(model, LoRA(rank=lora_rank(model, targets)), targets)
+    def build(model: nn.Module, workload: Workload) -> nn.Module:
+        target = parameters(model, LoRA(rank=lora_rank(model, workload.targets)), workload.targets)
+        targets = workload.attention if attention_only else workload.targets
         sized = matched(model, method, targets, target).method
         adapt(model, sized.grown(), targets)
         sized.before_step(require_adaptation(model).updates.values(), Step(1, 2, 1e-4, 0))  # noise, where there is some
         return model
 
-    return Variant(build)
+    return Variant(build, attention_only=attention_only)
 
 
 def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
@@ -107,7 +110,7 @@ def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
 VARIANTS = {
     "frozen": Variant(lambda model, _: model.requires_grad_(False)),  # the floor: nothing is trained
     "full": _ours(FullFineTuning(train="targets")),
-    "lora": Variant(lambda model, targets: _adapted(LoRA(rank=lora_rank(model, targets)), model, targets)),
+    "lora": Variant(lambda model, load: _adapted(LoRA(rank=lora_rank(model, load.targets)), model, load)),
     "randlora": _ours(RandLoRA(rank=RANK)),
     "randlora_bf16": _ours(RandLoRA(rank=RANK, delta_dtype="bfloat16")),
     "randlora_cached": _ours(RandLoRA(rank=RANK), cached=True),
@@ -122,6 +125,7 @@ VARIANTS = {
     "mora_sharing": _at_loras_count(MoRA(compression="sharing")),
     "melora": _at_loras_count(MELoRA()),
     "loramini": _at_loras_count(LoRAMini()),
+    "lorta": _at_loras_count(LoRTA(), attention_only=True),
     "sora": _at_loras_count(SoRA()),
     "increlora": _at_loras_count(IncreLoRA()),
     "flatlora": _at_loras_count(FlatLoRA()),
@@ -140,7 +144,7 @@ class Trial:
 
     def __init__(self, workload: Workload, variant: Variant, device: torch.device):
         torch.manual_seed(0)
-        self.model = variant.build(workload.build().to(device), workload.targets)
+        self.model = variant.build(workload.build().to(device), workload)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4) if self.trained else None
         self.x = torch.randn(workload.shape, device=device).requires_grad_(True)
@@ -203,6 +207,7 @@ def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch
         timed = {name: partial(device_seconds_of, call, device) for name, call in calls.items()}
         return {name: statistics.median(seconds) for name, seconds in interleaved(timed, rounds, warm_up=2).items()}
 
+    names = [name for name in names if workload.attention or not VARIANTS[name].attention_only]
     trials = {name: Trial(workload, VARIANTS[name], device) for name in names}
     with ExitStack() as contexts:
         for name, trial in trials.items():

@@ -86,7 +86,7 @@ class LowRankUpdate(Update):
     dropout: float
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), with one r for all sites."""
+        """A (r, in) and B (out, r); r is the site's own."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class MagnitudeUpdate(Update):
         self.register_buffer("squares", dense(weight, torch.float32).square().sum(1), persistent=False)
         self.magnitude = nn.Parameter(self.squares.sqrt())
 
-    def factor(self, weight: Tensor) -> Tensor:
+    def row_scale(self, weight: Tensor) -> Tensor:
         """m / ‖V‖ (out,), without forming V: ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b·(A Aᵀ b), row by row."""
         # In float32 whatever the autocast: what is added up here is small beside ‖w‖².
         with torch.autocast(weight.device.type, enabled=False):
@@ -67,8 +67,8 @@ class MagnitudeUpdate(Update):
 
     def delta(self, weight: Tensor) -> Tensor:
         A, B = self.factors()
-        factor = self.factor(weight)[:, None]
-        return (factor - 1) * weight.to(factor.dtype) + factor * (self.scale * (B @ A))
+        rows = self.row_scale(weight)[:, None]
+        return (rows - 1) * weight.to(rows.dtype) + rows * (self.scale * (B @ A))
 
     def forward(self, x: Tensor, base: Frozen) -> Tensor:
         A, B = self.factors()
@@ -80,8 +80,8 @@ class MagnitudeUpdate(Update):
             held = held - base.bias.to(y.dtype)
         low = F.linear(F.linear(dropped, A.to(dropped.dtype)), (self.scale * B).to(dropped.dtype))
         # Written as a change of the base's output, so that half precision does not round what has not changed.
-        factor = self.factor(base.weight)
-        return y + (factor - 1).to(y.dtype) * held + factor.to(y.dtype) * low
+        rows = self.row_scale(base.weight)
+        return y + (rows - 1).to(y.dtype) * held + rows.to(y.dtype) * low
 
 
 class DoRAUpdate(MagnitudeUpdate):

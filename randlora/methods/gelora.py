@@ -32,7 +32,8 @@ class GeLoRA(Method):
     ratios TwoNN leaves out (`discard`). Ours: the rule gives no rank above `largest`; with `mean_rank` its ranks are
     scaled to this mean over the blocks, for comparisons at one count.
 
-    `ranks`, by the block's name, are chosen by `calibrated`, or given. Sites outside numbered blocks are refused.
+    `ranks`, by the block's name, are chosen by `calibrated`, or given; then what chooses them stays unread. Sites
+    outside numbered blocks are refused.
     """
 
     budget_setting = "mean_rank"

@@ -74,36 +74,39 @@ class IncreLoRA(Method):
     def after_backward(self, updates: Iterable[Update], step: Step) -> bool:
         growing = _growing(updates)
         missing = self.rank * len(growing) - sum(update.rank for update in growing)
-        interval = self._interval(len(growing), step.total)
         if not missing:
             for update in growing:
                 update.stop_growing()
             return False
+        interval = self._interval(len(growing), step.total)
         for update in growing:
             update.take_score(self.memory)
-        gain = self.gain or max(1, self.rank // 2)
         if step.number == 0:
             for update in growing:
-                update.advance(gain, 1)
+                update.advance(self._gain, 1)
             return True
         if step.number <= interval or step.number % interval:
             return False
         ordered = sorted(growing, key=lambda update: -update.score)  # of equal scores the first sites
         for update in ordered[: self.top]:
-            update.grow(min(gain, missing), step.number + 1)
-            missing -= min(gain, missing)
-            update.advance(gain, step.number + 1)
+            gained = min(self._gain, missing)
+            update.grow(gained, step.number + 1)
+            missing -= gained
+            update.advance(self._gain, step.number + 1)
         if not missing:
             for update in growing:
                 update.stop_growing()
         return True
 
+    @property
+    def _gain(self) -> int:
+        return self.gain or max(1, self.rank // 2)
+
     def _interval(self, sites: int, steps: int) -> int:
         """Steps between rounds; SettingsError where they do not all come to pass in this run."""
-        gain, missing = self.gain or max(1, self.rank // 2), sites * (self.rank - self.start)
-        rounds = math.ceil(missing / (gain * min(self.top, sites)))
+        rounds = math.ceil(sites * (self.rank - self.start) / (self._gain * min(self.top, sites)))
         interval = self.interval or max(1, steps // (3 * rounds + 3))
-        if missing and (rounds + 1) * interval >= steps:
+        if (rounds + 1) * interval >= steps:
             raise SettingsError(
                 f"IncreLoRA: {sites} sites reach rank {self.rank} on average after {rounds} rounds of {self.top} "
                 f"sites, one every {interval} steps after the first {interval}, and the run has {steps}: lower "

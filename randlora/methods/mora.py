@@ -33,8 +33,9 @@ class MoRA(Method):
     Where q does not divide the inputs, the last group or piece is filled with the first inputs once more, and outputs
     are copied or cut to their number, all as in the authors' code. `dropout` acts on the input of the update.
 
-    Ours: where pieces reach past the outputs, which the code drops with their inputs, they are added to the first
-    again (``surplus=drop``: the code's rule). A q above the site's smaller side is refused.
+    Ours: where pieces of ``decoupled`` and ``rotation`` reach past the outputs, which the code drops with their inputs,
+    they are added to the first again (``surplus=drop``: the code's rule; the other two have no such pieces). A q above
+    the site's smaller side is refused.
     """
 
     rank: Count = 8

@@ -63,9 +63,10 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     and alpha_pattern. DoRA is written with ``use_dora``.
 
     Trained further, with ``PeftModel.from_pretrained(..., is_trainable=True)``, the adapter follows the path that it
-    would have here: always for LoRA, GeLoRA and DoRA as its authors have it, for VeRA at sites of one input size or
-    with ``basis=peft``, for RandLoRA without `divide_by_root` or at sites of one number of bases. Other adapters, and
-    the LoRAs that other methods become, are for inference: a warning says so, and INFERENCE_ONLY.txt beside the files.
+    would have here: always for LoRA, GeLoRA, what SoRA and IncreLoRA end as, and DoRA as its authors have it, for VeRA
+    at sites of one input size or with ``basis=peft``, for RandLoRA without `divide_by_root` or at sites of one number
+    of bases. Other adapters, and the LoRAs that other methods are written as, are for inference: a warning says so, and
+    INFERENCE_ONLY.txt beside the files.
 
     PEFT's own files hold the bases once more for every site; on loading it warns that these copies are missing, and
     does without them.
