@@ -30,7 +30,7 @@ from rich.console import Console
 from randlora.errors import SettingsError, exit_code
 from randlora.records import read, state
 from randlora.studies import tables
-from randlora.studies.groups import select
+from randlora.studies.groups import check_keys, select
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
 
@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables_of.add_argument("--published", action="store_true", help="beside the paper's scores")
     tables_of.add_argument("--columns", metavar="KEY,KEY", help="a row per run: settings, metrics, costs")
     options = parser.parse_args(arguments)
-    results = select(read(options.root), options.only)
+    records = read(options.root)
+    results = select(records, options.only)
+    if keys := options.best or options.columns:
+        check_keys([record for record in records if record.status == "finished"], keys.split(","))
     if options.examples and not options.paired:
         raise SettingsError("--examples says what an interval of --paired is over: give both")
     unfinished = sum(result.status != "finished" for result in results)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from randlora.data.sources import Digits
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone
 from randlora.tasks import ImageCaptions, ImageClassification
@@ -47,7 +48,7 @@ def test_clip_classifies_by_the_ensemble_of_prompts(templates: list[str]) -> Non
     backbone = towers()
     classifier = ClipClassifier(backbone, NAMES, templates)
     images = torch.randn(5, 4)
-    expected = naive_logits(backbone.module, images, classifier.tokens)  # type: ignore[arg-type]
+    expected = naive_logits(backbone.module, images, classifier.tokens)
     torch.testing.assert_close(classifier(images), expected)
     torch.testing.assert_close(classifier.eval()(images), expected)
 
@@ -55,11 +56,11 @@ def test_clip_classifies_by_the_ensemble_of_prompts(templates: list[str]) -> Non
 def test_the_loss_within_the_batch_is_over_its_classes() -> None:
     backbone = towers()
     images, labels = torch.randn(5, 4), torch.tensor([3, 1, 3, 3, 1])
-    whole = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="all")  # type: ignore[arg-type]
-    within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
+    whole = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"], classes="all")
+    within = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"], classes="batch")
     batch = {"image": images, "label": labels}
     classifier = whole.bind(backbone).model
-    logits = naive_logits(backbone.module, images, classifier.tokens)  # type: ignore[arg-type]
+    logits = naive_logits(backbone.module, images, classifier.tokens)
     assert whole.loss(classifier, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     # As published: image i against the texts of all images, its target the first of its class; up to a constant.
     few = F.cross_entropy(logits[:, labels], torch.tensor([0, 1, 0, 0, 1])) - labels.bincount()[labels].log().mean()
@@ -70,7 +71,7 @@ def test_the_published_scale_is_not_exponentiated() -> None:
     backbone, images = towers(), torch.randn(5, 4)
     options: dict = {"class_names": NAMES, "templates": ["x {}"]}
     defined, published = (
-        ImageClassification("t", None, {}, logit_scale=how, **options).bind(backbone).model(images)  # type: ignore[arg-type]
+        ImageClassification("t", Digits(), {}, logit_scale=how, **options).bind(backbone).model(images)
         for how in ("exp", "raw")
     )
     scale = backbone.module.logit_scale
@@ -79,12 +80,12 @@ def test_the_published_scale_is_not_exponentiated() -> None:
 
 def test_an_ensemble_must_be_there() -> None:
     with pytest.raises(SettingsError, match="lists no templates"):
-        ImageClassification("t", None, {}, class_names=NAMES, prompts="ensemble")  # type: ignore[arg-type]
+        ImageClassification("t", Digits(), {}, class_names=NAMES, prompts="ensemble")
 
 
 def test_a_frozen_text_tower_gives_the_same_loss_and_no_gradient() -> None:
     backbone = towers()
-    within = ImageClassification("t", None, {}, class_names=NAMES, templates=["x {}"], classes="batch")  # type: ignore[arg-type]
+    within = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"], classes="batch")
     batch = {"image": torch.randn(5, 4), "label": torch.tensor([3, 1, 3, 3, 1])}
     trained = within.loss(within.bind(backbone).model, batch)
     backbone.module.text.requires_grad_(False)  # type: ignore[union-attr, operator]
@@ -95,7 +96,7 @@ def test_a_frozen_text_tower_gives_the_same_loss_and_no_gradient() -> None:
 
 def test_contrastive_loss_is_clips_when_all_captions_differ() -> None:
     """Oracle: CLIP's symmetric cross-entropy on the diagonal; true pairs off the diagonal are positives too."""
-    pairs = ImageCaptions("t", None, {}, class_names=NAMES)  # type: ignore[arg-type]
+    pairs = ImageCaptions("t", Digits(), {}, class_names=NAMES)
     logits = torch.randn(4, 4)
     model = lambda images, tokens: logits  # noqa: E731
     batch = {

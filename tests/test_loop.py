@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.adapters.core import require_adaptation
 from randlora.data.loader import Encoder, Split
+from randlora.data.sources import Source
 from randlora.methods import DoRA, FullFineTuning, LoRA, Method, NoLA, RandLoRA, RandLoRAa, VeRA
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Optimizer, Trainer
@@ -57,6 +58,7 @@ class Regression(Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
     headline = "loss"
+    source: Source | None = None  # type: ignore[assignment]
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def bind(self, backbone: Any) -> Bound:

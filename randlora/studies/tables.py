@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from randlora.records import Result
-from randlora.studies.groups import by_settings, cell, check_keys, finished, paired, percent, spread, value
+from randlora.studies.groups import by_settings, cell, finished, paired, percent, spread, value
 from randlora.studies.statistics import holm
 
 
@@ -45,7 +45,6 @@ def each(results: Sequence[Result]) -> Table:
 
 def listing(results: Sequence[Result], keys: Sequence[str]) -> str:
     """One row per run with what it says of the `keys`; SettingsError for a key that no run has."""
-    check_keys(results, keys)
     return markdown(keys, ([value(result, key) for key in keys] for result in results))
 
 
@@ -70,7 +69,6 @@ def best(results: Sequence[Result], keys: Sequence[str]) -> str:
 
     SettingsError for one of the `keys` that no run has.
     """
-    check_keys(results, keys)
     groups: dict[tuple, dict[tuple[str, ...], list[float]]] = {}
     for result in finished(results):
         settings = tuple(value(result, key) for key in keys)
