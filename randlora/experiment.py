@@ -22,6 +22,7 @@ from randlora.records.signature import signature
 from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.training import Optimizer, Trainer
 from randlora.training.evaluate import to_device
+from randlora.training.processes import of_the_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,19 +95,10 @@ class Experiment:
         with torch.random.fork_rng():
             model = self.task.bind(backbone).model.to(device).eval()
             batches = chain.from_iterable(loader(train, keys, self.trainer.workers))
-            method = calibrate(
-                module,
-                self.method,
-                self.patterns,
-                batches,
-                lambda batch: self.task.loss(model, to_device(batch, device)),
-            )
+            loss = lambda batch: self.task.loss(model, to_device(batch, device))  # noqa: E731
+            method = calibrate(module, self.method, self.patterns, batches, loss)
         module.to(before)
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            (method,) = broadcast_object_list([method])
-        return replace(self, method=method)
+        return replace(self, method=of_the_main_process(accelerator, method))
 
     def adapt(self, backbone: Backbone) -> Report:
         """Puts the method's updates into the backbone's module, in place; SettingsError for sizes beyond all memory."""

@@ -58,7 +58,7 @@ class Regression(Task):
 
     kinds: ClassVar[tuple[str, ...]] = ("vision",)
     headline = "loss"
-    source: Source | None = None  # type: ignore[assignment]
+    source: Source | None = None  # type: ignore[assignment]  # its splits are given
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def bind(self, backbone: Any) -> Bound:
@@ -182,8 +182,7 @@ def test_twenty_steps_equal_the_reference(method: Method, formula: Any, case: st
             x = torch.tanh(x) if name == "first" else x
         return (x - y).square().mean()
 
-    # A task's source and sizes take no part: its splits are given.
-    task = Regression(name="regression", source=None, sizes={})  # type: ignore[arg-type]
+    task = Regression(name="regression")
     table, settings = Rows(26), SETTINGS[case]
     split = Split(table, np.arange(26), AsTheyAre())
     trainer = Trainer(
@@ -246,7 +245,7 @@ def test_validation_is_scored_on_the_validation_split_while_training(tmp_path: P
         evaluation_batch_size=5, device="cpu",
     )  # fmt: skip
     fit = trainer.fit(
-        Regression(name="regression", source=None, sizes={}), Bound(model), Splits(trained, validation, trained),  # type: ignore[arg-type]
+        Regression(name="regression"), Bound(model), Splits(trained, validation, trained),
         seed=3, folder=tmp_path, observer=listener, accelerator=Accelerator(cpu=True),
     )  # fmt: skip
     assert [*listener.scored] == [*range(1, STEPS + 1)]
@@ -287,7 +286,7 @@ def test_lora_trains_as_in_transformers_trainer_with_peft(tmp_path: Path) -> Non
 
     table = Rows(24)
     table.x, table.y = table.x.float(), table.y.float()
-    task = Regression(name="regression", source=None, sizes={})  # type: ignore[arg-type]
+    task = Regression(name="regression")
     split = Split(table, np.arange(24), AsTheyAre())
     trainer = Trainer(
         max_steps=STEPS, batch_size=BATCH, micro_batch_size=3, learning_rate=0.02, weight_decay=0.3, schedule="linear",

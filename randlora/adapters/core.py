@@ -119,22 +119,18 @@ def _build(
     updates = dict(method.updates(sites, Context(seed, device, weights, heads)))
     if set(updates) != set(weights):
         raise RuntimeError(f"{type(method).__name__}.updates must return one update for each site")
-    _refuse_quantised(method, updates, weights)
     counted: list[Site] = []
     shared: set[nn.Parameter] = set()
     for site in sites:
-        parameters = [p for p in updates[site.name].parameters() if p not in shared]
+        update = updates[site.name]
+        if update.replaces_base and is_quantised(weights[site.name]):
+            raise SettingsError(f"{method.name} trains the weights themselves, and those of {site.name} are quantised")
+        parameters = [p for p in update.parameters() if p not in shared]
         shared.update(parameters)
         counted.append(dataclasses.replace(site, trainable_parameters=sum(p.numel() for p in parameters)))
         if any(p.dtype != torch.float32 for p in parameters):
             raise RuntimeError(f"{type(method).__name__}: trained tensors are float32 whatever the base's dtype")
     return updates, counted
-
-
-def _refuse_quantised(method: Method, updates: Mapping[str, Update], weights: Mapping[str, Tensor]) -> None:
-    for name, update in updates.items():
-        if update.replaces_base and is_quantised(weights[name]):
-            raise SettingsError(f"{method.name} trains the weights themselves, and those of {name} are quantised")
 
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:

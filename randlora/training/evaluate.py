@@ -16,6 +16,7 @@ from randlora.signals import STOP
 from randlora.tasks.base import Batch, Task
 from randlora.tasks.mixins import UnequalExamples
 from randlora.training.precision import attention_rule, autocast
+from randlora.training.processes import summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,14 +114,6 @@ def mean_loss(
             sums += torch.tensor([float(task.loss(model, batch)) * weight, weight], dtype=torch.float64)
     total, weights = summed(accelerator, *sums.tolist())
     return total / weights
-
-
-def summed(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each value summed over all processes."""
-    if accelerator.num_processes == 1:
-        return [*values]
-    total: Any = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
-    return total.tolist()
 
 
 def terms(task: Task, batch: Batch) -> int:

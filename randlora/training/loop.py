@@ -22,11 +22,12 @@ from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import Checkpoints, State, Tensors, latest
-from randlora.training.evaluate import brief, norms, prefixed, summed, terms, to_device
+from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.outcome import Diverged, Fit
 from randlora.training.precision import attention_rule, autocast
+from randlora.training.processes import summed
 from randlora.training.settings import Observer, Settings
 from randlora.training.watch import LossWatch
 

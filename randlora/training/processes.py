@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import distributed
 
 from randlora.errors import FAILED, SettingsError
@@ -149,19 +150,33 @@ def lost(error: BaseException, accelerator: Accelerator, peer_timeout: float) ->
     return f"process {rank} of {world} lost another one, which ended without a word: was it killed? ({first})"
 
 
-def as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """Does it on the main process; what it returns or raises there is returned or raised on all."""
+def summed(accelerator: Accelerator, *values: float) -> list[float]:
+    """Each value summed over all processes."""
     if accelerator.num_processes == 1:
-        return act()
+        return [*values]
+    total: Any = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
+
+
+def of_the_main_process(accelerator: Accelerator, value: T) -> T:
+    """What the main process gives, on all."""
+    if accelerator.num_processes == 1:
+        return value
     from accelerate.utils import broadcast_object_list
 
-    outcome: list[Any] = [None, None]
+    (shared,) = broadcast_object_list([value])
+    return shared
+
+
+def as_the_main_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Does it on the main process; what it returns or raises there is returned or raised on all."""
+    outcome: tuple[Any, Exception | None] = None, None
     if accelerator.is_main_process:
         try:
-            outcome[0] = act()
+            outcome = act(), None
         except Exception as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+            outcome = None, error
+    value, failure = of_the_main_process(accelerator, outcome)
+    if failure is not None:
+        raise failure
+    return value
