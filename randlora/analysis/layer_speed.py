@@ -87,7 +87,10 @@ def _peft(config: str, **settings: int) -> Variant:
 
 
 def _at_loras_count(method: Method, attention_only: bool = False) -> Variant:
-    """The method with as many parameters as `lora` has, as near as its setting comes; within a step of training."""
+    """The method with as many parameters as `lora` has, as near as its setting comes; within a step of training.
+
+    At LLaMA's block, whose keys and values are narrow, EDoRA and MoRA have fewer: their rank is bounded by these.
+    """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
         target = parameters(model, LoRA(rank=lora_rank(model, workload.targets)), workload.targets)
@@ -124,7 +127,7 @@ VARIANTS = {
     "mora": _at_loras_count(MoRA()),
     "mora_sharing": _at_loras_count(MoRA(compression="sharing")),
     "melora": _at_loras_count(MELoRA()),
-    "loramini": _at_loras_count(LoRAMini()),
+    "loramini": _at_loras_count(LoRAMini(inner_in=256, inner_out=256)),  # the rank is no larger than these
     "lorta": _at_loras_count(LoRTA(), attention_only=True),
     "sora": _at_loras_count(SoRA()),
     "increlora": _at_loras_count(IncreLoRA()),
