@@ -1,10 +1,10 @@
 #!/bin/sh
 # A smoke test of the grid, no ranking: fifteen methods at one budget, MiniLM on MRPC. Run from the repository's root with
 # DATA_ROOT=FOLDER. Three learning rates of each are scored on the validation split with seed 0; the best then runs with
-# three seeds. Thirty steps a run, 300 test examples. Interrupted runs go on, finished ones are skipped.
+# three seeds. Thirty steps of eight examples a run, 200 test examples. Interrupted runs go on, finished ones are skipped.
 set -eu
 root=${RUN_ROOT:-runs/related_first_look}
-short="trainer.max_steps=30 trainer.batch_size=32 trainer.precision=bf16 trainer.log_every=30 task.validation_size=200 task.test_size=300"
+short="trainer.max_steps=30 trainer.batch_size=8 trainer.precision=bf16 trainer.log_every=30 task.validation_size=200 task.test_size=200"
 for method in lora dora vera nola randlora randlora_a edora gelora loramini lorta flatlora mora melora sora increlora; do
   case $method in
     gelora) rates=1e-4,3e-4,1e-3 ;;
