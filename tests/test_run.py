@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 import randlora
 from conftest import REPOSITORY, settings
+from randlora.adapters import tensor_files
 from randlora.data.loader import evaluation_keys, loader
 from randlora.data.sources import ArrayImages
 from randlora.errors import FAILED, FINISHED, SettingsError
@@ -32,7 +33,7 @@ from randlora.records.result import Result
 from randlora.records.tensorboard import TensorBoard
 from randlora.run import run
 from randlora.tasks import ImageClassification
-from randlora.training import Trainer, checkpoint
+from randlora.training import Trainer
 from randlora.training.evaluate import evaluate
 
 SHORT = ("trainer.max_steps=3", "trainer.batch_size=8", "task.test_size=20", "task.validation_size=10", "shots=2")
@@ -221,7 +222,7 @@ def test_a_full_disk_is_a_sentence(
     def write(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     code, experiment = start(tmp_path)
     result = result_of(experiment)
     assert (code, result["status"]) == (FAILED, "failed")
