@@ -158,11 +158,13 @@ def test_tables_of_training_speed() -> None:
 
 
 def test_table_of_faults() -> None:
-    """Every cell; and of our own runs there is nothing to be mended."""
+    """Every cell; and of our own runs what is not clean is in the page's words."""
     folder = STUDIES / "faults"
     trials = [trial for path in sorted(folder.glob("*.jsonl.gz")) for trial in campaign.read(path)]
     assert tables_of((folder / "README.md").read_text()) == [campaign.table(trials)]
-    assert all(trial.clean for trial in trials if trial.program == "randlora")
+    unclean = [trial.number for trial in trials if trial.program == "randlora" and not trial.clean]
+    assert unclean == [178]
+    assert "in trial 178" in (folder / "README.md").read_text()
 
 
 def test_generated_answers() -> None:
