@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from randlora.data.loader import Unreadable
@@ -33,6 +35,9 @@ def ending(error: BaseException, record: Record, accelerator: Accelerator, train
         return {"status": "out_of_memory", "error": f"{first or 'out of memory'} ({remedy})"}
     # What it was sending may be missed before its death is noticed.
     dead = trainer.workers > 0 and isinstance(error, ConnectionError | EOFError)
+    if dead:
+        with suppress(RuntimeError):
+            time.sleep(1)  # torch's own notice of the death is raised wherever the program is: here, not in the record
     if dead or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in text):
         return {
             "error": f"a process that reads data has died ({first}); is there memory for trainer.workers="
