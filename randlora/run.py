@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import traceback
 from contextlib import suppress
@@ -106,7 +105,6 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         finally:
             record.close()
         accelerator.free_memory()
-        gc.collect()
     _tell(record, f"{result.status}: {summary(result) if code == FINISHED else result.error}", code != FINISHED)
     return Outcome(code, result.validation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import runpy
@@ -62,6 +63,12 @@ def offline() -> Iterator[None]:
     REACHED.clear()
     yield
     assert REACHED == [], "the test tried to reach these addresses"
+
+
+def pytest_collection_finish() -> None:
+    """Spares every collection of garbage, of which each run makes several, a look through all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 class Conv1D(nn.Module):
