@@ -228,6 +228,20 @@ def no_command(arguments: Sequence[str]) -> int:
     raise AssertionError("Composed needs none")
 
 
+@pytest.mark.parametrize(
+    ("said", "step"),
+    [
+        ("going on from step 4 of 10\nstep 5/10  loss 1", 4),
+        ("loaded in 0.1 s\nstep 1/10  loss 1", 0),
+        ("loaded in 0.1 s\nstep 0: validation/loss 1", 0),
+        ("loaded in 0.1 s\nSIGTERM: stopping\ninterrupted: checkpoint at step 1: the same command goes on", None),
+        ("already finished: runs", None),
+    ],
+)
+def test_where_an_attempt_began(said: str, step: int | None, tmp_path: Path) -> None:
+    assert Ours(no_command, tmp_path).resumed(said) == step
+
+
 def test_fifty_faults_change_nothing(tmp_path: Path) -> None:
     """Oracle: runs of the same settings that nothing struck, to the bit."""
     trials = list(Campaign(Composed(no_command, prepare(tmp_path)), tmp_path).trials([], 50))

@@ -150,7 +150,8 @@ class Ours:
 
     def resumed(self, said: str) -> int | None:
         went_on = re.search(r"going on from step (\d+)", said)
-        return int(went_on[1]) if went_on else 0 if "loaded in" in said else None
+        began = re.search(r"^step (0:|1/)", said, re.M)  # an attempt may be ended before it has done either
+        return int(went_on[1]) if went_on else 0 if began else None
 
     def promised(self, folder: Path) -> int | None:
         if not (folder / "result.json").is_file():
