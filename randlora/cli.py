@@ -32,7 +32,10 @@ def _main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         from randlora.usage import usage
 
-        print(usage(sys.argv))
+        try:
+            print(usage(sys.argv))
+        except SettingsError as error:
+            return _refused(error)
         return FINISHED
     import hydra
 
@@ -57,8 +60,7 @@ def _main() -> int:
         with explained():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_SETTINGS
+        return _refused(error)
     finally:
         _end_process_group()
     return max(codes, default=FINISHED)
@@ -90,11 +92,15 @@ def execute(config: DictConfig) -> tuple[int, float | None]:
         outcome = run(experiment, OmegaConf.to_yaml(config, resolve=True))
         return outcome.code, outcome.objective
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_SETTINGS, None
+        return _refused(error), None
     except Interrupted as error:
         print(f"{error}; nothing was begun", file=sys.stderr)
         return INTERRUPTED, None
+
+
+def _refused(error: SettingsError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return WRONG_SETTINGS
 
 
 def _end_process_group() -> None:

@@ -77,11 +77,16 @@ def settings(*overrides: str) -> dict[str, Any]:
     Config folders of one's own are found with the override ``hydra.searchpath=[FOLDER]``. Raises SettingsError
     where the overrides do not compose.
     """
+    return plain(composed(*overrides))
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The settings of ``randlora OVERRIDES`` as Hydra composes them: values may be missing, or refer to others."""
     from hydra import compose, initialize_config_dir
 
     register_resolvers()
     with explained(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return plain(compose("train", overrides=list(overrides)))
+        return compose("train", overrides=list(overrides))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def build(config: object) -> Any:
     arguments = {key: build(value) for key, value in config.items() if key != "_target_"}
     if "_target_" not in config:
         return arguments
-    cls = _class(config["_target_"])
+    cls = named_class(config["_target_"])
     if dataclasses.is_dataclass(cls):
         fields = [field.name for field in dataclasses.fields(cls) if field.init]
         for key in arguments:
@@ -150,7 +155,7 @@ def build(config: object) -> Any:
         raise SettingsError(f"{config['_target_']}: {error}") from error
 
 
-def _class(target: object) -> type:
+def named_class(target: object) -> type:
     """The class of an allowed dotted name; SettingsError for any other."""
     allowed = ("randlora.", *(prefix for prefix in os.environ.get(ALLOW, "").split(",") if prefix))
     if not isinstance(target, str) or not target.startswith(allowed):

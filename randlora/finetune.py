@@ -20,6 +20,7 @@ from randlora.signals import STOP
 from randlora.tasks.base import Splits
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
+from randlora.training.processes import of_the_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,14 +99,16 @@ def calibrated(
     before, path = experiment.method, record.folder / "calibrated.json"
     if not before.calibration_examples:
         return experiment, None
+    kept = None
     try:
-        experiment = replace(experiment, method=method_from(read_json(path)))
+        kept = method_from(read_json(path))
     except Damaged as error:
         if path.is_file():
             record.say(f"{error}; it is made again")
-        experiment = experiment.calibrated(backbone, splits, accelerator)
-        if accelerator.is_main_process:
-            write_json(path, describe(experiment.method))
+    kept = of_the_main_process(accelerator, kept)  # others may not see its files
+    experiment = replace(experiment, method=kept) if kept else experiment.calibrated(backbone, splits, accelerator)
+    if not kept and accelerator.is_main_process:
+        write_json(path, describe(experiment.method))
     old = describe(before)
     chosen = {name: value for name, value in describe(experiment.method).items() if value != old[name]}
     record.say(f"{before.name} chose from training data: {chosen}")

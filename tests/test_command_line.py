@@ -117,6 +117,36 @@ def test_help_lists_every_option_and_setting(monkeypatch: pytest.MonkeyPatch, ca
         assert field.name == "betas" or re.search(rf"^  trainer.{field.name}=\S+ +\w", text, re.MULTILINE), field.name
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("method=mora", "method.compression=rotation sharing, grouped, decoupled, rotation"),
+        ("method=lora method.rank=7", "method.rank=7 a whole number of at least 1 and below 2,147,483,648"),
+        ("task=own_images", "task.source.folder=??? a folder"),
+        ("trainer.epochs=3", "trainer.epochs=3 a number above 0"),
+        ("optimizer=sgd", "optimizer.momentum=0.9"),
+        ("logger=wandb", "logger.wandb.mode=online online, offline, disabled"),
+        ("seed=3", "seed=3 a whole number of at least 0 and below 9,223,372,036,854,775,808"),
+    ],
+)
+def test_help_for_an_option_says_what_its_settings_may_be(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And no other part's, but where none is named."""
+    command(monkeypatch, REPOSITORY, *line.split(), "--help")
+    assert main() == FINISHED
+    lines = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
+    assert said in lines
+    others = {text.partition(".")[0] for text in lines if "." in text.partition("=")[0]}
+    assert others == {said.partition(".")[0]} or line == "seed=3"
+
+
+def test_help_for_an_option_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    command(monkeypatch, REPOSITORY, "--help", "method=moar")
+    assert main() == WRONG_SETTINGS
+    assert capsys.readouterr().err.startswith("error: method=moar: choose one of dora, edora")
+
+
 METHOD = """
 from dataclasses import dataclass
 

@@ -23,6 +23,7 @@ from conftest import REPOSITORY, Attention, settings
 from randlora.config import build
 from randlora.errors import FAILED, SettingsError
 from randlora.experiment import Experiment
+from randlora.integrity import read_json
 from randlora.methods import Method, RandLoRA
 from randlora.records.result import Result
 from randlora.run import run
@@ -153,6 +154,37 @@ def test_two_processes_train_what_one_does_by_every_method(tmp_path: Path) -> No
             on_one = train(name, tmp_path / f"{name}_from_two")[2]
             for other in (on_one, torch.tensor(results[f"{name} resumed"])):
                 torch.testing.assert_close(other, trained, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_two_processes_go_by_what_the_first_chooses_from_training_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GeLoRA's ranks; also where the second does not see the first's files, and a run goes on. Oracle: one process."""
+    overrides = [
+        "method=gelora", "method.examples=16", "model=clip_tiny_vision", "shots=4", "trainer.max_steps=4",
+        "trainer.batch_size=8", "trainer.device=cpu", "task.validation_size=10", "task.test_size=20",
+    ]  # fmt: skip
+    first = tmp_path / "two"
+
+    def start(root: Path, *more: str) -> int:
+        if os.environ.get("RANK") == "1":
+            monkeypatch.setattr("randlora.finetune.read_json", lambda path: read_json(path.with_name("elsewhere")))
+        return run(Experiment.from_config(settings(f"run_root={root}", *overrides, *more)), "as: given\n").code
+
+    def kept(root: Path) -> Result:
+        (path,) = root.rglob("result.json")
+        return Result.read(path)
+
+    assert start(tmp_path / "one") == 0
+    assert of_two(lambda: start(first)) == [0, 0]
+    one, two = kept(tmp_path / "one"), kept(first)
+    assert set(one.calibrated) == {"ranks"}
+    assert two.calibrated == one.calibrated
+    assert two.metrics == pytest.approx(one.metrics, rel=1e-5)
+    next(first.rglob("result.json")).unlink()
+    monkeypatch.setattr("randlora.methods.gelora.hidden_states", None)  # a second choice would end in an error
+    assert of_two(lambda: start(first)) == [0, 0]
+    assert kept(first).calibrated == one.calibrated
 
 
 def broken_run(root: Path, fails: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Result:
