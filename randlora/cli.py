@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
-from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError, exit_code
 from randlora.overrides import explained
 from randlora.signals import STOP, Interrupted
 
@@ -22,8 +23,19 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+COMMANDS = {  # beside training: where the function is that is given the arguments after the command's name
+    "predict": "randlora.use.commands:predict_",
+    "generate": "randlora.use.commands:generate_",
+    "merge": "randlora.use.commands:merge_",
+    "export": "randlora.use.commands:export_",
+}
+
+
 def main() -> int:
     """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        module, _, name = COMMANDS[sys.argv[1]].partition(":")
+        return exit_code(lambda: getattr(import_module(module), name)(sys.argv[2:]))
     with STOP:
         return _main()
 

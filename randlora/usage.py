@@ -21,7 +21,8 @@ COMMANDS = """\
 {program} … dry_run=true                    what would be trained, and what set each setting; nothing is loaded
 {program} GROUP=OPTION … --help             the settings of these options, with their values and what each may be
 {program} … --cfg job                       every setting of that run, and its value
-{program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine"""
+{program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine
+{program} predict RUN INPUT …               labels and scores by a finished run; also generate, merge and export"""
 
 
 def usage(argv: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ class Hub(Bounded):
         import datasets
 
         paths = map(self._path, self.splits[split].split("+"))
-        parts = [_read(path) for path in paths if path is not None]  # check() and available() have been here
+        parts = [read_file(path) for path in paths if path is not None]  # check() and available() have been here
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def _fetched(self, split: str) -> Dataset:
@@ -187,7 +187,7 @@ class Hub(Bounded):
 FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv")
 
 
-def _read(path: Path) -> Dataset:
+def read_file(path: Path) -> Dataset:
     """A file, or a folder of images; SettingsError for one that is damaged."""
     import datasets
 

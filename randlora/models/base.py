@@ -82,6 +82,20 @@ class Model(Bounded):
     def check(self) -> None:
         """Raises SettingsError for what can be known wrong at once, such as a missing folder."""
 
+    def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
+        """Writes a checkpoint that the library which made the model loads without this one.
+
+        Args:
+            backbone: what `load` gave, its module plain again.
+            folder: where the files go; it is there, and empty.
+            head: a task's, on the features; it is put into the checkpoint where the library has the same classifier.
+            names: the classes', in the order of the head's outputs; none where these are no classes.
+
+        Returns:
+            Whether the head is in the checkpoint, or there is none.
+        """
+        raise SettingsError(f"model {self.name} cannot be written as a checkpoint of another library: keep the adapter")
+
     def patterns(self, targets: str | Sequence[str]) -> list[str]:
         """The patterns of a named target set, or the list of patterns given.
 

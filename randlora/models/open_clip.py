@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ from randlora.bounds import Share
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 
+WEIGHTS = "open_clip_model.safetensors"  # what open_clip looks for in a folder
 EMBEDDED = Path(__file__).parent / "clip_tiny"
 
 
@@ -57,6 +58,21 @@ class OpenClip(Model):
                 )
             self._require_same_gelu(weights)
         return self._backbone(self._create(weights, "cpu"))
+
+    def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
+        """As open_clip does for the hub: `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
+        import open_clip
+        from open_clip.push_to_hf_hub import save_config_for_hf
+        from safetensors.torch import save_file
+
+        module = self._both_towers(backbone)
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS)
+        save_config_for_hf(module, folder / "open_clip_config.json", open_clip.get_model_config(self.architecture))
+        return head is None
+
+    def _both_towers(self, backbone: Backbone) -> nn.Module:
+        """The whole CLIP."""
+        return backbone.module
 
     def _create(self, weights: str | None, device: str) -> nn.Module:
         import open_clip
@@ -117,6 +133,11 @@ class OpenClipVision(OpenClip):
     """
 
     kind: ClassVar[str] = "vision"
+
+    def _both_towers(self, backbone: Backbone) -> nn.Module:
+        both = OpenClip(self.name, self.architecture, self.targets, pretrained=self.pretrained).load().module
+        both.visual = backbone.module
+        return both
 
     def module_names(self) -> list[str] | None:
         names = super().module_names()

@@ -20,7 +20,7 @@ from randlora.errors import SettingsError
 from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,6 +95,18 @@ class Pretrained(Model):
             quantise(module, self.quantization)
         return self._backbone(module)
 
+    def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
+        """As `save_pretrained` does, with the tokenizer where there is one."""
+        whole = None if head is None else self._with_head(backbone.module, head, names)
+        (whole or backbone.module).save_pretrained(folder)
+        if backbone.tokenizer is not None and self._location is not None:
+            self.tokenizer().save_pretrained(folder)
+        return head is None or whole is not None
+
+    def _with_head(self, module: Any, head: nn.Module, names: Sequence[str]) -> PreTrainedModel | None:
+        """The module and a classifier as one of transformers' own models; None where it has none that is the same."""
+        return None
+
     def _backbone(self, module: Any) -> Backbone:
         """What tasks need to know of a module of this kind."""
         raise NotImplementedError
@@ -142,6 +154,12 @@ class Pretrained(Model):
         if not location.endswith(".gguf"):
             return location
         return str(_converted(Path(location), self.install))
+
+
+def named_outputs(config: PretrainedConfig, names: Sequence[str], outputs: int) -> PretrainedConfig:
+    """A copy of a configuration for a classifier of so many outputs."""
+    labels = dict(enumerate(names or [f"LABEL_{i}" for i in range(outputs)]))
+    return type(config)(**config.to_dict() | {"id2label": labels, "label2id": {n: i for i, n in labels.items()}})
 
 
 def _without_pooler(cls: type) -> dict[str, bool]:

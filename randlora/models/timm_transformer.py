@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +42,18 @@ class TimmTransformer(Model):
     def load(self) -> Backbone:
         self.check()
         return self._backbone(self._create(self.pretrained))
+
+    def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
+        """As timm does for the hub, a linear head as its classifier: `timm.create_model("local-dir:FOLDER")`."""
+        from timm.models import save_for_hf
+
+        module: Any = backbone.module
+        if head is not None:
+            module.reset_classifier(len(head.weight), global_pool="token")  # type: ignore[arg-type]
+            module.head.load_state_dict(head.state_dict())
+        data = {"input_size": (3, self.image_size, self.image_size), "crop_pct": 1.0}
+        save_for_hf(module, str(folder), {"label_names": list(names)}, safe_serialization=True, data_config=data)
+        return True
 
     def _create(self, weights: str | None = None) -> nn.Module:
         import timm

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from randlora.bounds import Colours, ImageSize
 from randlora.models.base import Backbone, Pixels
-from randlora.models.pretrained import Pretrained
+from randlora.models.pretrained import Pretrained, named_outputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,30 @@ class VisionTransformer(Pretrained):
     image_size: ImageSize = 224
     mean: Colours = (0.485, 0.456, 0.406)
     std: Colours = (0.229, 0.224, 0.225)
+
+    def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
+        """As `save_pretrained` does, with the image processor that does what `augmentation=none` does here."""
+        from transformers import CLIPImageProcessor
+
+        whole = super().save(backbone, folder, head, names)
+        side = {"height": self.image_size, "width": self.image_size}
+        CLIPImageProcessor(
+            size={"shortest_edge": self.image_size},
+            crop_size=side,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        ).save_pretrained(folder)
+        return whole
+
+    def _with_head(self, module: Any, head: nn.Module, names: Sequence[str]) -> PreTrainedModel | None:
+        if module.config.model_type != "vit":  # DINOv2's classifier also reads the mean of the patches
+            return None
+        from transformers import ViTForImageClassification
+
+        whole = ViTForImageClassification(named_outputs(module.config, names, head.out_features))  # type: ignore[arg-type]
+        whole.vit.load_state_dict(module.state_dict())
+        whole.classifier.load_state_dict(head.state_dict())
+        return whole.to(module.dtype)
 
     def _backbone(self, module: Any) -> Backbone:
         options = {}

@@ -19,11 +19,11 @@ from randlora.data.sources import Table, check_columns
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 from randlora.tasks.base import Batch, Bound, Task
-from randlora.tasks.mixins import FrozenFeatures, KnownShapes
+from randlora.tasks.mixins import Classifies, FrozenFeatures, KnownShapes
 
 
 @dataclass(frozen=True)
-class ImageClassification(KnownShapes, FrozenFeatures, Task):
+class ImageClassification(Classifies, KnownShapes, FrozenFeatures, Task):
     """Columns `image` and `label`; top-1 accuracy.
 
     `class_names` are in the order of the labels; a number is how many the data must name themselves, None takes the
@@ -123,8 +123,11 @@ class ImageClassification(KnownShapes, FrozenFeatures, Task):
             logits = logits + counts.log()
         return F.cross_entropy(logits.float(), targets)
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch.get("image"), features=batch.get("features")).float()
+
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
-        logits = model(batch.get("image"), features=batch.get("features")).float()
+        logits = self.outputs(model, batch)
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         return {"predicted": logits.argmax(-1).tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
 

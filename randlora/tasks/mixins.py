@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from torch import Tensor, nn
@@ -41,3 +41,20 @@ class FrozenFeatures(ABC):
 
         `loss` and `predict` take both kinds of batch.
         """
+
+
+class Classifies(ABC):
+    """Its models give a score to each class of every example or, where there are none, a real number."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether there are classes."""
+        return True
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """The class names in the order of the outputs."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, classes), or numbers (B, 1), in float32; labels are not read."""

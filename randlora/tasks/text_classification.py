@@ -20,7 +20,7 @@ from randlora.data.texts import TokenEncoder, pad_inputs
 from randlora.errors import SettingsError, check_choice
 from randlora.models.base import Backbone, Model
 from randlora.tasks.base import Batch, Bound, Task
-from randlora.tasks.mixins import KnownShapes
+from randlora.tasks.mixins import Classifies, KnownShapes
 
 Metric = Callable[[Sequence[float], Sequence[float]], float]  # of the labels and the predictions
 
@@ -54,7 +54,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class TextClassification(KnownShapes, Task):
+class TextClassification(Classifies, KnownShapes, Task):
     """Columns `texts` (one or two) and `label`: a class, or a real number where `class_names` is empty.
 
     `class_names` are in the order of the labels; None takes the data's own (see randlora.data.labels). The first of
@@ -126,8 +126,11 @@ class TextClassification(KnownShapes, Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._losses(model(batch["inputs"]), batch["label"]).mean()
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["inputs"]).float()
+
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
-        outputs = model(batch["inputs"]).float()
+        outputs = self.outputs(model, batch)
         predicted = outputs.argmax(-1) if self.classifies else outputs.squeeze(-1)
         losses = self._losses(outputs, batch["label"])
         return {"predicted": predicted.tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}

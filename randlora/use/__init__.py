@@ -1,0 +1,1 @@
+"""What is done with a finished run: asked, merged into a plain checkpoint, exported to PEFT."""

@@ -1,0 +1,124 @@
+"""The commands predict, generate, merge and export: their arguments, and where what they say goes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from randlora.bounds import count
+from randlora.data.loader import Unreadable
+from randlora.data.sources import FILES, HubTable, read_file
+from randlora.errors import FAILED, FINISHED, SettingsError
+from randlora.integrity import write
+from randlora.use.generate import Generation, chat_prompt, generate
+from randlora.use.merge import export, merge
+from randlora.use.predict import predict, written
+from randlora.use.trained import Trained
+
+RUN = "the folder of a finished run"
+
+
+def predict_(arguments: Sequence[str]) -> int:
+    """randlora predict RUN INPUT …"""
+    parser = _parser("predict", "Labels and scores of images or texts, by a classifier that a run has trained.")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=f"images, folders, or one {_endings()}")
+    parser.add_argument("--into", type=Path, help="a .jsonl or .csv file; without it, JSON lines on the screen")
+    parser.add_argument("--batch", type=count, default=64, help="inputs at a time")
+    options = parser.parse_args(arguments)
+    if options.into and options.into.suffix not in (".jsonl", ".csv"):
+        raise SettingsError(f"--into {options.into}: name a .jsonl or a .csv file")
+    rows = predict(_trained(options), options.inputs, options.batch)
+    try:
+        if options.into:
+            write(options.into, written(rows, options.into.suffix))
+        else:
+            for row in rows:
+                print(written([row], ".jsonl"), end="", flush=True)
+    except Unreadable as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    return FINISHED
+
+
+def generate_(arguments: Sequence[str]) -> int:
+    """randlora generate RUN --prompt TEXT …"""
+    parser = _parser("generate", "Texts by a language model that a run has trained.")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="what is gone on from; may be given several times")
+    asked.add_argument("--file", type=Path, help=f"a text file with a prompt a line, or {_endings()} with --column")
+    asked.add_argument("--chat", action="store_true", help="a conversation, by the tokenizer's chat template")
+    parser.add_argument("--column", default="prompt", help="of --file")
+    parser.add_argument("--batch", type=count, default=8, help="prompts at a time")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: drawn at random")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    names = ("max_new_tokens", "beams", "temperature", "top_p", "seed")
+    settings = Generation(**{name: getattr(options, name) for name in names})
+    prompts = options.prompt or (_prompts(options.file, options.column) if options.file else [])
+    trained = _trained(options)
+    if options.chat:
+        with suppress(EOFError, KeyboardInterrupt):
+            for text in _conversation(trained, settings):
+                print(text, flush=True)
+        return FINISHED
+    for text in generate(trained, prompts, settings, options.batch):
+        print(text, flush=True)
+    return FINISHED
+
+
+def merge_(arguments: Sequence[str]) -> int:
+    """randlora merge RUN --into FOLDER"""
+    parser = _parser("merge", "A plain checkpoint of transformers, open_clip or timm, with the updates in its weights.")
+    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    print(merge(_trained(options), options.into))
+    return FINISHED
+
+
+def export_(arguments: Sequence[str]) -> int:
+    """randlora export RUN --into FOLDER"""
+    parser = _parser("export", "The updates in another library's format.")
+    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--format", choices=["peft"], default="peft")
+    options = parser.parse_args(arguments)
+    print(export(_trained(options), options.into))
+    return FINISHED
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"randlora {command}", description=description)
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
+    parser.add_argument("--any-base", action="store_true", help="on other weights than the run's")
+    return parser
+
+
+def _trained(options: argparse.Namespace) -> Trained:
+    return Trained.load(options.run, "any" if options.any_base else "same")
+
+
+def _endings() -> str:
+    return "/".join(FILES)
+
+
+def _prompts(path: Path, column: str) -> list[str]:
+    if not path.is_file():
+        raise SettingsError(f"--file {path}: there is no such file")
+    if path.suffix not in FILES:
+        return path.read_text().splitlines()
+    return [str(text) for text in HubTable(read_file(path)).column(column)]
+
+
+def _conversation(trained: Trained, settings: Generation) -> Iterator[str]:
+    """An answer to each line of the standard input, all lines before it kept in mind."""
+    messages: list[dict[str, str]] = []
+    while True:
+        messages.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
+        (answer,) = generate(trained, [chat_prompt(trained, messages)], settings, special_tokens=False)
+        messages.append({"role": "assistant", "content": answer})
+        yield answer
