@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import settings
 from randlora.config import build
-from randlora.data.images import AUGMENTATIONS, _to_rgb, image_transform
+from randlora.data.images import AUGMENTATIONS, image_transform, rgb
 from randlora.data.loader import Encoder, Item, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
 from randlora.data.subsets import few_shot, fractional, split_validation, subsample
@@ -193,7 +193,7 @@ def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
     for name, image_of_mode in stored.items():
         image_of_mode.save(tmp_path / name)
         with Image.open(tmp_path / name) as read:
-            assert np.abs(np.asarray(_to_rgb(read)).astype(int) - expected).max() <= 1, name
+            assert np.abs(np.asarray(rgb(read)).astype(int) - expected).max() <= 1, name
 
 
 def damaged(tmp_path: Path, count: int, broken: list[int]) -> Hub:

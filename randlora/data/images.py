@@ -37,7 +37,7 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     from torchvision import transforms as T
 
     bicubic = T.InterpolationMode.BICUBIC
-    begin, finish = T.Lambda(_to_rgb), [T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
+    begin, finish = T.Lambda(rgb), [T.ToTensor(), T.Normalize(pixels.mean, pixels.std)]
     if augmentation == "none":
         return T.Compose([begin, T.Resize(pixels.size, bicubic), T.CenterCrop(pixels.size), *finish])
     smallest = {"crop": 0.5, "crop_flip": 0.5, "clip": 0.9, "strong": 0.2}[augmentation]
@@ -51,7 +51,7 @@ def image_transform(pixels: Pixels, augmentation: str) -> Transform:
     return T.Compose([*steps, *finish])
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Grey, palette, CMYK and 16-bit images as RGB, before anything is interpolated: a palette's indices cannot be."""
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         from PIL import Image
