@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--again", action="store_true", help="those that survived, in place of those not checked yet")
-    parser.add_argument("--record", type=Path, default=Path(os.devnull), help="a JSONL file to append what came of each")
+    parser.add_argument("--record", type=Path, default=Path(os.devnull), help="a JSONL file to add outcomes to")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of a pool would not live through a fork
@@ -137,10 +137,11 @@ def main() -> None:
     drawn, wanted = mutants[: round(options.share * len(mutants))], (SURVIVED, NO_TESTS) if options.again else (None,)
     pending = [(data, mutant) for data, mutant, code in drawn if code in wanted]
     arguments = [*config().pytest_add_cli_args_test_selection, *config().pytest_add_cli_args]
+    record = options.record.resolve()
     set_mutant_under_test("list_all_tests")
     with change_cwd("mutants"):
         sys.path.insert(0, os.getcwd())
-        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers, options.record.resolve())])
+        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers, record)])
 
 
 if __name__ == "__main__":
