@@ -170,7 +170,7 @@ def test_the_planner_knows_when_the_weight_is_cheaper() -> None:
 
 @pytest.mark.parametrize("delta", ["float32", "bfloat16"])
 def test_a_layers_plan(delta: str) -> None:
-    """All through the tokens where W0 + ΔW must not be formed; else the planner's, by tokens, dtypes and what is kept."""
+    """All through the tokens where W0 + ΔW must not be formed; else the planner's."""
     layer, update = update_of((64, 48), RandLoRA(rank=4, delta_dtype=delta), torch.float32)  # type: ignore[arg-type]
     B, dtype = update.fixed().B, getattr(torch, delta)
     x = torch.empty(2, 2500, 48)
