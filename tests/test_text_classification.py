@@ -94,11 +94,6 @@ def test_the_head_is_that_of_bert_or_roberta(hidden: bool) -> None:
     assert task("stsb").bind(backbone).head[-1].out_features == 1  # type: ignore[index]
 
 
-def test_f1_is_for_two_classes() -> None:
-    with pytest.raises(SettingsError, match="f1 is for two classes, mnli has 3"):
-        task("mnli", "metrics=[f1]").check_model(build(settings("model=minilm")["model"]))
-
-
 def test_texts_are_padded_and_masked() -> None:
     encoder = task("mrpc").encoder(Backbone(nn.Module(), "text", 4, tokenizer=Letters), training=True)
     items = [
