@@ -8,7 +8,7 @@
 mutmut makes the mutants, finds which tests reach which function, and keeps what comes of each mutant, so that its own
 commands and scripts/mutants.py show it. Here the tests are collected once, and every mutant is a fork of that process:
 mutmut alone would collect them anew for each, ten seconds that a test of a millisecond does not need. The tests of a
-mutant begin with those that reach little else, and end after LIMIT seconds: a mutant that lives so long has survived.
+mutant begin with those that reach little else, and end after `--limit` seconds: who lives so long has survived.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mutmut.stats import load_stats, status_by_exit_code
 from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
 from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
-LIMIT = 60  # seconds of computing for the tests of a mutant; a test that takes as long is one that hangs
+LIMIT = 60  # seconds; a test that takes as long is one that hangs
 PATIENCE = 1200  # seconds for a mutant that waits for ever
 SURVIVED, NO_TESTS, TIMEOUT = 0, 33, 36  # mutmut's exit codes
 ONE = "randlora.training.schedule.x_rate_factor__mutmut_1"
@@ -44,8 +44,8 @@ ONE = "randlora.training.schedule.x_rate_factor__mutmut_1"
 class Forks:
     """A pytest plugin in whose place of the test loop every mutant is a fork that runs its own tests."""
 
-    def __init__(self, pending: list[tuple[SourceFileMutationData, str]], workers: int, record: Path):
-        self.pending, self.workers, self.record = pending, workers, record
+    def __init__(self, pending: list[tuple[SourceFileMutationData, str]], workers: int, limit: int, record: Path):
+        self.pending, self.workers, self.limit, self.record = pending, workers, limit, record
         self.running: dict[int, tuple[SourceFileMutationData, str, float]] = {}
         self.done: Counter[str] = Counter()
 
@@ -63,7 +63,7 @@ class Forks:
                 self.reap()
             pid = os.fork()
             if not pid:
-                os._exit(run(session, mutant, tests))
+                os._exit(run(session, mutant, tests, self.limit))
             self.running[pid] = (data, mutant, time.monotonic())
         while self.running:
             self.reap()
@@ -92,11 +92,11 @@ class Forks:
         print(f"{self.done.total()}/{len(self.pending)} {dict(self.done)}", file=sys.__stdout__, flush=True)
 
 
-def run(session: pytest.Session, mutant: str, tests: list[pytest.Item]) -> int:
-    """In a fork: 1 when a test fails with this mutant, 0 when none does."""
+def run(session: pytest.Session, mutant: str, tests: list[pytest.Item], limit: int) -> int:
+    """In a fork: 1 when a test fails with this mutant, 0 when none does in `limit` seconds of computing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     set_mutant_under_test(mutant)
-    end = time.process_time() + LIMIT
+    end = time.process_time() + limit
     resource.setrlimit(resource.RLIMIT_CPU, (round(end + LIMIT), resource.RLIM_INFINITY))  # SIGXCPU: mutmut's timeout
     try:
         for test, following in zip(tests, [*tests[1:], None], strict=True):
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--again", action="store_true", help="those that survived, in place of those not checked yet")
     parser.add_argument("--record", type=Path, default=Path(os.devnull), help="a JSONL file to add outcomes to")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of computing for the tests of a mutant")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of a pool would not live through a fork
@@ -141,7 +142,7 @@ def main() -> None:
     set_mutant_under_test("list_all_tests")
     with change_cwd("mutants"):
         sys.path.insert(0, os.getcwd())
-        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers, record)])
+        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers, options.limit, record)])
 
 
 if __name__ == "__main__":
