@@ -142,7 +142,8 @@ def main() -> None:
     set_mutant_under_test("list_all_tests")
     with change_cwd("mutants"):
         sys.path.insert(0, os.getcwd())
-        pytest.main(["--rootdir=.", "-q", *arguments], plugins=[Forks(pending, options.workers, options.limit, record)])
+        forks = Forks(pending, options.workers, options.limit, record)
+        pytest.main(["--rootdir=.", "-q", "--tb=line", *arguments], plugins=[forks])
 
 
 if __name__ == "__main__":
