@@ -185,3 +185,12 @@ def test_a_kronecker_block_does_not_depend_on_the_whole() -> None:
 
 def test_factor_pairs() -> None:
     assert [factor_pair(n) for n in (768, 896, 1024, 97, 1)] == [(24, 32), (28, 32), (32, 32), (1, 97), (1, 1)]
+
+
+def test_a_products_multiplications_are_counted() -> None:
+    """Dense: all entries; sparse: those that are not zero; Kronecker, 24 = 4·6 and 48 = 8·6: 4·6² and 8·4·6."""
+    assert DenseBasis.drawn("m", 30, 20, seed=0)(7, 5).multiplications() == 35
+    sparse = DenseBasis.drawn("m", 30, 20, seed=0, distribution="ternary", sparsity=20.0)(30, 20)
+    assert sparse.multiplications() == int((sparse.matrix() != 0).sum()) > 0
+    for rows, columns in ((48, 24), (24, 48)):
+        assert KroneckerBasis("m", rows, columns, seed=0)(rows, columns).multiplications() == 336

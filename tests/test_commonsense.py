@@ -42,6 +42,8 @@ def test_prompt_and_the_rebuilding_of_public_rows() -> None:
     assert question(PUBLIC_ROW).answer == "answer2"
     given = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
     assert question(given) == (given["instruction"], ["true", "false"], "true")
+    quoted = {"instruction": "Is 'Answer format: a/b' it?\n\nAnswer format: true/false ", "answer": "true"}
+    assert question(quoted).choices == ["true", "false"]
     with pytest.raises(ValueError, match="without 'Answer format: '"):
         question({"instruction": "Is it?", "answer": "true"})
     with pytest.raises(ValueError, match="columns premise is of no data set"):

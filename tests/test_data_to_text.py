@@ -140,3 +140,22 @@ def test_texts_repeat_the_prompts_words_but_not_their_own(language_model: Backbo
         **alone["inputs"], num_beams=2, max_new_tokens=16, do_sample=False, pad_token_id=0
     )[:, len(prompts[0]) :]
     assert free.predict(model, alone)["made"] == [Letters().batch_decode(expected)[0].strip()]
+
+
+def test_the_beam_search_is_that_of_loras_authors() -> None:
+    """Their README: beams 10, length penalty 0.8, no 4-gram twice; what is written is stripped of blanks."""
+    asked: dict = {}
+
+    class Model:
+        def generate(self, inputs, pad, **settings):  # type: ignore[no-untyped-def]
+            asked.update(settings, inputs=inputs, pad=pad)
+            return torch.tensor([[WORDS.index(letter) for letter in " ab "]])
+
+    inputs = {"input_ids": torch.zeros(1, 7, dtype=torch.int64)}
+    batch = {"inputs": inputs, "references": [["x"]], "tokenizer": Letters()}
+    assert task("e2e_nlg").predict(Model(), batch) == {"made": ["ab"], "references": [["x"]]}  # type: ignore[arg-type]
+    (rule,) = asked.pop("logits_processor")
+    assert (rule.rule.ngram_size, rule.prompt) == (4, 7)
+    assert asked == {"inputs": inputs, "pad": 0, "num_beams": 10, "max_new_tokens": 64, "length_penalty": 0.8}
+    task("e2e_nlg", "no_repeat_ngram=0").predict(Model(), batch)  # type: ignore[arg-type]
+    assert asked["logits_processor"] is None

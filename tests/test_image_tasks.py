@@ -117,3 +117,31 @@ def test_contrastive_loss_is_clips_when_all_captions_differ() -> None:
     to_image = columns.diagonal().clone()
     to_image[1] = (columns[0, 1] + columns[1, 1]) / 2
     assert mixed.item() == pytest.approx(-(to_text + to_image).mean().item() / 2, rel=1e-5)
+
+
+def test_a_plan_has_as_many_classes_as_a_batch_may() -> None:
+    """Of a loss within the batch, whose classes are not known before: no more than examples, and no more than all."""
+    within, whole = (ImageClassification("t", Digits(), {}, class_names=NAMES, classes=c) for c in ("batch", "all"))  # type: ignore[arg-type]
+    assert whole.planned(3) is whole
+    for size, names in ((3, ["class 0", "class 1", "class 2"]), (9, ["class 0", "class 1", "class 2", "class 3"])):
+        planned = within.planned(size)
+        assert (planned.classes, planned.class_names) == ("all", names)
+
+
+def test_predictions_are_over_all_classes_and_losses_per_image() -> None:
+    torch.manual_seed(0)
+    images = ImageClassification("t", Digits(), {}, class_names=NAMES, classes="batch")
+    logits, labels = torch.randn(5, 4), torch.tensor([3, 1, 3, 0, 1])
+    model = lambda images, features: (logits if features is None else features).bfloat16()  # noqa: E731
+    rounded = logits.bfloat16().double()
+    losses = rounded.exp().sum(1).log() - rounded[range(5), labels]
+    columns = images.predict(model, {"image": None, "label": labels})  # type: ignore[arg-type]
+    assert columns == {
+        "predicted": rounded.argmax(1).tolist(), "label": [3, 1, 3, 0, 1],
+        "loss": pytest.approx(losses.tolist(), rel=1e-5),
+    }  # fmt: skip
+    again = images.predict(model, {"features": -logits, "label": labels})  # type: ignore[arg-type]
+    assert again["predicted"] == rounded.argmin(1).tolist()
+    assert images.score(columns | {"predicted": [3, 1, 2, 2, 2]}) == {
+        "accuracy": 0.4, "loss": pytest.approx(losses.mean().item(), rel=1e-5),
+    }  # fmt: skip

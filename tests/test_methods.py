@@ -182,6 +182,22 @@ def test_counts_are_the_closed_form(method: Method) -> None:
     assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("method", [*METHODS, RandLoRA(5, basis="peft"), VeRA(16, basis="peft")], ids=str)
+def test_a_dry_run_has_every_tensor_of_a_run(method: Method) -> None:
+    """Oracle: the same model with values: shapes and dtypes of parameters and fixed matrices."""
+
+    def tensors(model: nn.Module) -> dict[str, tuple]:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: (tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in named.items()}
+
+    real, _ = adapted(method, torch.float32)
+    with torch.device("meta"):
+        planned = plain(method)
+    randlora.adapt(planned, method, targets_of(method), seed=3)
+    assert tensors(planned) == tensors(real)
+    assert all(tensor.is_meta for tensor in (*planned.parameters(), *planned.buffers()))
+
+
 @every_method
 def test_rank_is_the_claimed_one(method: Method) -> None:
     model, report = adapted(method)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import TASK, Quiet, StopsAt, splits
-from torch import nn
+from torch import distributed, nn
 
 import randlora
 from conftest import REPOSITORY, Attention, settings
@@ -29,7 +30,7 @@ from randlora.records.result import Result
 from randlora.run import run
 from randlora.tasks.base import Bound
 from randlora.training import Interrupted, Optimizer, Trainer, processes
-from randlora.training.processes import REFUSED
+from randlora.training.processes import REFUSED, Peers, lost
 
 METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 ADAPTED = ["layers.*_proj"]
@@ -248,3 +249,48 @@ def test_what_accelerates_environment_adds_is_refused(name: str, monkeypatch: py
     monkeypatch.setenv(name, ON[name])
     with pytest.raises(SettingsError, match=f"{name}={ON[name]}: .* is not supported, because .*; unset it, or launch"):
         Trainer(device="cpu").accelerator()
+
+
+class Second:
+    """Stands where the accelerator of the second of three processes does."""
+
+    process_index, num_processes = 1, 3
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("[gloo] Timed out waiting 60000ms\nfor recv"), "process 1 of 3 waited 7 minutes .* slower than"),
+        (distributed.DistError("Watchdog timeout"), r"process 1 of 3 waited 7 minutes .*\(Watchdog timeout\)$"),
+        (RuntimeError("Gloo: Connection closed by peer\nat x"), r"process 1 of 3 lost .* killed\? \(Gloo: .* peer\)$"),
+        (distributed.DistError("broken"), r"process 1 of 3 lost another one, .* killed\? \(broken\)$"),
+        (RuntimeError("shapes differ"), None),
+        (ValueError("gloo"), None),
+    ],
+)
+def test_what_an_error_says_of_another_process(error: Exception, says: str | None) -> None:
+    sentence = lost(error, Second(), 7.0)  # type: ignore[arg-type]
+    assert sentence is says or re.search(says or "$^", sentence or "")
+    assert lost(error, type("Alone", (), {"process_index": 0, "num_processes": 1})(), 7.0) is None
+
+
+def test_the_first_failure_of_all_processes_is_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever notes first; the note's own process and those that ended alike say it as it is."""
+    store = distributed.HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+
+    def peers(rank: int, run: str = "a", world: int = 3) -> Peers:
+        return Peers(type("Process", (), {"process_index": rank, "num_processes": world})(), run)  # type: ignore[arg-type]
+
+    stopped, failed = {"status": "interrupted", "error": "stopped"}, {"status": "failed", "error": "KeyError"}
+    assert peers(0).first(stopped) == stopped  # and leaves no note
+    assert peers(1).first(failed) == failed
+    elsewhere = {"status": "failed", "error": "process 1 of 3: KeyError"}
+    assert peers(0).first({"status": "failed", "error": "lost"}) == elsewhere
+    assert peers(0).first(stopped) == elsewhere
+    assert peers(0).first({}) == elsewhere
+    assert peers(1).first({"status": "failed", "error": "another"}) == failed
+    assert peers(2).first(failed) == failed
+    assert peers(0, run="b").first(stopped) == stopped
+    assert peers(0, world=1).first(failed) == failed
+    assert peers(0, world=1).store is None

@@ -168,6 +168,24 @@ def test_the_planner_knows_when_the_weight_is_cheaper() -> None:
     assert ways(2000, "kronecker", (3072, 768)) == (WEIGHT, WEIGHT, TOKENS)
 
 
+@pytest.mark.parametrize("delta", ["float32", "bfloat16"])
+def test_a_layers_plan(delta: str) -> None:
+    """All through the tokens where W0 + ΔW must not be formed; else the planner's."""
+    layer, update = update_of((64, 48), RandLoRA(rank=4, delta_dtype=delta), torch.float32)  # type: ignore[arg-type]
+    B, dtype = update.fixed().B, getattr(torch, delta)
+    x = torch.empty(2, 2500, 48)
+    through_tokens = ExecutionPlan(TOKENS, TOKENS, TOKENS, torch.float32, dtype)
+    assert update.plan(x, layer.weight, B, dropping=True) == through_tokens
+    assert update.plan(x, layer.weight.bfloat16(), B, dropping=False) == through_tokens
+    for rows in (x, x[:, :2], x[0, :3]):
+        expected = choose_plan(rows.numel() // 48, (64, 48), B, torch.float32, dtype, "cpu", kept=False)
+        assert update.plan(rows, layer.weight, B, dropping=False) == expected
+    assert expected.output == TOKENS
+    assert update.plan(x, layer.weight, B, dropping=False).output == WEIGHT
+    with torch.autocast("cpu", torch.bfloat16):
+        assert update.plan(x, layer.weight, B, dropping=True).compute == torch.bfloat16
+
+
 def test_a_base_in_half_precision_is_never_summed_with_the_update() -> None:
     """W0 + ΔW in bfloat16 would lose a small ΔW: oracle, the sum in float64."""
     layer, update = update_of((64, 64), RandLoRA(rank=4), torch.float32)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
@@ -43,6 +44,54 @@ def test_glue_scores_are_the_official_metrics(name: str, oracles: dict) -> None:
 def test_a_constant_prediction_scores_zero_not_nan() -> None:
     scores = task("stsb").score({"label": [1.0, 2.0, 3.0], "predicted": [2.0] * 3, "loss": [0.0] * 3})
     assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_predictions_and_losses_are_per_example(name: str) -> None:
+    """The largest logit's class and its negative log-probability; of real numbers the output and its squared error."""
+    torch.manual_seed(0)
+    glue, outputs = task(name), torch.randn(5, 2 if name == "rte" else 1)
+    label = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    rows = outputs.double().numpy()
+    if name == "rte":
+        losses = np.log(np.exp(rows).sum(1)) - rows[range(5), label.int()]
+        predicted = rows.argmax(1)
+    else:
+        losses, predicted = (rows[:, 0] - label.numpy()) ** 2, rows[:, 0]
+    model = lambda inputs: outputs.bfloat16() if inputs == "half" else outputs  # noqa: E731
+    columns = glue.predict(model, {"inputs": None, "label": label})  # type: ignore[arg-type]
+    assert columns == {
+        "predicted": pytest.approx(predicted), "label": [0, 1, 1, 0, 1], "loss": pytest.approx(losses, rel=1e-5),
+    }  # fmt: skip
+    for inputs, tolerance in ((None, 1e-5), ("half", 0.02)):
+        loss = glue.loss(model, {"inputs": inputs, "label": label})  # type: ignore[arg-type]
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(losses.mean(), rel=tolerance)
+    assert glue.score(columns)["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_head_is_that_of_bert_or_roberta(hidden: bool) -> None:
+    """Oracle: the published classifiers, dropout and a linear map, and before it a hidden layer with tanh."""
+    torch.manual_seed(0)
+    features = lambda module, inputs: module(inputs).bfloat16()  # noqa: E731
+    backbone = Backbone(nn.Linear(3, 300), "text", 300, features=features, head_dropout=0.3, head_hidden=hidden)
+    bound = task("mnli").bind(backbone)
+    assert isinstance(bound.head, nn.Sequential)
+    before = [nn.Dropout, nn.Linear, nn.Tanh] if hidden else []
+    assert [type(layer) for layer in bound.head] == [*before, nn.Dropout, nn.Linear]
+    assert [layer.p for layer in bound.head if isinstance(layer, nn.Dropout)] == [0.3] * (1 + hidden)
+    linear = [layer for layer in bound.head if isinstance(layer, nn.Linear)]
+    assert [layer.weight.shape for layer in linear] == [(300, 300)] * hidden + [(3, 300)]
+    for layer in linear:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not layer.bias.any()
+    x = torch.randn(4, 3)
+    expected = features(backbone.module, x).float()
+    for i, layer in enumerate(linear):
+        expected = (torch.tanh(expected) if i else expected) @ layer.weight.T
+    torch.testing.assert_close(bound.model.eval()(x), expected)
+    assert task("stsb").bind(backbone).head[-1].out_features == 1  # type: ignore[index]
 
 
 def test_texts_are_padded_and_masked() -> None:
