@@ -36,32 +36,46 @@ def _main() -> int:
         return FINISHED
     import hydra
 
-    codes: list[int] = []
+    from randlora.sweeps.launcher import register
 
-    def job(config: DictConfig) -> float | None:
-        if codes and STOP.came:
-            sys.exit(INTERRUPTED)
-        code, objective = execute(config)
-        codes.append(code)
-        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
-        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
-            sys.exit(code)
-        return objective
-
+    runs = Runs()
     register_resolvers()
+    register()
     # Hydra would print a traceback's tail and exit with 1; with this it raises, and we can say it in a sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if os.environ.get(ALLOW):
         sys.path.append(os.getcwd())  # a module of the user's own lies where the command is given
     try:
         with explained():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(runs)()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_SETTINGS
     finally:
         _end_process_group()
-    return max(codes, default=FINISHED)
+    return max(runs.codes, default=FINISHED)
+
+
+class Runs:
+    """What Hydra calls with the settings of each run.
+
+    Attributes:
+        codes: The exit codes of the runs so far, to which a launcher adds those of other processes.
+    """
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Runs it; returns the validation score, which a sweeper may optimise."""
+        if self.codes and STOP.came:
+            sys.exit(INTERRUPTED)
+        code, objective = execute(config)
+        self.codes.append(code)
+        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
+        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            sys.exit(code)
+        return objective
 
 
 def execute(config: DictConfig) -> tuple[int, float | None]:
