@@ -8,22 +8,27 @@ job and a typo answer at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
-from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError, exit_code
 from randlora.overrides import explained
 from randlora.signals import STOP, Interrupted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+COMMANDS = {"status": "randlora.sweeps.status"}  # `randlora NAME …`: modules with a `main` that takes the rest
+
 
 def main() -> int:
-    """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    """Runs the command line of this process: a command, or one run or a sweep and the highest of their exit codes."""
+    if sys.argv[1:] and (module := COMMANDS.get(sys.argv[1])):
+        return exit_code(lambda: importlib.import_module(module).main(sys.argv[2:]))
     with STOP:
         return _main()
 

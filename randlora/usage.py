@@ -16,6 +16,7 @@ COMMANDS = """\
 {program} -m GROUP=OPTION,OPTION …          a sweep; finished runs are skipped
 {program} … dry_run=true                    what would be trained, and what set each setting; nothing is loaded
 {program} … --cfg job                       every setting of that run, and its value
+randlora status RUNS                            how the runs and sweeps of a folder stand
 {program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine"""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -66,16 +67,15 @@ def compose(context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[s
         first: The number of the first.
     """
     setup_globals()
-    given = [*OmegaConf.to_container(master.hydra.overrides.task)]
-    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    given = _given(context, master)
     before, planned = HydraConfig.instance().cfg, []
     for number, overrides in enumerate(jobs, first):
         config = context.config_loader.load_sweep_config(master, [*overrides])
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
         HydraConfig.instance().set_config(config)
-        chosen = [override for override in overrides if override not in shared and override not in given]
-        label, experiment, error = " ".join(chosen), None, ""
+        label = " ".join(override for override in overrides if override not in given)
+        experiment, error = None, ""
         try:
             experiment = Experiment.from_config(plain(OmegaConf.masked_copy(config, [*config.keys() - {"hydra"}])))
             label = label or "/".join(experiment.folder.parts[-4:])
@@ -84,6 +84,20 @@ def compose(context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[s
         planned.append(Planned(number, overrides, config, label or f"job {number}", experiment, error))
     HydraConfig.instance().cfg = before
     return planned
+
+
+def _given(context: HydraContext, master: DictConfig) -> list[str]:
+    """The overrides of the command line that the sweeper gives to every job, as it writes them."""
+    parser = OverridesParser.create(config_loader=context.config_loader)
+    by_key = {
+        override.get_key_element(): override
+        for override in parser.parse_overrides([*OmegaConf.to_container(master.hydra.overrides.task)])
+    }
+    return [
+        f"{key}={override.get_value_element_as_str()}"
+        for key, override in by_key.items()
+        if not override.is_sweep_override()
+    ]
 
 
 def complaints(jobs: Sequence[Planned]) -> list[str]:

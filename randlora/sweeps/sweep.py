@@ -22,7 +22,7 @@ from randlora.records.signature import EXCLUDED_FROM_HASH
 SWEEPS, NAME = "sweeps", "sweep.json"
 TO_DO = "to do"
 FAILURES = ("failed", "diverged", "out_of_memory")  # what a sweep runs again only where it is told to
-ORDER = ("running", "finished", *FAILURES, "damaged", "interrupted", "dead", TO_DO)  # of states, in a summary
+ORDER = ("running", "dead", "interrupted", "damaged", *FAILURES, TO_DO, "finished")  # in which states are shown
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,6 @@ class Sweep:
         if other:
             sentences.append(f"the settings behind {len(other)} jobs have changed: they are new runs ({other[0]}, …)")
         return [f"since this sweep was last made ({when}), {sentence}" for sentence in sentences]
-
-    def standings(self) -> list[Standing]:
-        """How each job stands, in their order."""
-        return [standing(self.root / job.folder) for job in self.jobs]
 
 
 class Standing(NamedTuple):
