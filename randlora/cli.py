@@ -22,18 +22,18 @@ from randlora.signals import STOP, Interrupted
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
 COMMANDS = {  # beside training: where the function is that is given the arguments after the command's name
     "predict": "randlora.use.commands:predict_",
     "generate": "randlora.use.commands:generate_",
     "merge": "randlora.use.commands:merge_",
     "export": "randlora.use.commands:export_",
     "baselines": "randlora.baselines:command",
+    "status": "randlora.sweeps.status:main",
 }
 
 
 def main() -> int:
-    """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    """Runs the command line of this process: a command, or one run or a sweep and the highest of their exit codes."""
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
         module, _, name = COMMANDS[sys.argv[1]].partition(":")
         return exit_code(lambda: getattr(import_module(module), name)(sys.argv[2:]))
@@ -52,31 +52,45 @@ def _main() -> int:
         return FINISHED
     import hydra
 
-    codes: list[int] = []
+    from randlora.sweeps.launcher import register
 
-    def job(config: DictConfig) -> float | None:
-        if codes and STOP.came:
-            sys.exit(INTERRUPTED)
-        code, objective = execute(config)
-        codes.append(code)
-        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
-        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
-            sys.exit(code)
-        return objective
-
+    runs = Runs()
     register_resolvers()
+    register()
     # Hydra would print a traceback's tail and exit with 1; with this it raises, and we can say it in a sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if os.environ.get(ALLOW):
         sys.path.append(os.getcwd())  # a module of the user's own lies where the command is given
     try:
         with explained():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(runs)()
     except SettingsError as error:
         return _refused(error)
     finally:
         _end_process_group()
-    return max(codes, default=FINISHED)
+    return max(runs.codes, default=FINISHED)
+
+
+class Runs:
+    """What Hydra calls with the settings of each run.
+
+    Attributes:
+        codes: The exit codes of the runs so far, to which a launcher adds those of other processes.
+    """
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Runs it; returns the validation score, which a sweeper may optimise."""
+        if self.codes and STOP.came:
+            sys.exit(INTERRUPTED)
+        code, objective = execute(config)
+        self.codes.append(code)
+        # Asked to stop, the rest of a sweep stops too; and without one of its processes nothing else can be run.
+        if code == INTERRUPTED or (code == FAILED and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            sys.exit(code)
+        return objective
 
 
 def execute(config: DictConfig) -> tuple[int, float | None]:

@@ -25,6 +25,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "train.yaml").is_file())
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
 
+LAUNCHER = "hydra_plugins.randlora.Local"  # what Hydra calls randlora.sweeps.launcher.Local
+
 FOLDERS = ("run_root", "data_root", "model.weights", "model.search")  # which may be read from the environment
 PARTS = ("method", "model", "task", "trainer", "optimizer", "logger")
 
@@ -47,6 +49,7 @@ class General(Bounded):
     dry_run: bool | Literal["json"]
     predictions: bool
     resume: bool | Literal["strict"]
+    retry: bool
     tags: Annotated[Sequence[str], DocInfo("a list such as [first,second]")]
 
     @classmethod
@@ -62,13 +65,19 @@ class General(Bounded):
 
 
 def register_resolvers() -> None:
-    """What the YAML files evaluate: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise."""
+    """What the YAML files refer to: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise.
+
+    And the options of ``hydra/launcher=local``, the launcher of randlora/sweeps.
+    """
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     def epochs(few: float, all_: float, *, _root_: DictConfig) -> float:
         return all_ if _root_.get("shots") is None else few
 
     OmegaConf.register_new_resolver("epochs", epochs, replace=True)
+    local = {"_target_": LAUNCHER, "workers": 1}
+    ConfigStore.instance().store("local", local, group="hydra/launcher", provider="randlora")
 
 
 def settings(*overrides: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class StopRequest:
     """Inside this context SIGNALS are requests to stop; the handlers of before come back at the end of the outermost.
 
     A second SIGINT does not wait: it does `at_once` and ends the process with INTERRUPTED. Only a program's main thread
-    hears signals; on another thread the context does nothing. A child forked inside it ignores requests, but SIGTERM.
+    hears signals; on another thread the context does nothing. A child forked inside it ignores requests, but SIGTERM,
+    unless it adopts them.
 
     Attributes:
         came: Whether a signal has come, or another process of the run has told of one.
@@ -63,6 +64,10 @@ class StopRequest:
                 signal.signal(number, handler)
             self._before = {}
             self._forget()
+
+    def adopt(self) -> None:
+        """In a child forked inside the context: requests come to it from here on, with those that came before."""
+        self._process, self.at_once = os.getpid(), lambda: None
 
     def check(self, accelerator: Accelerator | None = None) -> None:
         """Raises Interrupted once a signal has come; with an accelerator on every process, to whichever it came."""

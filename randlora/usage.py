@@ -22,7 +22,8 @@ COMMANDS = """\
 {program} GROUP=OPTION … --help             the settings of these options, with their values and what each may be
 {program} … --cfg job                       every setting of that run, and its value
 {program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine
-{program} predict RUN INPUT …               labels and scores by a finished run; also generate, merge and export"""
+{program} predict RUN INPUT …               labels and scores by a finished run; also generate, merge and export
+{program} status RUNS                     how the runs and sweeps of a folder stand"""
 
 
 def usage(argv: Sequence[str]) -> str:

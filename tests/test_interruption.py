@@ -97,8 +97,8 @@ def experiment(root: Path, resume: bool | str = True, loggers: tuple = (), **cha
     )
 
 
-def forked(act: Callable[[], int | None]) -> int:
-    """The pid of a child that does it and ends with what it returns; it is killed after a minute."""
+def forked(act: Callable[[], int | None], seconds: int = 60) -> int:
+    """The pid of a child that does it and ends with what it returns; it is killed after so many seconds."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -107,7 +107,7 @@ def forked(act: Callable[[], int | None]) -> int:
     code = 99
     try:
         gc.freeze()  # what was there before is not looked through again
-        signal.alarm(60)
+        signal.alarm(seconds)
         code = act() or 0
     except SystemExit as end:
         code = int(end.code or 0)

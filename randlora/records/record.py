@@ -45,6 +45,7 @@ class Record:
         self.loggers = list(loggers) if writes else []
         self._lock = Lock(folder)
         self._log: list[str] = []
+        self._steps: int | None = None  # of the whole training, once it is known
 
     @property
     def checkpoints(self) -> Path:
@@ -151,8 +152,12 @@ class Record:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def progress(self, step: int, steps: int, text: str) -> None:
-        """Shows how far the run is."""
+        """Shows how far the run is; whoever else looks finds `steps` in status.json, and the step in metrics.jsonl."""
         if self.writes:
+            if steps != self._steps:
+                self._steps = steps
+                with contextlib.suppress(OSError):
+                    self._status("running")
             self.console.progress(step, steps, text)
 
     def keep_predictions(self, columns: Mapping[str, list]) -> None:
@@ -219,6 +224,7 @@ class Record:
 
     def _status(self, status: str) -> None:
         content = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
+        content |= {} if self._steps is None else {"steps": self._steps}
         write(self.folder / "status.json", json.dumps(content) + "\n")
 
 

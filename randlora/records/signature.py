@@ -9,7 +9,7 @@ from typing import Any
 
 # Where data and records lie, who watches, and how often it is logged and saved do not change a result.
 EXCLUDED_FROM_HASH = {
-    "run_root", "data_root", "dry_run", "resume", "tags", "logger",
+    "run_root", "data_root", "dry_run", "resume", "retry", "tags", "logger",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.evaluation_batch_size", "trainer.save_every",
     "trainer.save_minutes", "trainer.keep_last", "trainer.peer_timeout", "trainer.auto_batch",
     "predictions",
@@ -43,7 +43,7 @@ def modern(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = dict(config.get("trainer", {}))
     adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
     later = {key.partition(".")[2]: value for key, value in CAME_LATER.items()}
-    return {"optimizer": adamw, "predictions": True, **config, "trainer": later | trainer, "logger": {}}
+    return {"optimizer": adamw, "predictions": True, "retry": False, **config, "trainer": later | trainer, "logger": {}}
 
 
 _ABSENT = object()

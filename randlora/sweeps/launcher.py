@@ -1,0 +1,94 @@
+"""Hydra's launcher ``hydra/launcher=local``: the runs of a sweep, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from randlora.bounds import Count, check
+from randlora.config import LAUNCHER
+
+if TYPE_CHECKING:
+    from randlora.sweeps.sweep import Sweep
+
+
+class Runs(Protocol):
+    """What is called with the settings of each run, in whatever process, and the exit codes that came of it here."""
+
+    codes: list[int]
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Runs it; returns what a sweeper may optimise."""
+
+
+class Local(BasicLauncher):
+    """Runs a sweep's jobs on this machine, so many at a time; see `randlora.sweeps.making`.
+
+    Under torchrun all processes make each run together: there they run in these processes, one after the other.
+
+    Args:
+        workers: How many at a time, each with a GPU of its own as long as there are enough.
+    """
+
+    __module__ = LAUNCHER.rpartition(".")[0]  # Hydra takes plugins of its own packages alone
+
+    def __init__(self, workers: int = 1) -> None:
+        super().__init__()
+        self.workers = workers
+        self.sweep: Sweep | None = None  # which grows where a sweeper gives its jobs a few at a time
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's call before `launch`; SettingsError for settings that cannot be."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        check("hydra.launcher", {"workers": Count}, {"workers": self.workers})
+        _compose_once(hydra_context)
+
+    @property
+    def runs(self) -> Runs:
+        """The task function, with its exit codes."""
+        assert self.task_function is not None
+        return cast(Runs, self.task_function)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Hydra's call with jobs, each as its overrides."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return super().launch(job_overrides, initial_job_idx)
+        from randlora.sweeps.making import make
+
+        return make(self, job_overrides, initial_job_idx)
+
+
+def register() -> None:
+    """Makes `Local` known to Hydra, which takes launchers from modules of a package `hydra_plugins` alone."""
+    Plugins.instance().register(Local)
+    package, _, _ = Local.__module__.partition(".")
+    with suppress(ImportError):
+        importlib.import_module(package)  # of other plugins
+    sys.modules.setdefault(package, ModuleType(package))
+    sys.modules[Local.__module__] = sys.modules[__name__]
+
+
+def _compose_once(context: HydraContext) -> None:
+    """Hydra's sweeper composes every job to see whether it can, and its launcher again: a tenth of a second each."""
+    loader: Any = context.config_loader
+    compose, composed = loader.load_sweep_config, dict[tuple[str, ...], DictConfig]()
+
+    def load_sweep_config(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        key = tuple(sweep_overrides)
+        if key in composed:
+            return composed.pop(key)
+        composed[key] = compose(master_config, sweep_overrides)
+        return composed[key]
+
+    loader.load_sweep_config = load_sweep_config

@@ -1,0 +1,286 @@
+"""Sweeps: what a run that dies takes with it, which is nothing, and what the same command then does.
+
+RANDLORA_SWEEP_RUNS=60 python -m pytest tests/test_sweeps.py -n 0 -s -k storm is the long run.
+"""
+
+import io
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from test_interruption import code_of, forked
+
+import randlora.run
+from randlora import cli
+from randlora.analysis.campaign_programs import _COMMON, Ours, prepare
+from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS
+from randlora.records.lock import living
+from randlora.records.metrics import Row
+from randlora.records.record import Record
+from randlora.records.result import Result
+from randlora.sweeps.launcher import Local
+from randlora.sweeps.planning import Planned, complaints
+from randlora.sweeps.pool import Pool
+from randlora.sweeps.progress import Progress, duration, progress
+from randlora.sweeps.status import status
+from randlora.sweeps.sweep import NAME, TO_DO, Job, Standing, Sweep, standing
+
+RUNS = int(os.environ.get("RANDLORA_SWEEP_RUNS", 10))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("vit"))
+
+
+def fail() -> None:
+    raise KeyError("planted")
+
+
+def exhaust() -> None:
+    raise MemoryError
+
+
+def stop() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(1)  # until it is passed on
+
+
+def stuck() -> None:
+    """In a step that would never end."""
+    for _ in range(2):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(1)
+    time.sleep(100)
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "exception": fail,
+    "exit": lambda: os._exit(7),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "memory": exhaust,
+    "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "stop": stop,
+    "stuck": stuck,
+}
+Plan = Mapping[int, tuple[str, int]]  # by seed a fault, and the step that it comes at, the first time alone
+
+
+def launched(root: Path, plan: Plan, *overrides: str) -> int:
+    """A sweep's command in this process.
+
+    `root` gets files: struck_SEED, done with a line for each run that finished, and objectives as a sweeper has them.
+    """
+    progress, finetune, launch = Record.progress, randlora.run.finetune, Local.launch
+
+    def strike(record: Record, step: int, *rest: Any) -> None:
+        seed = record.config["seed"]
+        fault, at = plan.get(seed, ("", 0))
+        struck = root / f"struck_{seed}"
+        progress(record, step, *rest)
+        if step == at and not struck.exists():
+            struck.touch()
+            FAULTS[fault]()
+
+    def counted(experiment: Any, *rest: Any) -> Any:
+        ended = finetune(experiment, *rest)
+        with (root / "done").open("a") as file:
+            file.write(f"{experiment.budget.seed}\n")
+        return ended
+
+    def noted(launcher: Local, *jobs: Any, **first: int) -> Any:
+        returns = launch(launcher, *jobs, **first)
+        (root / "objectives").write_text(json.dumps([returned.return_value for returned in returns]))
+        return returns
+
+    Record.progress, randlora.run.finetune, Local.launch = strike, counted, noted  # type: ignore[method-assign]
+    root.mkdir(exist_ok=True)
+    sys.argv = ["randlora", "-m", *_COMMON, f"run_root={root}", "trainer.save_every=2", *overrides]
+    return cli.main()
+
+
+def sweep_of(root: Path) -> Sweep:
+    (path,) = root.glob(f"sweeps/*/{NAME}")
+    return Sweep.read(path)
+
+
+def states(root: Path) -> list[str]:
+    """Of the jobs, once no process runs one of them any more."""
+    sweep = sweep_of(root)
+    folders = [root / job.folder for job in sweep.jobs]
+    deadline = time.monotonic() + 60
+    while any(map(living, folders)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [standing(folder).state for folder in folders]
+
+
+def shown(root: Path) -> str:
+    """What `randlora status` prints, without frames and on one line."""
+    console = Console(file=io.StringIO(), width=250)
+    console.print(status(root))
+    return re.sub(r"[\s│]+", " ", console.file.getvalue())
+
+
+def test_a_storm_takes_nothing_with_it(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Oracle: the sweep that nothing disturbed. The launcher is killed in the first two calls."""
+    rng = Random(20)
+    seeds = [*range(RUNS)]
+    early = rng.sample(seeds[: RUNS // 2 + 1], 4 * max(1, RUNS // 15))
+    plan = {seed: (fault, rng.randint(1, 7)) for seed, fault in zip(early, [*FAULTS][:4] * RUNS, strict=False)}
+    plan |= {RUNS // 2 + 1: ("launcher", 3), RUNS - 2: ("launcher", 4)}
+    command = (
+        f"model.weights={model}", "method=lora", f"seed={','.join(map(str, seeds))}", "hydra.launcher.workers=2",
+    )  # fmt: skip
+    undisturbed, root = tmp_path / "undisturbed", tmp_path / "runs"
+    assert code_of(forked(partial(launched, undisturbed, {}, *command), 600)) == FINISHED
+    failures = {seed for seed, (fault, _) in plan.items() if fault in ("exception", "memory")}
+    for call in ("first", "second"):
+        assert code_of(forked(partial(launched, root, plan, *command), 600)) == -signal.SIGKILL
+        known = states(root)
+        said = capfd.readouterr().err
+        assert {seed for seed, state in enumerate(known) if state in ("failed", "out_of_memory")} == failures
+        assert ("to do" if call == "first" else "interrupted") in known
+        assert [known[seed] for seed in seeds if plan.get(seed, ("",))[0] in ("exit", "kill")].count("dead") == (
+            len(failures) if call == "first" else 0
+        )
+        table = shown(root)
+        assert all(f" {count} {state}" in table for state, count in Counter(known).items())
+        assert (f"{len(failures)} have failed, which retry=true runs again" in said) is (call == "second")
+    assert code_of(forked(partial(launched, root, plan, *command, "retry=true"), 600)) == FINISHED
+    assert states(root) == ["finished"] * RUNS
+    said = capfd.readouterr()
+    assert f"{RUNS} finished" in said.err
+    assert said.out.count("│ finished │") == RUNS
+    assert sorted(map(int, (root / "done").read_text().split())) == seeds
+    outputs = partial(Ours.outputs, Ours(lambda arguments: 0, model))
+    for ours, theirs in zip(sweep_of(root).jobs, sweep_of(undisturbed).jobs, strict=True):
+        assert ours == theirs
+        assert outputs(root / ours.folder) == outputs(undisturbed / theirs.folder)
+    scores = [Result.read(root / job.folder / "result.json").validation for job in sweep_of(root).jobs]
+    assert json.loads((root / "objectives").read_text()) == scores
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("stop", "stopped by SIGTERM"), ("stuck", "ended at once by a second")])
+def test_a_sweep_that_is_asked_to_stop_stops_its_runs(
+    fault: str, reason: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    command = f"model.weights={model}", "method=lora", "seed=0,1"
+    assert code_of(forked(partial(launched, tmp_path, {0: (fault, 4)}, *command))) == INTERRUPTED
+    assert states(tmp_path) == ["interrupted", TO_DO]
+    first, _ = sweep_of(tmp_path).jobs
+    error = Result.read(tmp_path / first.folder / "result.json").error or ""
+    assert error.startswith(reason)
+    assert re.search("checkpoint at step [24]: the same command goes on", error)
+    assert f"interrupted vit_tiny lora {Path(first.folder).name} step 4/10" in shown(tmp_path).replace(" digits", "")
+    assert ("1 interrupted, 1 to do" in capfd.readouterr().err) is (fault == "stop")
+
+
+def test_all_jobs_are_checked_before_one_starts_and_a_dry_run_is_one_table(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Oracle of the counts: rank 2 at three matrices of 16 × 16 and two of 16 and 32."""
+
+    def main(*overrides: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["randlora", "-m", f"run_root={tmp_path / 'runs'}", *overrides])
+        return cli.main()
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert main("task=cars,dtd,mnist,svhn", "seed=0,1", f"data_root={tmp_path}") == WRONG_SETTINGS
+    (said,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/cars has no train.parquet" in said
+    assert "(2 of 8 jobs), and 6 more for 3 other reasons, the first job of each: " in said
+    assert "each: task=dtd seed=0; task=mnist seed=0; " in said
+    assert not list(tmp_path.rglob("sweep.json"))
+    dry = *_COMMON, f"model.weights={model}", "method=lora", "method.rank=2", "dry_run=true", "trainer.max_steps=5,10"
+    assert main(*dry) == FINISHED
+    out = capfd.readouterr().out
+    rows = re.findall(r"│ trainer.max_steps=(\d+) *│ digits │ vit_tiny │ lora *│ *([\d,]+) │ *([\d,]+) │ *(\d+) │", out)
+    count = f"{2 * (3 * (16 + 16) + 2 * (16 + 32)):,}"
+    assert rows == [("5", count, "170", "5"), ("10", count, "170", "10")]
+    assert not list(tmp_path.rglob("status.json"))
+    with pytest.raises(SystemExit) as end:
+        sys.exit(main(*dry, "hydra.launcher.workers=0"))
+    assert end.value.code == WRONG_SETTINGS
+    assert "hydra.launcher.workers=0: must be a whole number of at least 1" in capfd.readouterr().err
+
+
+def test_few_reasons_are_a_sentence_each() -> None:
+    jobs = [Planned(number, [], None, f"seed={number}", error=error) for number, error in enumerate("aab")]  # type: ignore[arg-type]
+    assert complaints(jobs) == ["a (2 of 3 jobs)", "b (1 of 3 jobs)"]
+
+
+def test_a_sweep_is_known_by_what_was_asked_for(tmp_path: Path) -> None:
+    """Not by where its data and records lie, who watches, or the order; what has changed beneath is said."""
+    sweep = Sweep(tmp_path, ["seed=0,1", "method=lora"], {"params": None}, [Job("seed=0", "a/b/c/1", 5)], "abc", 0)
+    for command in (
+        ["method=lora", "seed=0,1"],
+        [*sweep.command, "run_root=x", "retry=true", "logger=wandb", "+logger.wandb.mode=offline", "resume=false"],
+    ):
+        assert Sweep(tmp_path, command, {"params": None}).id == sweep.id
+    for command, sweeper in ((["seed=0,1,2", "method=lora"], {"params": None}), (sweep.command, {"params": {"a": 1}})):
+        assert Sweep(tmp_path, command, sweeper).id != sweep.id
+    sweep.write()
+    assert Sweep.read(sweep.folder / NAME) == sweep
+    assert sweep.changes(sweep) == []
+    now = Sweep(tmp_path, sweep.command, sweep.sweeper, [Job("seed=0", "a/b/c/2", 5)], "abd")
+    commit, settings = sweep.changes(now)
+    assert "commit was abc, and is abd now" in commit
+    assert "the settings behind 1 jobs have changed" in settings
+    assert [job.folder for job in sweep.with_jobs([*now.jobs, Job("seed=1", "e", 5)]).jobs] == ["a/b/c/2", "e"]
+
+
+def test_each_process_has_a_gpu_and_a_share_of_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    pool = Pool(3)
+    monkeypatch.undo()
+
+    def act(number: int) -> int:
+        import colorsys  # noqa: F401 - which nothing else imports
+
+        (tmp_path / str(number)).write_text(f"{os.environ['CUDA_VISIBLE_DEVICES']} {torch.get_num_threads()}")
+        return number
+
+    sys.modules.pop("colorsys", None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for number in range(3):
+        assert pool.free
+        pool.start(number, partial(act, number), tmp_path / "log")
+    assert not pool.free
+    codes: dict[int, int] = {}
+    while pool.running:
+        codes |= dict(pool.ended(1))
+    pool.close()
+    assert codes == {0: 0, 1: 1, 2: 2}
+    assert [(tmp_path / str(number)).read_text() for number in range(3)] == ["3 2", "5 2", "3 2"]
+    assert "colorsys" in sys.modules
+
+
+def test_progress_is_that_of_this_attempt(tmp_path: Path) -> None:
+    """Ten steps a second before, two now."""
+    assert progress(tmp_path) == Progress()
+    (tmp_path / "status.json").write_text('{"status": "running", "time": 1000.0, "steps": 100}')
+    assert (str(progress(tmp_path)), standing(tmp_path)) == ("step 0/100", Standing("dead"))
+    rows = [Row(step, 100 + step / 10, {}) for step in range(1, 21)] + [
+        Row(step, 1000 + step / 2, {}) for step in range(21, 41)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(row.line() for row in rows) + '{"step": 41, "ti')
+    known = progress(tmp_path)
+    assert known == Progress(40, 100, 2.0)
+    assert (known.seconds_left, str(known)) == (30.0, "step 40/100  2 steps/s  30 s left")
+    assert [duration(seconds) for seconds in (9.7, 99, 100, 5900, 7260, 172800, 183600)] == [
+        "10 s", "99 s", "2 min", "98 min", "2 h 1 min", "2 d 0 h", "2 d 3 h",
+    ]  # fmt: skip
