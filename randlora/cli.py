@@ -8,13 +8,14 @@ job and a typo answer at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
-from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError, exit_code
 from randlora.overrides import explained
 from randlora.signals import STOP, Interrupted
 
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+COMMANDS = {"report": "randlora.studies.report"}  # besides runs; each module has a `main` of its arguments
+
+
 def main() -> int:
     """Runs the command line of this process, one run or a sweep, and returns the highest of its exit codes."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        command = importlib.import_module(COMMANDS[sys.argv[1]])
+        return exit_code(lambda: command.main(sys.argv[2:]))
     with STOP:
         return _main()
 

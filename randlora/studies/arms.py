@@ -14,7 +14,7 @@ from randlora.records import Result, read
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.signature import modern
-from randlora.studies.collect import RESULTS, read_curves
+from randlora.studies.collect import RESULTS, read_curves, without_folders
 from randlora.studies.groups import Cell, by_settings, cell, percent, select
 
 # What a search tries for every method. Settings that differ in anything else are arms of their own.
@@ -45,14 +45,20 @@ class Arm(NamedTuple):
         method: Its name.
         label: The method, and what sets it apart from its other arms in the cell.
         runs: Finished ones, which differ in their seed alone.
-        tried: Among how many settings of SEARCHED these were chosen, by their validation score.
+        tried: The groups of runs among which these were chosen, which differ in SEARCHED alone; these with them.
     """
 
     where: Cell
     method: str
     label: str
     runs: Sequence[Result]
-    tried: int
+    tried: Sequence[Sequence[Result]]
+
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        shots = self.where.shots
+        return f"{shots} shot{'s' * (shots != 1)}" if shots else f"{self.where.data} of the data"
 
     @property
     def scores(self) -> dict[int, float]:
@@ -90,7 +96,7 @@ def load(paths: Sequence[Path], only: Sequence[str] = ()) -> list[Part]:
             study = folder.name if collected else "runs" if len(paths) == 1 else str(path)
             if folders.setdefault(study, folder) != folder:
                 raise SettingsError(f"{folder} and {folders[study]} are studies of one name: report them one by one")
-            by_part.setdefault((study, result.collection), []).append(result)
+            by_part.setdefault((study, result.collection), []).append(without_folders(result))
     chosen = {id(result) for result in select([result for part in by_part.values() for result in part], only)}
     parts = []
     for (study, collection), results in sorted(by_part.items()):
@@ -136,7 +142,7 @@ def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> 
     for runs, of_run in zip(groups, settings, strict=True):
         texts = (f"{key.removeprefix('method.')}={text(of_run.get(key))}" for key in keys)
         variants.setdefault(", ".join([method, *texts]), []).append(runs)
-    return [Arm(where, method, label, max(tried, key=_choice), len(tried)) for label, tried in variants.items()]
+    return [Arm(where, method, label, max(tried, key=_choice), tried) for label, tried in variants.items()]
 
 
 def _choice(runs: Sequence[Result]) -> tuple[int, float]:
@@ -146,13 +152,14 @@ def _choice(runs: Sequence[Result]) -> tuple[int, float]:
 
 def flat_settings(result: Result) -> dict[str, object]:
     """The settings of a run as today's, by dotted key; a list is one value."""
-    return dict(_leaves(modern(result.config)))
+    return dict(leaves(modern(result.config)))
 
 
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """What nested mappings hold, by dotted key."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
 

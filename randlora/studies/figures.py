@@ -20,9 +20,11 @@ COLOURS = {
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
 }  # fmt: skip
+OTHER_COLOUR = "#F0E442"  # of a method of one's own
 ACROSS = 4  # panels in a row, so that a page's width shows them
 # Text stays text in an SVG, and the same results make the same file.
 SETTINGS: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "randlora"}
+NO_DATE: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 class Point(NamedTuple):
@@ -43,8 +45,8 @@ def panels(results: Sequence[Result]) -> dict[Cell, list[Point]]:
     return dict(sorted(points.items(), key=lambda panel: (panel[0].task, panel[0].order)))
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Writes the figure; the ending decides the format.
+def draw(results: Sequence[Result], *paths: Path) -> None:
+    """Writes the figure to every one of the paths; the ending decides the format.
 
     A panel per task, model and budget, four in a row; a point per method, its mean over seeds and sample deviation;
     the dashed line is the score before training.
@@ -65,7 +67,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for point in points:
             axis.errorbar(
                 point.parameters, point.mean, point.deviation, fmt="o", capsize=3, label=point.method,
-                color=COLOURS.get(point.method, "#F0E442"),
+                color=COLOURS.get(point.method, OTHER_COLOUR),
             )  # fmt: skip
         if (before := example[panel].before) is not None:
             axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
@@ -80,8 +82,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.grid(alpha=0.3)
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    try:
-        with rc_context(SETTINGS):
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
-        raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    for path in paths:
+        try:
+            with rc_context(SETTINGS):
+                figure.savefig(path, metadata=NO_DATE.get(path.suffix))
+        except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
+            raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error

@@ -87,7 +87,7 @@ def _grid(part: str, model: str, arms: Sequence[Arm], published: Scores) -> Grid
     names = {arm.where.task: _column(arm) for arm in sorted(arms, key=lambda arm: arm.where.task)}
     blocks: dict[str, list[Arm]] = {}
     for arm in sorted(arms, key=lambda arm: arm.where._replace(task="").order):
-        blocks.setdefault(_budget(arm), []).append(arm)
+        blocks.setdefault(arm.budget, []).append(arm)
     lines = [line for budget, block in blocks.items() for line in _block(budget, block, names, published)]
     average = [AVERAGE] if any(AVERAGE in line.entries for line in lines) else []
     return Grid(part, model, [*names.values(), *average], lines)
@@ -106,9 +106,8 @@ def _block(budget: str, arms: Sequence[Arm], names: dict[str, str], published: S
     rows = {label: {column: dict(entries).get(label) for column, entries in columns.items()} for label in labels}
     if len(columns) > 1:
         whole = {label: [entry.mean for entry in row.values() if entry] for label, row in rows.items()}
-        averages = [
-            (label, Entry(statistics.mean(means), None, 0)) for label, means in whole.items() if len(means) == len(columns)
-        ]  # fmt: skip
+        whole = {label: means for label, means in whole.items() if len(means) == len(columns)}
+        averages = [(label, Entry(statistics.mean(means), None, 0)) for label, means in whole.items()]
         columns |= {AVERAGE: averages} if averages else {}
     placed = {column: _placed(entries) for column, entries in columns.items()}
     lines = [Line(budget, "before training", "", before)] if before else []
@@ -127,11 +126,6 @@ def _placed(entries: Sequence[tuple[str, Entry]]) -> dict[str, Entry]:
         label: entry._replace(place=ranked.index(entry.mean) + 1 if entry.mean in ranked else 0)
         for label, entry in entries
     }
-
-
-def _budget(arm: Arm) -> str:
-    where = arm.where
-    return f"{where.data} shot{'s' * (where.shots != 1)}" if where.shots else where.data
 
 
 def _column(arm: Arm) -> str:
@@ -175,8 +169,8 @@ def latex_table(grid: Grid) -> str:
     styler = texts.style.format(escape="latex").format_index(escape="latex").format_index(escape="latex", axis=1)
     labels = r"p{0.3\textwidth}" if max(len(line.label) for line in grid.lines) > 40 else "l"
     text = styler.apply(lambda _: styles, axis=None).to_latex(
-        hrules=True, column_format=f"l{labels}r{'r' * len(grid.columns)}", multirow_align="naive", clines="skip-last;data",
-        caption=_escaped(grid.caption), position="t", position_float="centering",
+        hrules=True, multirow_align="naive", clines="skip-last;data", position="t", position_float="centering",
+        column_format=f"l{labels}r{'r' * len(grid.columns)}", caption=_escaped(grid.caption),
     )  # fmt: skip
     return text.replace(r"\cline{", r"\cmidrule{").replace(" \\cmidrule", "\\cmidrule")
 

@@ -17,7 +17,7 @@ Scores = Mapping[tuple[str, Cell], list["Score"]]
 
 
 class Score(NamedTuple):
-    """A score as printed, per cent, "" for an empty cell; and where: the table and the paper's variant of the method."""
+    """A score as printed, per cent, "" for an empty cell; the table, and the paper's variant of the method."""
 
     text: str
     table: str

@@ -10,7 +10,7 @@ from rich.table import Table
 from randlora.records import Result
 from randlora.studies.groups import by_settings, cell, finished, paired, percent, spread, value
 from randlora.studies.published import beside, read_scores
-from randlora.studies.statistics import holm
+from randlora.studies.statistics import Difference, holm
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -139,14 +139,24 @@ def differences(results: Sequence[Result], key: str, first: str, others: Sequenc
     rows = [
         [
             f"{first} - {other}", where.task, where.model, where.data, spread(pair.first), spread(pair.second),
-            f"{round(gap.mean, 2) + 0.0:+.2f}", f"{gap.low:+.2f} to {gap.high:+.2f}", gap.seeds,
-            f"{p:.3f}" if p >= 0.001 else "< 0.001",
+            *difference_cells(pair.difference, p),
         ]
         for (where, other, pair), p in zip(pairs, holm([pair.difference.p for *_, pair in pairs]), strict=True)
-        for gap in [pair.difference]
     ]  # fmt: skip
-    scores = [first, "the other", "difference, points", "95 % interval", "seeds", "p, Holm"]
-    return markdown([key, "task", "model", "shots", *scores], rows)
+    return markdown([key, *DIFFERENCE_NAMES[:3], first, *DIFFERENCE_NAMES[4:]], rows)
+
+
+DIFFERENCE_NAMES = (
+    "task", "model", "shots", "the first", "the other", "difference, points", "95 % interval", "seeds", "p, Holm",
+)  # fmt: skip
+
+
+def difference_cells(gap: Difference, p: float) -> list[object]:
+    """The last cells of a row of `differences`: the mean, its interval, the seeds, and p as corrected."""
+    return [
+        f"{round(gap.mean, 2) + 0.0:+.2f}", f"{gap.low:+.2f} to {gap.high:+.2f}", gap.seeds,
+        f"{p:.3f}" if p >= 0.001 else "< 0.001",
+    ]  # fmt: skip
 
 
 def _count(parameters: int | None) -> str:
