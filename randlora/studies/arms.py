@@ -128,6 +128,7 @@ def arms(results: Sequence[Result]) -> list[Arm]:
         return []
     methods: dict[tuple[Cell, str, int], list[list[Result]]] = {}
     for runs in by_settings(results):
+        runs.sort(key=lambda run: run.seed)
         methods.setdefault((cell(runs[0]), runs[0].method, runs[0].task_version), []).append(runs)
     return [arm for (where, method, _), groups in methods.items() for arm in _of_method(where, method, groups)]
 

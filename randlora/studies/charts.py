@@ -12,8 +12,8 @@ Spec = dict[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 # What the page replaces: the column on the x axis and its title, the score's title, the arms that are shown, their
-# colours and shapes, and the legend's columns.
-WORDS = ("$x", "$x_title", "$y_title", "$labels", "$colours", "$shapes", "$columns")
+# colours and shapes, the legend's columns, the width of labels, and the height of a chart of names.
+WORDS = ("$x", "$x_title", "$y_title", "$labels", "$colours", "$shapes", "$columns", "$label_limit", "$height")
 # As vega has them; an arm has its method's colour, and a shape by which it is known without it.
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 
@@ -30,7 +30,6 @@ def _chart(description: str, height: Any = 320, **parts: Any) -> Spec:
         "description": description,
         "width": "container",
         "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"name": "rows"},
         **parts,
         "config": {
@@ -64,7 +63,8 @@ def charts() -> dict[str, Spec]:
 
 
 def _pareto() -> Spec:
-    x = {"field": "$x", "type": "quantitative", "title": "$x_title", "scale": {"type": "log", "nice": False}}
+    scale = {"type": "log", "nice": False, "padding": 24}
+    x = {"field": "$x", "type": "quantitative", "title": "$x_title", "scale": scale, "axis": {"format": "~s"}}
     front = [
         {"window": [{"op": "max", "field": "mean", "as": "front"}], "sort": [{"field": "$x"}], "frame": [None, 0]},
         {"filter": "datum.mean >= datum.front"},
@@ -75,7 +75,10 @@ def _pareto() -> Spec:
         encoding={"x": x},
         layer=[
             {
-                "transform": [{"aggregate": [{"op": "mean", "field": "before", "as": "before"}]}],
+                "transform": [
+                    {"filter": "isValid(datum.before)"},
+                    {"aggregate": [{"op": "mean", "field": "before", "as": "before"}]},
+                ],
                 "mark": {"type": "rule", "strokeDash": [5, 4], "color": "#6b6b6b"},
                 "encoding": {"x": None, "y": {"field": "before", **_SCORE}},
             },
@@ -124,7 +127,13 @@ def _rates() -> Spec:
     return _chart(
         "Validation scores against the learning rate, a line through the best at each rate; rings are the chosen ones.",
         encoding={
-            "x": {"field": "rate", "type": "quantitative", "title": "learning rate", "scale": {"type": "log"}},
+            "x": {
+                "field": "rate",
+                "type": "quantitative",
+                "title": "learning rate",
+                "scale": {"type": "log", "padding": 20},
+                "axis": {"format": "~g"},
+            },
             "y": {"field": "validation", **_SCORE},
             "color": _COLOUR,
         },
@@ -154,7 +163,13 @@ def _curves() -> Spec:
 
 
 def _differences() -> Spec:
-    y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 330, "ticks": False}}
+    y = {
+        "field": "name",
+        "type": "nominal",
+        "sort": None,
+        "title": None,
+        "axis": {"labelLimit": "$label_limit", "ticks": False},
+    }
     tooltip = _tooltip(
         ("name", "comparison"), ("mean", "difference, points"), ("low", "from"), ("high", "to"), ("holm", "p, Holm")
     )
@@ -164,7 +179,7 @@ def _differences() -> Spec:
     }
     return _chart(
         "Differences of scores in points with 95 % intervals, blue where p is .05 or less after Holm's correction.",
-        height={"step": 20},
+        height="$height",
         encoding={"y": y},
         layer=[
             {"mark": {"type": "rule", "color": "#1b1b1b"}, "encoding": {"x": {"datum": 0}, "y": None}},
@@ -185,11 +200,11 @@ def _differences() -> Spec:
 
 
 def _ranks() -> Spec:
-    y = {"field": "label", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 330}}
+    y = {"field": "label", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": "$label_limit"}}
     tooltip = _tooltip(("label", "method"), ("average", "average rank"))
     return _chart(
         "Average ranks of methods, 1 the best; two whose bars do not overlap differ by Nemenyi's test at 5 %.",
-        height={"step": 24},
+        height="$height",
         encoding={"y": y},
         layer=[
             {

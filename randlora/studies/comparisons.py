@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 from randlora.studies.arms import Arm
@@ -27,29 +28,26 @@ class Comparison(NamedTuple):
     holm: float
 
 
-def references(arms: Sequence[Arm]) -> list[str]:
-    """The labels that can be compared with another: they share two seeds or more in some cell. In order of name."""
-    return sorted({comparison.reference for comparison in _pairs(arms)})
+def comparisons(arms: Sequence[Arm]) -> dict[str, list[Comparison]]:
+    """By reference, in order of name, its comparisons with every other arm of its cells.
 
-
-def comparisons(arms: Sequence[Arm], reference: str) -> list[Comparison]:
-    """The reference less every other arm of its cells; those with fewer than two shared seeds are left out."""
-    pairs = [pair for pair in _pairs(arms) if pair.reference == reference]
-    corrected = holm([pair.difference.p for pair in pairs])
-    return [pair._replace(holm=p) for pair, p in zip(pairs, corrected, strict=True)]
-
-
-def _pairs(arms: Sequence[Arm]) -> list[Comparison]:
-    """Of every two arms of a cell, both ways, not corrected."""
-    pairs = []
-    for first in arms:
-        for second in arms:
-            seeds = sorted(first.scores.keys() & second.scores.keys())
-            if first is not second and first.where == second.where and len(seeds) > 1:
-                ours, theirs = ([arm.scores[seed] for seed in seeds] for arm in (first, second))
-                difference = student_difference(ours, theirs)
-                pairs.append(Comparison(first.where, first.label, second.label, difference, difference.p))
-    return pairs
+    Arms that share fewer than two seeds are not compared, and a label without any comparison is left out.
+    """
+    pairs: dict[str, list[Comparison]] = {}
+    for first, second in combinations(arms, 2):
+        seeds = sorted(first.scores.keys() & second.scores.keys())
+        if first.where == second.where and len(seeds) > 1:
+            ours, theirs = ([arm.scores[seed] for seed in seeds] for arm in (first, second))
+            for way in (first, ours, second, theirs), (second, theirs, first, ours):
+                reference, scores, other, others = way
+                difference = student_difference(scores, others)
+                pair = Comparison(first.where, reference.label, other.label, difference, difference.p)
+                pairs.setdefault(reference.label, []).append(pair)
+    corrected = {label: holm([pair.difference.p for pair in of_label]) for label, of_label in pairs.items()}
+    return {
+        label: [pair._replace(holm=p) for pair, p in zip(pairs[label], corrected[label], strict=True)]
+        for label in sorted(pairs)
+    }
 
 
 class Ranking(NamedTuple):

@@ -86,5 +86,6 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
         try:
             with rc_context(SETTINGS):
                 figure.savefig(path, metadata=NO_DATE.get(path.suffix))
+                figure.set_layout_engine("none")  # the first file's is kept: to find it is most of the work
         except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
             raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error

@@ -15,7 +15,7 @@ from randlora.records.metrics import Row
 from randlora.studies.arms import SEARCHED, Arm, Part, arms, flat_settings, text
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
-from randlora.studies.comparisons import comparisons, ranking, references
+from randlora.studies.comparisons import comparisons, ranking
 from randlora.studies.figures import COLOURS, OTHER_COLOUR
 from randlora.studies.frame import COST, differing
 from randlora.studies.groups import Cell, cell
@@ -109,8 +109,8 @@ def _data(parts: Sequence[Part], of_parts: Mapping[str, Sequence[Arm]], referenc
                 "holm": pair.holm,
             }
             for name, of_part in of_parts.items()
-            for label in references(of_part)
-            for pair in comparisons(of_part, label)
+            for label, pairs in comparisons(of_part).items()
+            for pair in pairs
         ],
         "ranks": {name: ranks for name, of_part in of_parts.items() if (ranks := _ranks(of_part))},
     }  # fmt: skip

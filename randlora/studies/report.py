@@ -20,7 +20,7 @@ from randlora.errors import SettingsError
 from randlora.integrity import write
 from randlora.studies import tables
 from randlora.studies.arms import Arm, Part, arms, load
-from randlora.studies.comparisons import comparisons, ranking, references
+from randlora.studies.comparisons import Comparison, comparisons, ranking
 from randlora.studies.figures import draw
 from randlora.studies.frame import tidy
 from randlora.studies.groups import spread
@@ -90,10 +90,8 @@ def _section(name: str, of_part: Sequence[Arm], reference: str, published: Score
     texts = [f"## {name}", *(markdown_table(grid) for grid in grids(name, of_part, published))]
     if len(of_part) == 0:
         texts.append("No run has finished.")
-    compared = references(of_part)
-    if compared:
-        first = reference if reference in compared else compared[0]
-        texts.append(_differences(of_part, first))
+    if compared := comparisons(of_part):
+        texts.append(_differences(of_part, compared.get(reference, next(iter(compared.values())))))
     if (ranked := ranking(of_part)) is not None:
         rows = sorted(ranked.ranks.average.items(), key=lambda item: (item[1], item[0]))
         note = (
@@ -105,14 +103,14 @@ def _section(name: str, of_part: Sequence[Arm], reference: str, published: Score
     return "\n\n".join(texts)
 
 
-def _differences(of_part: Sequence[Arm], reference: str) -> str:
+def _differences(of_part: Sequence[Arm], pairs: Sequence[Comparison]) -> str:
     scores = {(arm.where, arm.label): list(arm.scores.values()) for arm in of_part}
     rows = [
         [
-            f"{reference} - {pair.other}", pair.where.task, pair.where.model, pair.where.data,
-            spread(scores[pair.where, reference]), spread(scores[pair.where, pair.other]),
+            f"{pair.reference} - {pair.other}", pair.where.task, pair.where.model, pair.where.data,
+            spread(scores[pair.where, pair.reference]), spread(scores[pair.where, pair.other]),
             *tables.difference_cells(pair.difference, pair.holm),
         ]
-        for pair in comparisons(of_part, reference)
+        for pair in pairs
     ]  # fmt: skip
     return tables.markdown(["method", *tables.DIFFERENCE_NAMES], rows)

@@ -39,7 +39,7 @@ async function draw(id, rows, words = {}, why = "There is nothing to show here f
   const labels = unique(rows.map((row) => row.label)).filter((label) => label in data.labels).sort();
   const values = {
     ...words, $labels: labels, $colours: labels.map((label) => data.labels[label][0]),
-    $shapes: labels.map((label) => data.labels[label][1]), $columns: Math.max(1, Math.floor(place.clientWidth / 170)),
+    $shapes: labels.map((label) => data.labels[label][1]), $columns: Math.max(1, Math.floor(place.clientWidth / 170)), $height: 22 * rows.length, $label_limit: Math.min(340, Math.round(place.clientWidth * 0.45)),
   };
   const spec = JSON.parse(JSON.stringify(data.charts[id]), (_, value) =>
     typeof value !== "string" ? value : value in values ? values[value] : value.replaceAll("$x", values.$x ?? "$x"));
@@ -98,7 +98,7 @@ function drawDifferences() {
   const all = ofPart(data.differences);
   offer("differences", "reference", unique(all.map((row) => row.reference)), undefined, data.reference);
   const rows = all.filter((row) => row.reference === chosen("differences", "reference"));
-  const named = rows.map((row) => ({ ...row, name: `${row.cell}: − ${row.other}` }));
+  const named = rows.map((row) => ({ ...row, name: `less ${row.other}: ${row.cell}` }));
   draw("differences", named, {}, "No two methods of this part share two seeds.");
   const signed = (value) => `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(2)}`;
   fill(at("differences-table"), ["cell", "less", "difference", "from", "to", "seeds", "p, Holm"], rows.map((row) => [
@@ -166,7 +166,7 @@ function listRuns() {
     element("a", { href: `#${address([run.id])}`, textContent: run.id.split("/").pop() }),
     run.task, run.model, label[run.id] ?? run.method, number(undefined, run.budget), number(run.seed), run.status,
     number(run.score, run.score === undefined ? "–" : `${run.score.toFixed(4)} ${run.metric}`),
-    number(setting(run, "trainer.learning_rate")), number(run.parameters), number(run.steps),
+    number(setting(run, "trainer.learning_rate"), String(setting(run, "trainer.learning_rate") ?? "–")), number(run.parameters), number(run.steps),
     ...(cost ? [number(run.train_seconds, run.train_seconds?.toFixed(0) ?? "–"),
       number(run.peak_memory_bytes, run.peak_memory_bytes ? (run.peak_memory_bytes / 2 ** 20).toFixed(0) : "–")] : []),
   ]));
