@@ -55,12 +55,6 @@ class Arm(NamedTuple):
     tried: Sequence[Sequence[Result]]
 
     @property
-    def budget(self) -> str:
-        """The budget in words."""
-        shots = self.where.shots
-        return f"{shots} shot{'s' * (shots != 1)}" if shots else f"{self.where.data} of the data"
-
-    @property
     def scores(self) -> dict[int, float]:
         """The headline, per cent, by seed."""
         return {run.seed: percent(run) for run in self.runs}

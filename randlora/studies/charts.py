@@ -14,7 +14,7 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 # What the page replaces: the column on the x axis and its title, the score's title, the arms that are shown, their
 # colours and shapes, the legend's columns, the width of labels, and the height of a chart of names.
 WORDS = ("$x", "$x_title", "$y_title", "$labels", "$colours", "$shapes", "$columns", "$label_limit", "$height")
-# As vega has them; an arm has its method's colour, and a shape by which it is known without it.
+# As vega has figures.MARKERS.
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 
 _LEGEND = {"orient": "bottom", "columns": "$columns", "title": None, "labelLimit": 280, "symbolLimit": 0}

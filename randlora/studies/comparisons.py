@@ -37,12 +37,11 @@ def comparisons(arms: Sequence[Arm]) -> dict[str, list[Comparison]]:
     for first, second in combinations(arms, 2):
         seeds = sorted(first.scores.keys() & second.scores.keys())
         if first.where == second.where and len(seeds) > 1:
-            ours, theirs = ([arm.scores[seed] for seed in seeds] for arm in (first, second))
-            for way in (first, ours, second, theirs), (second, theirs, first, ours):
-                reference, scores, other, others = way
-                difference = student_difference(scores, others)
-                pair = Comparison(first.where, reference.label, other.label, difference, difference.p)
-                pairs.setdefault(reference.label, []).append(pair)
+            gap = student_difference(*([arm.scores[seed] for seed in seeds] for arm in (first, second)))
+            mirrored = Difference(-gap.mean, -gap.high, -gap.low, gap.p, gap.seeds)
+            for ours, theirs, difference in (first, second, gap), (second, first, mirrored):
+                pair = Comparison(first.where, ours.label, theirs.label, difference, gap.p)
+                pairs.setdefault(ours.label, []).append(pair)
     corrected = {label: holm([pair.difference.p for pair in of_label]) for label, of_label in pairs.items()}
     return {
         label: [pair._replace(holm=p) for pair, p in zip(pairs[label], corrected[label], strict=True)]

@@ -87,7 +87,7 @@ def _grid(part: str, model: str, arms: Sequence[Arm], published: Scores) -> Grid
     names = {arm.where.task: _column(arm) for arm in sorted(arms, key=lambda arm: arm.where.task)}
     blocks: dict[str, list[Arm]] = {}
     for arm in sorted(arms, key=lambda arm: arm.where._replace(task="").order):
-        blocks.setdefault(arm.budget, []).append(arm)
+        blocks.setdefault(arm.where.budget, []).append(arm)
     lines = [line for budget, block in blocks.items() for line in _block(budget, block, names, published)]
     average = [AVERAGE] if any(AVERAGE in line.entries for line in lines) else []
     return Grid(part, model, [*names.values(), *average], lines)

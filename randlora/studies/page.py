@@ -7,41 +7,40 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from randlora.records import Result
 from randlora.records.metrics import Row
-from randlora.studies.arms import SEARCHED, Arm, Part, arms, flat_settings, text
+from randlora.studies.arms import SEARCHED, Arm, Part, flat_settings, text
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
 from randlora.studies.comparisons import comparisons, ranking
-from randlora.studies.figures import COLOURS, OTHER_COLOUR
+from randlora.studies.figures import looks
 from randlora.studies.frame import COST, differing
 from randlora.studies.groups import Cell, cell
-from randlora.studies.layouts import Grid, grids
-from randlora.studies.published import Scores
+from randlora.studies.layouts import Grid
 
 FILES = Path(__file__).with_name("page")
 POINTS = 150  # of a curve, at most: a screen has no more to show
 Data = dict[str, Any]
 
 
-class Block(NamedTuple):
-    """What the page says of a part."""
-
-    name: str
-    runs: int
-    tables: Sequence[Grid]
-
-
-def page(title: str, parts: Sequence[Part], published: Scores, reference: str, cost: bool = True) -> str:
+def page(
+    title: str,
+    parts: Sequence[Part],
+    of_parts: Mapping[str, Sequence[Arm]],
+    layouts: Mapping[str, Sequence[Grid]],
+    reference: str,
+    cost: bool = True,
+) -> str:
     """The page's text.
 
     Args:
         title: Its heading.
         parts: Of studies, or of folders of runs.
-        published: The paper's scores.
+        of_parts: The arms of each part, by its name.
+        layouts: The tables of each part, by its name.
         reference: The method that differences are first shown with.
         cost: Whether to give times and memory.
     """
@@ -52,13 +51,12 @@ def page(title: str, parts: Sequence[Part], published: Scores, reference: str, c
         loader=jinja2.FileSystemLoader(FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    of_parts = {part.name: arms(part.results) for part in parts}
-    blocks = [Block(part.name, len(part.results), grids(part.name, of_parts[part.name], published)) for part in parts]
     content = _data(parts, of_parts, reference, cost)
     return environment.get_template("page.html").render(
         title=title,
         summary=_summary(parts),
-        blocks=blocks,
+        parts=parts,
+        layouts=layouts,
         address=lambda arm: "|".join(quote(content["ids"][id(run)], safe="") for run in arm.runs),
         # An element of script ends at the first "</script", whatever it is in.
         data=json.dumps(_rounded(content["data"]), separators=(",", ":")).replace("<", "\\u003c"),
@@ -96,7 +94,7 @@ def _data(parts: Sequence[Part], of_parts: Mapping[str, Sequence[Arm]], referenc
         "first": max(parts, key=lambda part: len(part.results)).name,
         "reference": reference,
         "charts": charts(),
-        "labels": {label: _look(label, method, labels) for label, method in sorted(labels.items())},
+        "labels": {label: [colour, SHAPES[mark]] for label, (colour, mark) in sorted(looks(labels).items())},
         "runs": runs,
         "settings": _settings([result for part in parts for result in part.results]),
         "curves": {address: curve for address, curve in curves.items() if curve},
@@ -207,18 +205,8 @@ def _settings(results: Sequence[Result]) -> Data:
     return {"values": values, "rows": rows, "differing": differing(results, [flat_settings(run) for run in results])}
 
 
-def _look(label: str, method: str, labels: Mapping[str, str]) -> list[str]:
-    """An arm's colour, its method's, and its shape, another for each arm of the method."""
-    siblings = sorted(other for other, of_method in labels.items() if of_method == method)
-    names = list(COLOURS)
-    first = names.index(method) if method in names else len(names)
-    shape = SHAPES[(first + siblings.index(label)) % len(SHAPES)]
-    return [COLOURS.get(method, OTHER_COLOUR), shape]
-
-
 def _cell(where: Cell) -> str:
-    budget = f"{where.data} shot{'s' * (where.shots != 1)}" if where.shots else f"{where.data} of the data"
-    return f"{where.task}, {where.model}, {budget}"
+    return f"{where.task}, {where.model}, {where.budget}"
 
 
 def _mean(quantities: Sequence[float | None]) -> float | None:

@@ -12,8 +12,11 @@ data sets under each budget; figures/ as SVG, PDF and PNG; and index.html. The s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 from randlora.errors import SettingsError
@@ -24,7 +27,7 @@ from randlora.studies.comparisons import Comparison, comparisons, ranking
 from randlora.studies.figures import draw
 from randlora.studies.frame import tidy
 from randlora.studies.groups import spread
-from randlora.studies.layouts import grids, latex_table, markdown_table
+from randlora.studies.layouts import Grid, grids, latex_table, markdown_table
 from randlora.studies.page import page
 from randlora.studies.published import FOLDER, Scores, read_scores
 
@@ -68,26 +71,37 @@ def report(parts: Sequence[Part], folder: Path, reference: str, published: Score
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{folder} cannot be written: {error.strerror}; give another --into") from error
-    frame = tidy(parts, cost)
-    frame.to_csv(folder / "results.csv", index=False)
-    frame.to_parquet(folder / "results.parquet", index=False)
     of_parts = {part.name: arms(part.results) for part in parts}
-    layouts = [grid for name, of_part in of_parts.items() for grid in grids(name, of_part, published)]
-    write(folder / "tables.tex", "".join(f"{latex_table(grid)}\n" for grid in layouts))
-    sections = [_section(part.name, of_parts[part.name], reference, published) for part in parts]
-    write(folder / "tables.md", "\n\n".join(["# Tables", *sections]) + "\n")
-    for name, of_part in of_parts.items():
-        if of_part:
-            runs = [run for arm in of_part for run in arm.runs]
-            draw(runs, *(folder / "figures" / f"{name.replace(', ', '_')}.{ending}" for ending in FORMATS))
+    # Figures and the page take about as long: each has a process.
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        drawn = pool.submit(_figures, of_parts, folder / "figures")
+        frame = tidy(parts, cost)
+        frame.to_csv(folder / "results.csv", index=False)
+        frame.to_parquet(folder / "results.parquet", index=False)
+        layouts = {name: grids(name, of_part, published) for name, of_part in of_parts.items()}
+        write(folder / "tables.tex", "".join(f"{latex_table(grid)}\n" for part in layouts.values() for grid in part))
+        sections = [_section(name, of_part, layouts[name], reference) for name, of_part in of_parts.items()]
+        write(folder / "tables.md", "\n\n".join(["# Tables", *sections]) + "\n")
+        write(folder / "index.html", page(_title(parts), parts, of_parts, layouts, reference, cost))
+        drawn.result()
+
+
+def _title(parts: Sequence[Part]) -> str:
     names = list(dict.fromkeys(part.name.partition(",")[0] for part in parts))
-    title = f"Report of {', '.join(names) if len(names) < 4 else f'{len(names)} studies'}"
-    write(folder / "index.html", page(title, parts, published, reference, cost))
+    return f"Report of {', '.join(names) if len(names) < 4 else f'{len(names)} studies'}"
 
 
-def _section(name: str, of_part: Sequence[Arm], reference: str, published: Scores) -> str:
+def _figures(of_parts: Mapping[str, Sequence[Arm]], folder: Path) -> None:
+    """A figure of each part, of the cells in which there are two arms or more to compare."""
+    for name, of_part in of_parts.items():
+        counts = Counter(arm.where for arm in of_part)
+        if runs := [run for arm in of_part if counts[arm.where] > 1 for run in arm.runs]:
+            draw(runs, *(folder / f"{name.replace(', ', '_')}.{ending}" for ending in FORMATS))
+
+
+def _section(name: str, of_part: Sequence[Arm], layouts: Sequence[Grid], reference: str) -> str:
     """A part in tables.md."""
-    texts = [f"## {name}", *(markdown_table(grid) for grid in grids(name, of_part, published))]
+    texts = [f"## {name}", *map(markdown_table, layouts)]
     if len(of_part) == 0:
         texts.append("No run has finished.")
     if compared := comparisons(of_part):
