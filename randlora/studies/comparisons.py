@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ class Comparison(NamedTuple):
     holm: float
 
 
-def comparisons(arms: Sequence[Arm]) -> dict[str, list[Comparison]]:
+Compared = Mapping[str, Sequence[Comparison]]  # by reference
+
+
+def comparisons(arms: Sequence[Arm]) -> Compared:
     """By reference, in order of name, its comparisons with every other arm of its cells.
 
     Arms that share fewer than two seeds are not compared, and a label without any comparison is left out.

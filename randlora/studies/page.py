@@ -15,7 +15,7 @@ from randlora.records.metrics import Row
 from randlora.studies.arms import SEARCHED, Arm, Part, flat_settings, text
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
-from randlora.studies.comparisons import comparisons, ranking
+from randlora.studies.comparisons import Compared, ranking
 from randlora.studies.figures import looks
 from randlora.studies.frame import COST, differing
 from randlora.studies.groups import Cell, cell
@@ -31,6 +31,7 @@ def page(
     parts: Sequence[Part],
     of_parts: Mapping[str, Sequence[Arm]],
     layouts: Mapping[str, Sequence[Grid]],
+    compared: Mapping[str, Compared],
     reference: str,
     cost: bool = True,
 ) -> str:
@@ -41,6 +42,7 @@ def page(
         parts: Of studies, or of folders of runs.
         of_parts: The arms of each part, by its name.
         layouts: The tables of each part, by its name.
+        compared: The comparisons of each part, by its name.
         reference: The method that differences are first shown with.
         cost: Whether to give times and memory.
     """
@@ -51,7 +53,7 @@ def page(
         loader=jinja2.FileSystemLoader(FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    content = _data(parts, of_parts, reference, cost)
+    content = _data(parts, of_parts, compared, reference, cost)
     return environment.get_template("page.html").render(
         title=title,
         summary=_summary(parts),
@@ -76,7 +78,13 @@ def _summary(parts: Sequence[Part]) -> str:
     return f"{len(results):,} runs, of which {done:,} have finished: {counts}."
 
 
-def _data(parts: Sequence[Part], of_parts: Mapping[str, Sequence[Arm]], reference: str, cost: bool) -> Data:
+def _data(
+    parts: Sequence[Part],
+    of_parts: Mapping[str, Sequence[Arm]],
+    compared: Mapping[str, Compared],
+    reference: str,
+    cost: bool,
+) -> Data:
     """What the page's script reads, and under ``ids`` the address of each run by identity."""
     commands = Commands(result for part in parts for result in part.results)
     ids: dict[int, str] = {}
@@ -106,8 +114,8 @@ def _data(parts: Sequence[Part], of_parts: Mapping[str, Sequence[Arm]], referenc
                 **{key: getattr(pair.difference, key) for key in ("mean", "low", "high", "seeds", "p")},
                 "holm": pair.holm,
             }
-            for name, of_part in of_parts.items()
-            for label, pairs in comparisons(of_part).items()
+            for name, of_part in compared.items()
+            for label, pairs in of_part.items()
             for pair in pairs
         ],
         "ranks": {name: ranks for name, of_part in of_parts.items() if (ranks := _ranks(of_part))},

@@ -23,7 +23,7 @@ from randlora.errors import SettingsError
 from randlora.integrity import write
 from randlora.studies import tables
 from randlora.studies.arms import Arm, Part, arms, load
-from randlora.studies.comparisons import Comparison, comparisons, ranking
+from randlora.studies.comparisons import Compared, Comparison, comparisons, ranking
 from randlora.studies.figures import draw
 from randlora.studies.frame import tidy
 from randlora.studies.groups import spread
@@ -80,9 +80,10 @@ def report(parts: Sequence[Part], folder: Path, reference: str, published: Score
         frame.to_parquet(folder / "results.parquet", index=False)
         layouts = {name: grids(name, of_part, published) for name, of_part in of_parts.items()}
         write(folder / "tables.tex", "".join(f"{latex_table(grid)}\n" for part in layouts.values() for grid in part))
-        sections = [_section(name, of_part, layouts[name], reference) for name, of_part in of_parts.items()]
+        compared = {name: comparisons(of_part) for name, of_part in of_parts.items()}
+        sections = [_section(name, of_parts[name], layouts[name], compared[name], reference) for name in of_parts]
         write(folder / "tables.md", "\n\n".join(["# Tables", *sections]) + "\n")
-        write(folder / "index.html", page(_title(parts), parts, of_parts, layouts, reference, cost))
+        write(folder / "index.html", page(_title(parts), parts, of_parts, layouts, compared, reference, cost))
         drawn.result()
 
 
@@ -99,12 +100,12 @@ def _figures(of_parts: Mapping[str, Sequence[Arm]], folder: Path) -> None:
             draw(runs, *(folder / f"{name.replace(', ', '_')}.{ending}" for ending in FORMATS))
 
 
-def _section(name: str, of_part: Sequence[Arm], layouts: Sequence[Grid], reference: str) -> str:
+def _section(name: str, of_part: Sequence[Arm], layouts: Sequence[Grid], compared: Compared, reference: str) -> str:
     """A part in tables.md."""
     texts = [f"## {name}", *map(markdown_table, layouts)]
     if len(of_part) == 0:
         texts.append("No run has finished.")
-    if compared := comparisons(of_part):
+    if compared:
         texts.append(_differences(of_part, compared.get(reference, next(iter(compared.values())))))
     if (ranked := ranking(of_part)) is not None:
         rows = sorted(ranked.ranks.average.items(), key=lambda item: (item[1], item[0]))
