@@ -8,6 +8,7 @@ from pathlib import Path
 
 from randlora.records import Result, read
 from randlora.studies.collect import RESULTS
+from randlora.studies.layouts import MISSING
 from randlora.studies.tables import markdown
 
 HEAD = """\
@@ -21,27 +22,24 @@ figures and an interactive page of all of them. This page is made by
 
 def page(studies: Path) -> str:
     """A table of the folders in `studies` that have a page, by name."""
-    names = ["study", "question", "runs", "methods", "models", "tasks", "found"]
+    names = ["study", "question", "runs", "methods", "models", "tasks", "finding"]
     return f"{HEAD}\n\n{markdown(names, [_row(path) for path in sorted(studies.glob('*/README.md'))])}"
 
 
 def _row(path: Path) -> list[str]:
-    text = path.read_text()
+    text, page = path.read_text(), f"{path.parent.name}/README.md"
     title = text.partition("\n")[0].removeprefix("# ")
     asked = re.search(r"^\*\*Questions?\.\*\*(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-    words = " ".join(re.sub(r"\]\((?!http)", f"]({path.parent.name}/", asked[1] if asked else "–").split())
-    question = words.partition("? ")
+    sentences = re.split(r"(?<=[.:?;])\s", " ".join(asked[1].split()) if asked else "")
+    question = next((sentence for sentence in sentences if sentence.endswith("?")), MISSING)
     results = read(path.parent / RESULTS) if (path.parent / RESULTS).is_file() else []
-    heading = re.search(r"^#+ (Findings?|What .* shows?)\b.*$", text, re.MULTILINE)
-    anchor = "#" + re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading[0].lstrip("# ")).lower()) if heading else ""
-    return [
-        f"[{title}]({path.parent.name}/README.md)", question[0] + question[1].strip(), str(len(results) or "–"),
-        *(_names(results, name) for name in ("method", "model", "task")),
-        f"[finding]({path.parent.name}/README.md{anchor})",
-    ]  # fmt: skip
+    names = (_names(results, name) for name in ("method", "model", "task"))
+    # A browser scrolls to these words.
+    finding = f"[finding]({page}#:~:text=Finding)" if re.search(r"^\*\*Findings?\b", text, re.MULTILINE) else MISSING
+    return [f"[{title}]({page})", question, str(len(results) or MISSING), *names, finding]
 
 
 def _names(results: Sequence[Result], name: str) -> str:
     """Up to five names, or their number."""
     names = sorted({getattr(result, name) for result in results})
-    return (", ".join(names) if len(names) < 6 else str(len(names))) or "–"
+    return (", ".join(names) if len(names) < 6 else str(len(names))) or MISSING
