@@ -28,6 +28,7 @@ COMMANDS = {  # beside training: where the function is that is given the argumen
     "merge": "randlora.use.commands:merge_",
     "export": "randlora.use.commands:export_",
     "baselines": "randlora.baselines:command",
+    "report": "randlora.studies.report:main",
     "status": "randlora.sweeps.status:main",
 }
 

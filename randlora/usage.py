@@ -23,7 +23,8 @@ COMMANDS = """\
 {program} … --cfg job                       every setting of that run, and its value
 {program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine
 {program} predict RUN INPUT …               labels and scores by a finished run; also generate, merge and export
-{program} status RUNS                     how the runs and sweeps of a folder stand"""
+{program} status RUNS                       how the runs and sweeps of a folder stand
+{program} report RUNS --into FOLDER         their tables, figures and a page that works offline"""
 
 
 def usage(argv: Sequence[str]) -> str:

@@ -32,8 +32,6 @@ from randlora.records import read, state
 from randlora.studies import tables
 from randlora.studies.groups import check_keys, select
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "experiments" / "published"
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.best:
         print(tables.best(results, options.best.split(",")))
     elif options.published:
-        print(tables.beside_published(results, PUBLISHED))
+        print(tables.beside_published(results))
     elif options.metrics:
         print(tables.every_metric(results))
     elif options.seeds:

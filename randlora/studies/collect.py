@@ -35,7 +35,7 @@ def collect(runs: Path, study: Path, collection: str = "records", replace_differ
     Raises:
         SettingsError: The study has another result of a run, and `replace_different` is not set.
     """
-    new = [replace(_without_folders(result), collection=collection) for result in read(runs)]
+    new = [replace(without_folders(result), collection=collection) for result in read(runs)]
     results = {_key(result): result for result in (read(study) if (study / RESULTS).is_file() else [])}
     curves, before = read_curves(study), len(results)
     for result in new:
@@ -73,7 +73,8 @@ def _key(result: Result) -> Key:
     return result.collection, result.signature
 
 
-def _without_folders(result: Result) -> Result:
+def without_folders(result: Result) -> Result:
+    """The result with words for the folders of the machine that it was made on."""
     words = {result.config.get("data_root"): "FOLDER", result.config.get("run_root"): "runs"}
 
     def neutral(value: object) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from randlora.errors import SettingsError
 from randlora.records import Result
-from randlora.studies.groups import Cell, by_settings, cell, finished, percent
+from randlora.studies.arms import arms
+from randlora.studies.groups import Cell, cell, finished
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by everyone; a method keeps its own in every figure.
 COLOURS = {
@@ -20,34 +23,55 @@ COLOURS = {
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
 }  # fmt: skip
+OTHER_COLOUR = "#F0E442"  # of a method of one's own
+MARKERS = ("o", "s", "D", "^", "v", "P", ">", "<")  # begun at another place by each method
 ACROSS = 4  # panels in a row, so that a page's width shows them
 # Text stays text in an SVG, and the same results make the same file.
 SETTINGS: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "randlora"}
+NO_DATE: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 class Point(NamedTuple):
+    """An arm in a panel: its method, its label, its trained parameters, and its score, per cent, over seeds."""
+
     method: str
+    label: str
     parameters: int
-    mean: float  # per cent
+    mean: float
     deviation: float  # 0 of a single seed
+    seeds: int
 
 
 def panels(results: Sequence[Result]) -> dict[Cell, list[Point]]:
     """The points of each cell, by task and model and in the order of the budget's size."""
     points: dict[Cell, list[Point]] = {}
-    for runs in by_settings(results):
-        scores = [percent(run) for run in runs]
-        deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        point = Point(runs[0].method, runs[0].trainable_parameters or 0, statistics.mean(scores), deviation)
-        points.setdefault(cell(runs[0]), []).append(point)
+    for arm in arms(results):
+        parameters = arm.runs[0].trainable_parameters or 0
+        point = Point(arm.method, arm.label, parameters, arm.mean, arm.deviation or 0.0, len(arm.runs))
+        points.setdefault(arm.where, []).append(point)
     return dict(sorted(points.items(), key=lambda panel: (panel[0].task, panel[0].order)))
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Writes the figure; the ending decides the format.
+def looks(methods: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """The colour of each arm, its method's, and the number of its marker, which differs between a method's arms.
 
-    A panel per task, model and budget, four in a row; a point per method, its mean over seeds and sample deviation;
-    the dashed line is the score before training.
+    Args:
+        methods: By label of an arm, its method.
+    """
+    names = list(COLOURS)
+    marks = {}
+    for label, method in methods.items():
+        siblings = sorted(other for other in methods if methods[other] == method)
+        first = names.index(method) if method in COLOURS else len(names)
+        marks[label] = COLOURS.get(method, OTHER_COLOUR), (first + siblings.index(label)) % len(MARKERS)
+    return marks
+
+
+def draw(results: Sequence[Result], *paths: Path) -> None:
+    """Writes the figure to every one of the paths; the ending decides the format.
+
+    A panel per task, model and budget, four in a row, those of a task and model in one scale; a point per method, its
+    mean over n seeds and sample deviation; the dashed line is the score before training.
     """
     try:
         from matplotlib import rc_context
@@ -61,27 +85,41 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
     for axis in axes[len(shown) :]:
         axis.remove()
+    marks = looks({point.label: point.method for points in shown.values() for point in points})
+    alike: dict[tuple[str, str], list[Axes]] = {}
     for axis, (panel, points) in zip(axes, shown.items(), strict=False):
+        alike.setdefault((panel.task, panel.model), []).append(axis)
         for point in points:
+            colour, mark = marks[point.label]
             axis.errorbar(
-                point.parameters, point.mean, point.deviation, fmt="o", capsize=3, label=point.method,
-                color=COLOURS.get(point.method, "#F0E442"),
+                point.parameters, point.mean, point.deviation, fmt=MARKERS[mark], capsize=3, label=point.label,
+                color=colour,
             )  # fmt: skip
         if (before := example[panel].before) is not None:
             axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
-        used = f"{panel.data} shot{'s' * (panel.shots != 1)}" if panel.shots else f"{panel.data} of the data"
-        counts = [point.parameters for point in points]
+        counts, seeds = ([point[field] for point in points] for field in (2, 5))
+        n = " to ".join(map(str, dict.fromkeys((min(seeds), max(seeds)))))
         axis.set(
-            title=f"{panel.task}, {panel.model}\n{used}", xlabel="trained parameters",
+            title=f"{panel.task}, {panel.model}\n{panel.budget}, n = {n}", xlabel="trained parameters",
             ylabel=f"{example[panel].metric}, %", xscale="log",
             xlim=(min(counts) / 4, 4 * max(counts)),  # a power of ten at least, so that one is labelled
         )  # fmt: skip
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
+    for group in alike.values():
+        x, y = (
+            [*chain(*limits)] for limits in zip(*((axis.get_xlim(), axis.get_ylim()) for axis in group), strict=True)
+        )
+        for axis in group:
+            axis.set(xlim=(min(x), max(x)), ylim=(min(y), max(y)))
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    try:
-        with rc_context(SETTINGS):
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
-        raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 3), frameon=False
+    )
+    for path in paths:
+        try:
+            with rc_context(SETTINGS):
+                figure.savefig(path, metadata=NO_DATE.get(path.suffix))
+                figure.set_layout_engine("none")  # the first file's is kept: to find it is most of the work
+        except (OSError, ValueError) as error:  # no such folder; a format that matplotlib does not have
+            raise SettingsError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error

@@ -30,6 +30,11 @@ class Cell(NamedTuple):
         return str(self.shots or (f"{100 * self.fraction:g} %" if self.fraction else "all"))
 
     @property
+    def budget(self) -> str:
+        """`data` in words: 16 shots, 50 % of the data."""
+        return f"{self.data} shot{'s' * (self.shots != 1)}" if self.shots else f"{self.data} of the data"
+
+    @property
     def order(self) -> tuple[str, str, float, float]:
         """Sorts cells by name, and from few training examples to all."""
         return self.model, self.task, self.shots or float("inf"), self.fraction or 1.0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich.table import Table
 
 from randlora.records import Result
 from randlora.studies.groups import by_settings, cell, finished, paired, percent, spread, value
-from randlora.studies.statistics import holm
+from randlora.studies.published import beside, read_scores
+from randlora.studies.statistics import Difference, holm
 
 
 def markdown(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -113,27 +112,16 @@ def _metrics_row(label: str, runs: Sequence[Result], stage: str, names: Sequence
     return [where.task, where.model, where.data, label, *texts, len(runs)]
 
 
-def beside_published(results: Sequence[Result], folder: Path) -> str:
-    """Ours and the paper's, which are of one run each; the paper's variant is named, since a rank may differ.
-
-    Args:
-        folder: Of the paper's tables as CSV, ``table11.csv`` to ``table14.csv``.
-    """
-    published: dict[tuple, tuple[str, dict[str, str]]] = {}
-    for path in sorted(folder.glob("table1[1-4].csv")):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                budget = int(row["shots"] or 0) or None, float(row["fraction"] or 0) or None
-                published[row["model"], row["method"], *budget] = path.stem, row
-    rows = []
+def beside_published(results: Sequence[Result]) -> str:
+    """Ours and the paper's, which are of one run each; the paper's variant is named, since a rank may differ."""
+    published, rows = read_scores(), []
     for runs in by_settings(results):
         result, where = runs[0], cell(runs[0])
-        budget = where.shots, where.fraction or (None if where.shots else 1.0)
-        table, row = published.get((where.model, result.method, *budget), ("", {}))
-        source = f"{table} {row.get('variant', '')}".strip() if where.task in row else "not in the paper"
+        theirs = beside(published, result)
+        text, source = (theirs.text, theirs.source) if theirs else ("", "not in the paper")
         ours = spread([percent(run) for run in runs])
         count = _count(result.trainable_parameters)
-        rows.append([where.task, where.model, result.method, where.data, count, ours, row.get(where.task, ""), source])
+        rows.append([where.task, where.model, result.method, where.data, count, ours, text, source])
     names = ["task", "model", "method", "shots", "trained parameters", "ours, %", "published, %", "where"]
     return markdown(names, rows)
 
@@ -151,14 +139,24 @@ def differences(results: Sequence[Result], key: str, first: str, others: Sequenc
     rows = [
         [
             f"{first} - {other}", where.task, where.model, where.data, spread(pair.first), spread(pair.second),
-            f"{round(gap.mean, 2) + 0.0:+.2f}", f"{gap.low:+.2f} to {gap.high:+.2f}", gap.seeds,
-            f"{p:.3f}" if p >= 0.001 else "< 0.001",
+            *difference_cells(pair.difference, p),
         ]
         for (where, other, pair), p in zip(pairs, holm([pair.difference.p for *_, pair in pairs]), strict=True)
-        for gap in [pair.difference]
     ]  # fmt: skip
-    scores = [first, "the other", "difference, points", "95 % interval", "seeds", "p, Holm"]
-    return markdown([key, "task", "model", "shots", *scores], rows)
+    return markdown([key, *DIFFERENCE_NAMES[:3], first, *DIFFERENCE_NAMES[4:]], rows)
+
+
+DIFFERENCE_NAMES = (
+    "task", "model", "shots", "the first", "the other", "difference, points", "95 % interval", "seeds", "p, Holm",
+)  # fmt: skip
+
+
+def difference_cells(gap: Difference, p: float) -> list[object]:
+    """The last cells of a row of `differences`: the mean, its interval, the seeds, and p as corrected."""
+    return [
+        f"{round(gap.mean, 2) + 0.0:+.2f}", f"{gap.low:+.2f} to {gap.high:+.2f}", gap.seeds,
+        f"{p:.3f}" if p >= 0.001 else "< 0.001",
+    ]  # fmt: skip
 
 
 def _count(parameters: int | None) -> str:
