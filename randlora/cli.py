@@ -27,6 +27,7 @@ COMMANDS = {  # beside training: where the function is that is given the argumen
     "generate": "randlora.use.commands:generate_",
     "merge": "randlora.use.commands:merge_",
     "export": "randlora.use.commands:export_",
+    "spectra": "randlora.use.commands:spectra_",
     "baselines": "randlora.baselines:command",
     "report": "randlora.studies.report:main",
     "status": "randlora.sweeps.status:main",

@@ -1,8 +1,10 @@
-"""The commands predict, generate, merge and export: their arguments, and where what they say goes."""
+"""The commands predict, generate, merge, export and spectra: their arguments, and where what they say goes."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +17,8 @@ from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.integrity import write
 from randlora.use.generate import Generation, chat_prompt, generate
 from randlora.use.merge import export, merge
-from randlora.use.predict import predict, written
+from randlora.use.predict import predict, table_of, written
+from randlora.use.spectra import QUANTITIES, Look, spectra
 from randlora.use.trained import Trained
 
 RUN = "the folder of a finished run"
@@ -88,6 +91,25 @@ def export_(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=["peft"], default="peft")
     options = parser.parse_args(arguments)
     print(export(_trained(options), options.into))
+    return FINISHED
+
+
+def spectra_(arguments: Sequence[str]) -> int:
+    """randlora spectra RUN"""
+    parser = _parser("spectra", "Spectrum, rank, size and alignment of the update at every site, and their means.")
+    parser.add_argument("--directions", type=count, default=8, help="how many singular directions count")
+    parser.add_argument("--likeness", type=float, default=0.5, help="the cosine below which a direction is an intruder")
+    parser.add_argument("--into", type=Path, help="a .csv file, in place of the screen")
+    options = parser.parse_args(arguments)
+    look = Look(options.directions, options.likeness)
+    rows = [dataclasses.asdict(site) for site in spectra(_trained(options).backbone.module, look)]
+    sites = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
+    mean = {name: statistics.mean(row[name] for row in rows) for name in QUANTITIES}
+    table = table_of([*sites, {"site": "mean", "shape": "", **mean}])
+    if options.into:
+        write(options.into, table)
+    else:
+        print(table, end="")
     return FINISHED
 
 

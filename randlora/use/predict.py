@@ -71,15 +71,19 @@ def written(rows: Iterable[Mapping[str, Any]], ending: str) -> str:
     """Predictions as JSON lines or, for ``.csv``, as a table with a column for each class's score."""
     if ending != ".csv":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    text = io.StringIO()
-    flat = [
+    return table_of([
         {key: value for key, value in row.items() if key != "scores"}
         | {f"score {name}": score for name, score in row.get("scores", {}).items()}
         for row in rows
-    ]
-    writer = csv.DictWriter(text, list(flat[0]) if flat else ["input"], lineterminator="\n")
+    ])  # fmt: skip
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(rows)
     return text.getvalue()
 
 
