@@ -332,18 +332,19 @@ DROPPING = [
     LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5), EDoRA(4, dropout=0.5),
     MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
     FlatLoRA(4, dropout=0.5), GeLoRA(dropout=0.5, ranks={"layers.0": 5, "layers.1": 2}),
-    SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5),
+    SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5), VeRA(8, dropout=0.5, basis="kronecker"),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [7, 900])  # for which other plans are the cheapest
 @pytest.mark.parametrize("method", [m for m in DROPPING if not isinstance(m, EDoRA)])
-def test_dropout_is_on_the_inputs_of_the_update(method: Method) -> None:
+def test_dropout_is_on_the_inputs_of_the_update(method: Method, tokens: int) -> None:
     """Oracle: x W0ᵀ + b + drop(x) ΔWᵀ with one mask. EDoRA's acts on the base too and has a test of its own."""
     model, _ = adapted(method)
     randomise(model)
     for layer in adapted_layers(model).values():
         for rows, update in zip(layer.rows, layer.updates, strict=True):
-            base, x = layer.frozen(rows), torch.randn(3, 7, layer.in_features, dtype=torch.float64)
+            base, x = layer.frozen(rows), torch.randn(3, tokens, layer.in_features, dtype=torch.float64)
             torch.manual_seed(4)
             ours = update.train()(x, base)
             torch.manual_seed(4)
