@@ -1,6 +1,7 @@
 """The contract that every method keeps, on square, tall, wide, fused and transposed sites."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -242,6 +243,23 @@ def test_forward_and_gradients_equal_the_naive_formula(method: Method, tokens: i
             theirs = torch.autograd.grad((slow * weights).sum(), [x, *trained])
             for mine, oracle in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(mine, oracle, rtol=1e-11, atol=1e-11)
+
+
+LINEAR = [m for m in METHODS if not isinstance(m, DoRA | EDoRA)]
+OF_ALPHA = [m for m in LINEAR if hasattr(m, "rank") and getattr(m, "alpha", 0) is None]
+
+
+@pytest.mark.parametrize("method", OF_ALPHA, ids=str)
+def test_alpha_over_rank_multiplies_the_update(method: Method) -> None:
+    """And is 2 where no alpha is given. Those with a magnitude of their own have tests of their own."""
+    deltas = []
+    for alpha in (None, 3.0):
+        model, _ = adapted(dataclasses.replace(method, alpha=alpha))  # type: ignore[call-arg]
+        randomise(model)
+        layers = adapted_layers(model).values()
+        deltas.append([update.delta(layer.weight) for layer in layers for update in layer.updates])
+    for default, given in zip(*deltas, strict=True):
+        torch.testing.assert_close(given, default * (3.0 / method.rank / 2.0), rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
 
 
 @every_method
