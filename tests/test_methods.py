@@ -256,8 +256,13 @@ def test_alpha_over_rank_multiplies_the_update(method: Method) -> None:
     for alpha in (None, 3.0):
         model, _ = adapted(dataclasses.replace(method, alpha=alpha))  # type: ignore[call-arg]
         randomise(model)
-        layers = adapted_layers(model).values()
-        deltas.append([update.delta(layer.weight) for layer in layers for update in layer.updates])
+        deltas.append(
+            [
+                update.delta(layer.frozen(rows).weight)
+                for layer in adapted_layers(model).values()
+                for rows, update in zip(layer.rows, layer.updates, strict=True)
+            ]
+        )
     for default, given in zip(*deltas, strict=True):
         torch.testing.assert_close(given, default * (3.0 / method.rank / 2.0), rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
 
