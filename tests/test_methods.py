@@ -12,6 +12,7 @@ import randlora
 from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy
 from randlora.adapters.core import adapted_layers, relative_norms
 from randlora.adapters.interface import Frozen, Site
+from randlora.bases import DenseBasis
 from randlora.methods import (
     DoRA,
     EDoRA,
@@ -218,6 +219,22 @@ def test_very_sparse_bases_leave_columns_without_an_update() -> None:
     reached = update.fixed().A.abs().sum(0) > 0
     assert (~reached).float().mean().item() == pytest.approx(0.9**4, abs=0.08)
     assert torch.equal(update.delta(model[0].weight).abs().sum(0) > 0, reached)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity"), [({"basis": "sparse", "sparsity": 8.0}, 8.0), ({"basis": "very_sparse"}, 10.0)]
+)
+@pytest.mark.parametrize("method", [VeRA, NoLA, RandLoRA, RandLoRAa])
+def test_bases_are_as_sparse_as_asked(method: type, options: dict, sparsity: float) -> None:
+    """A share 1 - 2/s of zeros and entries ±√(s/2); very sparse: s is the root of the smaller side, here 100."""
+    model = nn.Sequential(nn.Linear(100, 400), nn.Tanh(), nn.Linear(400, 100))
+    randlora.adapt(model, method(rank=20, **options), ["0"])
+    bases = {id(m): m for m in model.modules() if isinstance(m, DenseBasis) and "A0" not in m.name}.values()
+    assert len(bases) == 2
+    for basis in bases:
+        entries = basis.block(*basis.matrix.shape)
+        assert (entries == 0).float().mean().item() == pytest.approx(1 - 2 / sparsity, abs=0.02)
+        assert entries.abs().max().item() == pytest.approx(math.sqrt(sparsity / 2))
 
 
 def all_updates(model: nn.Module) -> list:
