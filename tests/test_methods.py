@@ -11,7 +11,7 @@ from torch import nn
 import randlora
 from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy
 from randlora.adapters.core import adapted_layers, relative_norms
-from randlora.adapters.interface import Frozen, Site
+from randlora.adapters.interface import Frozen, Site, Update
 from randlora.bases import DenseBasis
 from randlora.methods import (
     DoRA,
@@ -282,6 +282,20 @@ def test_alpha_over_rank_multiplies_the_update(method: Method) -> None:
         )
     for default, given in zip(*deltas, strict=True):
         torch.testing.assert_close(given, default * (3.0 / method.rank / 2.0), rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_an_update_with_a_delta_alone_has_an_output() -> None:
+    """The least that a method of one's own gives. Oracle: x (W0 + ΔW)ᵀ + b."""
+
+    class Twice(Update):
+        def delta(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.float()
+
+    weight, bias, x = torch.randn(5, 3), torch.randn(5), torch.randn(2, 4, 3)
+    torch.testing.assert_close(Twice()(x, Frozen(weight, bias)), x @ (2 * weight).T + bias)
+    half = Twice()(x.bfloat16(), Frozen(weight.bfloat16(), None))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), x @ (2 * weight).T, rtol=0.05, atol=0.05)
 
 
 @every_method
