@@ -40,6 +40,7 @@ from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
 from randlora.training.evaluate import prefixed
 from randlora.training.loop import Loop
+from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
 from randlora.training.watch import LossWatch
 
@@ -547,6 +548,19 @@ def test_a_training_is_as_long_as_its_epochs_or_as_asked(tmp_path: Path) -> None
     result = fit(model(LoRA(2)), tmp_path, max_steps=None, epochs=2, batch_size=10)
     assert result.steps == 6
     assert result.seconds_per_step == pytest.approx(result.train_seconds / 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes differ"), False), (ValueError("out of memory"), False),
+    ],
+)  # fmt: skip
+def test_errors_of_memory(error: Exception, is_one: bool) -> None:
+    """As torch words them."""
+    assert out_of_memory(error) == is_one
 
 
 def test_schedules() -> None:
