@@ -823,6 +823,18 @@ def test_positions(name: str, expected: tuple[str, str] | None) -> None:
     assert position(name) == (expected and Position(*expected))
 
 
+def test_heads_are_those_of_the_nearest_module_that_says_or_of_the_configuration() -> None:
+    block = nn.ModuleDict({"attn": nn.ModuleDict({"q": nn.Linear(2, 2)}), "fc": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"block": block, "head": nn.Linear(2, 2)})
+    sites = places(model, ["*"])
+    assert attention_heads(model, sites) == {}
+    model.config = type("Configuration", (), {"num_attention_heads": 7})  # type: ignore[assignment]
+    block.num_heads, block["attn"].num_attention_heads = "many", 3
+    assert attention_heads(model, sites) == {"block.attn.q": 3, "block.fc": 7, "head": 7}
+    model.num_heads = 5  # type: ignore[assignment]
+    assert attention_heads(model, sites) == {"block.attn.q": 3, "block.fc": 5, "head": 5}
+
+
 @pytest.mark.parametrize(
     ("model", "heads"),
     [("clip_vit_b32", {8, 12}), ("roberta_base", {12}), ("gpt2_medium", {16}), ("llama3_8b", {32}), ("vit_s14", {6}),
