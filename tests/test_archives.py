@@ -19,6 +19,7 @@ from scipy.io import savemat
 from conftest import REPOSITORY, settings
 from randlora.config import build
 from randlora.data.archives import READERS, read, write
+from randlora.data.archives import files as archive_files
 from randlora.data.archives.arrays import VOC
 from randlora.data.archives.files import EUROSAT
 from randlora.errors import SettingsError
@@ -339,3 +340,18 @@ def test_the_command_line_says_what_is_missing_and_where_to_get_it(
     assert "robots.ox.ac.uk" in said
     assert program(script, "prepare", "dtd", "--from", tmp_path / "no", "--root", tmp_path) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_eurosats_split_is_the_recorded_draw(tmp_path: Path) -> None:
+    """270 of a class for validation and 270 for test, a third of a smaller class for each; which ones never changes."""
+    for count, name in zip([1000, 10], EUROSAT, strict=False):
+        (tmp_path / "2750" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "2750" / name / f"{i:03}.jpg").touch()
+    for name in list(EUROSAT)[2:]:
+        (tmp_path / "2750" / name).mkdir()
+    splits = archive_files.eurosat(tmp_path).splits
+    counts = {split: [sum(label == of for _, label in rows) for of in (0, 1)] for split, rows in splits.items()}
+    assert counts == {"train": [460, 4], "validation": [270, 3], "test": [270, 3]}
+    small = {split: [int(file.stem) for file, label in rows if label == 1] for split, rows in splits.items()}
+    assert small == {"train": [9, 5, 3, 7], "validation": [1, 6, 4], "test": [0, 2, 8]}

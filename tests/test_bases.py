@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -194,3 +195,16 @@ def test_a_products_multiplications_are_counted() -> None:
     assert sparse.multiplications() == int((sparse.matrix() != 0).sum()) > 0
     for rows, columns in ((48, 24), (24, 48)):
         assert KroneckerBasis("m", rows, columns, seed=0)(rows, columns).multiplications() == 336
+
+
+def test_sparse_products_say_nothing_of_torchs_beta() -> None:
+    basis = DenseBasis.drawn("m", 30, 20, seed=0, distribution="ternary", sparsity=20.0)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            basis(30, 20).times(torch.ones(20, 1))
+        with pytest.warns(UserWarning, match="Sparse CSR tensor support is in beta"):
+            torch.ones(2, 2).to_sparse_csr()
+    finally:
+        torch.set_warn_always(False)

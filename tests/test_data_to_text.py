@@ -42,6 +42,12 @@ def test_text_metrics_are_the_challenges() -> None:
     assert found == pytest.approx(expected, rel=1e-8)
 
 
+def test_bleu_is_a_part_of_one_and_the_other_metrics_are_as_they_are() -> None:
+    expected = text_metrics.scores(MADE, REFERENCES)
+    scores = task("e2e_nlg").score({"made": MADE, "references": REFERENCES})
+    assert scores == expected | {"bleu": pytest.approx(0.4627201752)}
+
+
 def test_meteor_says_why_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_metrics.shutil, "which", lambda name: None)
     monkeypatch.setattr(text_metrics.importlib.util, "find_spec", lambda name: object())

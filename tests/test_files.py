@@ -279,7 +279,7 @@ def test_a_base_in_another_precision(tmp_path: Path) -> None:
         randlora.load_adapter(first_toy().to(cast), tmp_path / folder)
         with pytest.raises(SettingsError, match="on another model"):
             randlora.load_adapter(Toy().to(cast), tmp_path / folder)
-    with pytest.warns(UserWarning, match=r"cannot be told: its weights were of another precision"):
+    with pytest.warns(UserWarning, match="cannot be told: .* another precision, and names and shapes alone agree$"):
         randlora.load_adapter(first_toy().half(), tmp_path / "float32")
 
 
@@ -319,7 +319,7 @@ def test_an_adapter_of_before_checksums_is_read_with_a_warning(folder: Path) -> 
         randlora.load_adapter(first_toy(), folder)
     (folder / "adapter.json").write_text(json.dumps(old))
     model = Toy()
-    with pytest.warns(UserWarning, match="written before adapters had checksums"):
+    with pytest.warns(UserWarning, match="before adapters had .* another base model go unnoticed; save it again$"):
         randlora.load_adapter(model, folder)
     stored = load_file(folder / "adapter.safetensors")["lambda_"]
     trained = adaptation_of(model).trained()  # type: ignore[union-attr]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from randlora.data.sources import Digits
 from randlora.errors import SettingsError
-from randlora.models.base import Backbone
+from randlora.models.base import Backbone, Pixels
 from randlora.tasks import ImageCaptions, ImageClassification
 from randlora.tasks.image_classification import ClipClassifier
 
@@ -145,3 +146,62 @@ def test_predictions_are_over_all_classes_and_losses_per_image() -> None:
     assert images.score(columns | {"predicted": [3, 1, 2, 2, 2]}) == {
         "accuracy": 0.4, "loss": pytest.approx(losses.mean().item(), rel=1e-5),
     }  # fmt: skip
+
+
+CAPTIONS = ["a {name}", "a {name}, a kind of {kind}", "some {kind}"]
+
+
+def captioned() -> tuple[ImageCaptions, Backbone]:
+    """Four classes, of which b and d are of one kind; texts are three letters long, so tokens can be read."""
+    torch.manual_seed(0)
+    pixels = Pixels(2, (0.0,) * 3, (1.0,) * 3)
+    codes: dict[str, int] = {}
+
+    def tokens(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[codes.setdefault(text, len(codes)), 0, 0] for text in texts])
+
+    pairs = ImageCaptions(
+        "t", Digits(), {}, class_names=NAMES, templates=["x {}"], captions=CAPTIONS, kinds_of={"fish": ["b", "d"]}
+    )
+    backbone = Backbone(TwoTowers(), "clip", 8, pixels=pixels, tokenizer=lambda: tokens)
+    backbone.codes = codes  # type: ignore[attr-defined]
+    return pairs, backbone
+
+
+def test_an_image_comes_with_one_of_its_classs_captions() -> None:
+    """Any of the three; a class without a kind is its own; the third caption speaks of the kind alone."""
+    pairs, backbone = captioned()
+    encoder, seen = pairs.encoder(backbone, training=True), set()
+    assert encoder.random
+    image = Image.new("RGB", (2, 2), (255, 0, 0))
+    for _ in range(40):
+        for label, name, kind in ((0, "a", "a"), (1, "b", "fish"), (3, "d", "fish")):
+            item = encoder({"image": image, "label": label})
+            text = {code: text for text, code in backbone.codes.items()}[int(item["tokens"][0])]  # type: ignore[attr-defined]
+            assert text in [caption.format(name=name, kind=kind) for caption in CAPTIONS]
+            assert bool(item["general"]) == text.startswith("some ")
+            assert (item["label"], int(item["kind"])) == (label, {"a": 0, "fish": 1}[kind])
+            assert item["image"][0].eq(1).all()
+            seen.add(text)
+    assert len(seen) == 8  # the two fish have "some fish" in common
+    plain = pairs.encoder(backbone, training=False)
+    assert not plain.random
+    assert set(plain({"image": image, "label": 1})) == {"image", "label"}
+    planned = pairs.sample(backbone, 5)
+    batch = encoder.collate([encoder({"image": image, "label": 1})] * 5)
+    assert {key: (value.shape, value.dtype) for key, value in planned.items()} == {
+        key: (value.shape, value.dtype) for key, value in batch.items()
+    }
+
+
+def test_images_and_captions_are_compared_pair_by_pair_and_scored_by_class() -> None:
+    """Oracle: CLIP's similarity, scale times the cosine, written out; scores are the classifier's on its templates."""
+    pairs, backbone = captioned()
+    model = pairs.bind(backbone).model
+    images, tokens, labels = torch.randn(5, 4), torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 3])
+    clip = backbone.module
+    rows = [F.normalize(part, dim=-1) for part in (clip.encode_image(images), clip.encode_text(tokens))]  # type: ignore[operator]
+    torch.testing.assert_close(model(images, tokens), clip.logit_scale.exp() * rows[0] @ rows[1].T)  # type: ignore[operator, union-attr]
+    plain = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"])
+    batch = {"image": images, "label": labels}
+    assert pairs.predict(model, batch) == plain.predict(plain.bind(backbone).model, batch)

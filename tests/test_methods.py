@@ -1,6 +1,7 @@
 """The contract that every method keeps, on square, tall, wide, fused and transposed sites."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 import randlora
 from conftest import BLOCK_TARGETS, TOY_TARGETS, Blocks, Toy
 from randlora.adapters.core import adapted_layers, relative_norms
-from randlora.adapters.interface import Frozen, Site
+from randlora.adapters.interface import Frozen, Site, Update
+from randlora.bases import DenseBasis
 from randlora.methods import (
     DoRA,
     EDoRA,
@@ -219,6 +221,22 @@ def test_very_sparse_bases_leave_columns_without_an_update() -> None:
     assert torch.equal(update.delta(model[0].weight).abs().sum(0) > 0, reached)
 
 
+@pytest.mark.parametrize(
+    ("options", "sparsity"), [({"basis": "sparse", "sparsity": 8.0}, 8.0), ({"basis": "very_sparse"}, 10.0)]
+)
+@pytest.mark.parametrize("method", [VeRA, NoLA, RandLoRA, RandLoRAa])
+def test_bases_are_as_sparse_as_asked(method: type, options: dict, sparsity: float) -> None:
+    """A share 1 - 2/s of zeros and entries ±√(s/2); very sparse: s is the root of the smaller side, here 100."""
+    model = nn.Sequential(nn.Linear(100, 400), nn.Tanh(), nn.Linear(400, 100))
+    randlora.adapt(model, method(rank=20, **options), ["0"])
+    bases = {id(m): m for m in model.modules() if isinstance(m, DenseBasis) and "A0" not in m.name}.values()
+    assert len(bases) == 2
+    for basis in bases:
+        entries = basis.block(*basis.matrix.shape)
+        assert (entries == 0).float().mean().item() == pytest.approx(1 - 2 / sparsity, abs=0.02)
+        assert entries.abs().max().item() == pytest.approx(math.sqrt(sparsity / 2))
+
+
 def all_updates(model: nn.Module) -> list:
     return [update for layer in adapted_layers(model).values() for update in layer.updates]
 
@@ -242,6 +260,42 @@ def test_forward_and_gradients_equal_the_naive_formula(method: Method, tokens: i
             theirs = torch.autograd.grad((slow * weights).sum(), [x, *trained])
             for mine, oracle in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(mine, oracle, rtol=1e-11, atol=1e-11)
+
+
+LINEAR = [m for m in METHODS if not isinstance(m, DoRA | EDoRA)]
+OF_ALPHA = [m for m in LINEAR if hasattr(m, "rank") and getattr(m, "alpha", 0) is None]
+
+
+@pytest.mark.parametrize("method", OF_ALPHA, ids=str)
+def test_alpha_over_rank_multiplies_the_update(method: Method) -> None:
+    """And is 2 where no alpha is given. Those with a magnitude of their own have tests of their own."""
+    deltas = []
+    for alpha in (None, 3.0):
+        model, _ = adapted(dataclasses.replace(method, alpha=alpha))  # type: ignore[call-arg]
+        randomise(model)
+        deltas.append(
+            [
+                update.delta(layer.frozen(rows).weight)
+                for layer in adapted_layers(model).values()
+                for rows, update in zip(layer.rows, layer.updates, strict=True)
+            ]
+        )
+    for default, given in zip(*deltas, strict=True):
+        torch.testing.assert_close(given, default * (3.0 / method.rank / 2.0), rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_an_update_with_a_delta_alone_has_an_output() -> None:
+    """The least that a method of one's own gives. Oracle: x (W0 + ΔW)ᵀ + b."""
+
+    class Twice(Update):
+        def delta(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.float()
+
+    weight, bias, x = torch.randn(5, 3), torch.randn(5), torch.randn(2, 4, 3)
+    torch.testing.assert_close(Twice()(x, Frozen(weight, bias)), x @ (2 * weight).T + bias)
+    half = Twice()(x.bfloat16(), Frozen(weight.bfloat16(), None))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), x @ (2 * weight).T, rtol=0.05, atol=0.05)
 
 
 @every_method
@@ -332,18 +386,19 @@ DROPPING = [
     LoRA(4, dropout=0.5), VeRA(8, dropout=0.5), NoLA(dropout=0.5), RandLoRA(4, dropout=0.5), EDoRA(4, dropout=0.5),
     MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
     FlatLoRA(4, dropout=0.5), GeLoRA(dropout=0.5, ranks={"layers.0": 5, "layers.1": 2}),
-    SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5),
+    SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5), VeRA(8, dropout=0.5, basis="kronecker"),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [7, 900])  # for which other plans are the cheapest
 @pytest.mark.parametrize("method", [m for m in DROPPING if not isinstance(m, EDoRA)])
-def test_dropout_is_on_the_inputs_of_the_update(method: Method) -> None:
+def test_dropout_is_on_the_inputs_of_the_update(method: Method, tokens: int) -> None:
     """Oracle: x W0ᵀ + b + drop(x) ΔWᵀ with one mask. EDoRA's acts on the base too and has a test of its own."""
     model, _ = adapted(method)
     randomise(model)
     for layer in adapted_layers(model).values():
         for rows, update in zip(layer.rows, layer.updates, strict=True):
-            base, x = layer.frozen(rows), torch.randn(3, 7, layer.in_features, dtype=torch.float64)
+            base, x = layer.frozen(rows), torch.randn(3, tokens, layer.in_features, dtype=torch.float64)
             torch.manual_seed(4)
             ours = update.train()(x, base)
             torch.manual_seed(4)

@@ -66,7 +66,9 @@ def test_files_of_every_kind_with_labels_of_every_kind(
         write(tmp_path / "x" / f"{split}.{ending}", labels, "review", "stars")
     task = own("own_texts", tmp_path, "task.source.columns={review: text, stars: label}")
     assert isinstance(task, TextClassification)
-    assert task.names() == [str(label) for label in sorted(set(labels))]
+    names = [str(label) for label in sorted(set(labels))]
+    assert task.names() == names
+    assert task.remark() == f"classes in the order of their labels: {', '.join(names)}"
     for table in task.open().values():
         assert [table[i]["text"] for i in range(4)] == TEXTS
         assert [table[i]["label"] for i in range(4)] == table.column("label").tolist() == numbered

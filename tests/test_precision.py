@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from randlora.training.precision import attention_in_float32
+from randlora.training.precision import attention_in_float32, attention_rule, autocast
 
 SHAPE = (2, 4, 5, 8)
 
@@ -58,3 +58,22 @@ def test_checkpointing_runs_the_same_attention_again() -> None:
             gradients.append(torch.autograd.grad(out.sum(), inputs))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_bf16_is_bfloat16_whatever_the_devices_default() -> None:
+    default = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            with autocast("cpu", precision):
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "due"), [("cpu", "bf16", True), ("cpu", "fp32", False), ("cuda", "bf16", False)]
+)
+def test_attention_in_float32_is_due_on_cpus_under_autocast(device: str, precision: str, due: bool) -> None:
+    with attention_rule(device, precision), torch.autocast("cpu", torch.bfloat16):
+        assert (F.scaled_dot_product_attention(*qkv(torch.float32)).dtype == torch.float32) == due

@@ -294,3 +294,36 @@ def test_the_first_failure_of_all_processes_is_the_runs(monkeypatch: pytest.Monk
     assert peers(0, run="b").first(stopped) == stopped
     assert peers(0, world=1).first(failed) == failed
     assert peers(0, world=1).store is None
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "FSDP"])
+def test_accelerate_is_asked_for_plain_data_parallelism(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed buffers are not sent, a peer is waited for as long as asked, and what else it may bring is refused."""
+    asked: dict = {}
+
+    class Recorder:
+        distributed_type = type("Kind", (), {"value": kind})
+
+        def __init__(self, **options: object) -> None:
+            asked.update(options)
+
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    if kind == "FSDP":
+        with pytest.raises(SettingsError, match="accelerate brings FSDP, and only plain data parallelism"):
+            processes.processes(True, 2.5)
+    else:
+        assert isinstance(processes.processes(True, 2.5), Recorder)
+    data_parallel, group = asked.pop("kwargs_handlers")
+    assert asked == {"cpu": True}
+    assert not data_parallel.broadcast_buffers
+    assert group.timeout.total_seconds() == 150
+
+
+def test_scores_are_taken_with_the_trainers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, observer = Trainer(evaluation_batch_size=7, workers=3, precision="bf16"), Quiet()
+    given = ("task", "model", "split", "accelerator")
+    for name in ("evaluate", "predictions", "mean_loss"):
+        monkeypatch.setattr(f"randlora.training.settings.{name}", lambda *parts, **options: (parts, options))
+        parts, options = getattr(trainer, name)(*given[:3], observer, given[3])
+        assert parts == given
+        assert options == {"batch_size": 7, "workers": 3, "precision": "bf16", "say": observer.say}

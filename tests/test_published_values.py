@@ -126,6 +126,30 @@ def areas(images: Tensor) -> Tensor:
     return spans[0] * spans[1]
 
 
+CROP = "RandomResizedCrop(size=(60, 60), scale=({}, 1.0), ratio=(0.75, 1.3333), interpolation=bicubic, antialias=True)"
+SIMCLR = [
+    "RandomApply( p=0.8 ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4),",
+    "hue=(-0.1, 0.1)) ) RandomGrayscale(p=0.2) RandomApply( p=0.5 GaussianBlur(kernel_size=(7, 7), sigma=(0.1, 2.0)) )",
+]
+STEPS = {
+    "none": ["Resize(size=60, interpolation=bicubic, max_size=None, antialias=True) CenterCrop(size=(60, 60))"],
+    "crop": [CROP.format(0.5)],
+    "crop_flip": [CROP.format(0.5), "RandomHorizontalFlip(p=0.5)"],
+    "clip": [CROP.format(0.9)],
+    "strong": [CROP.format(0.2), *SIMCLR, "RandomHorizontalFlip(p=0.5)"],
+}
+
+
+@pytest.mark.parametrize("augmentation", STEPS)
+def test_an_augmentations_steps(augmentation: str) -> None:
+    """As torchvision prints them. The RandLoRA authors' src/finetune.py; strong: SimCLR."""
+    transform = image_transform(Pixels(60, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), augmentation)
+    steps = " ".join(
+        ["Lambda()", *STEPS[augmentation], "ToTensor() Normalize(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))"]
+    )
+    assert " ".join(str(transform).split()) == f"Compose( {steps} )"
+
+
 @pytest.mark.parametrize(("augmentation", "smallest"), [("crop", 0.5), ("crop_flip", 0.5), ("clip", 0.9)])
 def test_crops_show_the_published_share_of_the_image(augmentation: str, smallest: float) -> None:
     """The RandLoRA authors' src/finetune.py crops to a scale of 0.5 to 1, its --base-augs (CLIP's own) to 0.9 to 1."""

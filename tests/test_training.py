@@ -40,6 +40,7 @@ from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
 from randlora.training.evaluate import prefixed
 from randlora.training.loop import Loop
+from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
 from randlora.training.watch import LossWatch
 
@@ -492,6 +493,21 @@ def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
     assert Optimizer(algorithm).state_bytes(parameters) == expected
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "says"),
+    [
+        (Optimizer("Rprop"), 0.1, "trainer.weight_decay=0.1: torch.optim.Rprop has none; use 0"),
+        (Optimizer("AdamW", betas=[0.5, 1.5]), 0.0, "optimizer=AdamW: Invalid beta parameter at index 1: 1.5"),
+        (Optimizer("SparseAdam"), 0.0, r"optimizer=SparseAdam: cannot take a step on dense gradients alone \(Sparse"),
+        (Optimizer("LBFGS"), 0.0, "optimizer=LBFGS: "),
+    ],
+)
+def test_an_optimiser_is_tried_before_a_run(optimizer: Optimizer, decay: float, says: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{says}"):
+        optimizer.check(decay)
+    Optimizer("Rprop").check(0.0)
+
+
 def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
     import os
     import signal
@@ -525,6 +541,26 @@ def test_a_loss_above_its_start_is_said_aloud_once() -> None:
     assert "above its start, 1" in said[3]  # type: ignore[operator]
     calm = LossWatch(window=4)
     assert not any(calm.add(loss) for loss in [1.0, 1.2, 0.9, 0.8, 0.7])
+
+
+def test_a_training_is_as_long_as_its_epochs_or_as_asked(tmp_path: Path) -> None:
+    """30 examples in batches of 10, twice."""
+    result = fit(model(LoRA(2)), tmp_path, max_steps=None, epochs=2, batch_size=10)
+    assert result.steps == 6
+    assert result.seconds_per_step == pytest.approx(result.train_seconds / 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes differ"), False), (ValueError("out of memory"), False),
+    ],
+)  # fmt: skip
+def test_errors_of_memory(error: Exception, is_one: bool) -> None:
+    """As torch words them."""
+    assert out_of_memory(error) == is_one
 
 
 def test_schedules() -> None:
