@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
@@ -57,6 +58,7 @@ def _main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_SETTINGS
     finally:
+        runs.conclude()
         _end_process_group()
     return max(runs.codes, default=FINISHED)
 
@@ -66,10 +68,12 @@ class Runs:
 
     Attributes:
         codes: The exit codes of the runs so far, to which a launcher adds those of other processes.
+        conclude: What a launcher still has to say when all have run.
     """
 
     def __init__(self) -> None:
         self.codes: list[int] = []
+        self.conclude: Callable[[], None] = lambda: None
 
     def __call__(self, config: DictConfig) -> float | None:
         """Runs it; returns the validation score, which a sweeper may optimise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class Runs(Protocol):
-    """What is called with the settings of each run, in whatever process, and the exit codes that came of it here."""
+    """What is called with the settings of each run: `randlora.cli.Runs`."""
 
     codes: list[int]
+    conclude: Callable[[], None]
 
     def __call__(self, config: DictConfig) -> float | None:
         """Runs it; returns what a sweeper may optimise."""
@@ -64,6 +65,8 @@ class Local(BasicLauncher):
         """Hydra's call with jobs, each as its overrides."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return super().launch(job_overrides, initial_job_idx)
+        # Else torch asks CUDA itself, and of a process that has done so no child can use a GPU.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         from randlora.sweeps.making import make
 
         return make(self, job_overrides, initial_job_idx)

@@ -29,7 +29,15 @@ from randlora.records.versions import commit
 from randlora.run import summary
 from randlora.signals import STOP
 from randlora.studies import tables
-from randlora.sweeps.planning import Planned, complaints, compose, dry_table, seconds_per_step, training_seconds
+from randlora.sweeps.planning import (
+    Planned,
+    complaints,
+    compose,
+    dry_table,
+    seconds_per_step,
+    training_seconds,
+    without_hydra,
+)
 from randlora.sweeps.pool import Pool
 from randlora.sweeps.progress import Display, duration
 from randlora.sweeps.sweep import FAILURES, NAME, ORDER, TO_DO, Job, Standing, Sweep, standing
@@ -213,7 +221,7 @@ class _Making:
         return known._replace(why=known.why or self.said.get(number, ""))
 
     def _conclude(self, seconds: float) -> None:
-        """A line for each state, with the jobs that have not finished, and the table."""
+        """How many jobs there are in each state, and which have not finished."""
         standings = {number: self._standing(number) for number in self.jobs}
         counts = Counter(state for state, _ in standings.values())
         states = ", ".join(f"{counts[state]} {state}" for state in ORDER if state in counts)
@@ -226,7 +234,11 @@ class _Making:
             _say("the same command goes on")
         if counts.keys() & {*FAILURES}:
             _say("retry=true runs again what has failed")
-        results = [result for folder in self.folders.values() if (result := _result(folder))]
+        self.launcher.runs.conclude = self._show_results
+
+    def _show_results(self) -> None:
+        """The table of the results of all jobs that the sweep has had."""
+        results = [result for job in self.sweep.jobs if (result := _result(self.sweep.root / job.folder))]
         if results:
             _print(tables.each(results))
 
@@ -242,8 +254,7 @@ def _run_here(launcher: Local, job: Planned) -> JobReturn:
 
 def _returned(job: Planned, objective: float | None) -> JobReturn:
     """What Hydra's sweepers are told of a job."""
-    config = OmegaConf.masked_copy(job.config, [*job.config.keys() - {"hydra"}])
-    returned = JobReturn(overrides=job.overrides, cfg=config, status=JobStatus.COMPLETED)
+    returned = JobReturn(overrides=job.overrides, cfg=without_hydra(job.config), status=JobStatus.COMPLETED)
     returned.return_value = objective
     return returned
 
