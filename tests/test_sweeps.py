@@ -219,7 +219,7 @@ def test_all_jobs_are_checked_before_one_starts_and_a_dry_run_is_one_table(
 
 
 def test_a_run_that_another_process_is_at_is_tried_last_and_left(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """Here this one; and what another sweep of the same runs has finished is skipped."""
     command = *_COMMON, f"model.weights={model}", "method=lora", "trainer.save_every=2", f"run_root={tmp_path}"
@@ -244,6 +244,10 @@ def test_a_run_that_another_process_is_at_is_tried_last_and_left(
     (seconds,) = seconds_per_step(tmp_path).values()
     results = [Result.read(folder / "result.json").seconds_per_step or 0 for folder in (busy, free)]
     assert seconds == pytest.approx(sum(results) / 2)
+    for folder, code, said in ((tmp_path, FINISHED, "2 finished"), (tmp_path / "none", WRONG_SETTINGS, "no run below")):
+        monkeypatch.setattr(sys, "argv", ["randlora", "status", str(folder)])
+        assert cli.main() == code
+        assert said in "".join(capfd.readouterr())
 
 
 def test_few_reasons_are_a_sentence_each() -> None:

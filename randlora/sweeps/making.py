@@ -101,7 +101,6 @@ class _Making:
         self.folders = {number: folder for folder, number in first.items()}
         self.jobs = {number: jobs[number] for number in self.folders}
         self.sweep = launcher.sweep = self._opened()
-        self.log = self.sweep.folder / "{:04}.log"
         self.said: dict[int, str] = {}  # how a process ended that left no result
         self.waiting = self._to_do()
         self.display = Display(len(self.waiting), sum(jobs[number].steps for number in self.waiting))
@@ -116,7 +115,7 @@ class _Making:
                 # Asked to stop before anything was begun, the first run says so in its record.
                 while self.waiting and pool.free and not (STOP.came and started):
                     number, started = self.waiting.pop(0), started + 1
-                    pool.start(number, partial(self._child, number), Path(str(self.log).format(number)))
+                    pool.start(number, partial(self._child, number), self._log(number))
                 if STOP.came and not passed_on:
                     passed_on = True
                     pool.signal(signal.Signals[STOP.reason])
@@ -195,6 +194,10 @@ class _Making:
         others = f", and {unknown} jobs of which nothing is known" if unknown else ""
         return f"{plan}; by finished runs like these about {duration(seconds / workers)} of training{others}"
 
+    def _log(self, number: int) -> Path:
+        """The file with what a job's processes have said."""
+        return self.sweep.folder / f"{number:04}.log"
+
     def _child(self, number: int) -> int:
         """A run's whole process."""
         self.codes.clear()
@@ -212,7 +215,7 @@ class _Making:
             return
         if standing(folder).state in ("dead", TO_DO):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            self.said[number] = f"its process {how}; {str(self.log).format(number)} has what it said"
+            self.said[number] = f"its process {how}; {self._log(number)} has what it said"
         self.display.say(f"{job.label}: {self._standing(number)}")
 
     def _standing(self, number: int) -> Standing:
