@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ def _main() -> int:
     except SettingsError as error:
         return _refused(error)
     finally:
+        runs.conclude()
         _end_process_group()
     return max(runs.codes, default=FINISHED)
 
@@ -78,10 +80,12 @@ class Runs:
 
     Attributes:
         codes: The exit codes of the runs so far, to which a launcher adds those of other processes.
+        conclude: What a launcher still has to say when all have run.
     """
 
     def __init__(self) -> None:
         self.codes: list[int] = []
+        self.conclude: Callable[[], None] = lambda: None
 
     def __call__(self, config: DictConfig) -> float | None:
         """Runs it; returns the validation score, which a sweeper may optimise."""

@@ -23,21 +23,23 @@ from rich.console import Console
 from test_interruption import code_of, forked
 
 import randlora.run
+from conftest import settings
 from randlora import cli
 from randlora.analysis.campaign_programs import _COMMON, Ours, prepare
-from randlora.errors import FINISHED, INTERRUPTED, WRONG_SETTINGS
-from randlora.records.lock import living
+from randlora.errors import BUSY, FINISHED, INTERRUPTED, WRONG_SETTINGS
+from randlora.experiment import Experiment
+from randlora.records.lock import Lock, living
 from randlora.records.metrics import Row
 from randlora.records.record import Record
 from randlora.records.result import Result
 from randlora.sweeps.launcher import Local
-from randlora.sweeps.planning import Planned, complaints
+from randlora.sweeps.planning import Planned, complaints, seconds_per_step
 from randlora.sweeps.pool import Pool
-from randlora.sweeps.progress import Progress, duration, progress
+from randlora.sweeps.progress import Display, Progress, duration, progress
 from randlora.sweeps.status import status
 from randlora.sweeps.sweep import NAME, TO_DO, Job, Standing, Sweep, standing
 
-RUNS = int(os.environ.get("RANDLORA_SWEEP_RUNS", 10))
+RUNS = int(os.environ.get("RANDLORA_SWEEP_RUNS", 8))
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,38 @@ def test_all_jobs_are_checked_before_one_starts_and_a_dry_run_is_one_table(
     assert "hydra.launcher.workers=0: must be a whole number of at least 1" in capfd.readouterr().err
 
 
+def test_a_run_that_another_process_is_at_is_tried_last_and_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Here this one; and what another sweep of the same runs has finished is skipped."""
+    command = *_COMMON, f"model.weights={model}", "method=lora", "trainer.save_every=2", f"run_root={tmp_path}"
+    busy, free = (Experiment.from_config(settings(*command, f"seed={seed}")).folder for seed in (0, 1))
+    busy.mkdir(parents=True)
+    lock = Lock(busy)
+    lock.acquire()
+    assert code_of(forked(partial(launched, tmp_path, {}, *command, "seed=0,1"))) == BUSY
+    lock.release()
+    said = capfd.readouterr().err
+    assert re.search(r"seed=1: finished.*\nseed=0: running: process \d+ on ", said)
+    assert f"process {os.getpid()} on" in said
+    assert code_of(forked(partial(launched, tmp_path, {}, *command, "seed=0,1,1"))) == FINISHED
+    said = capfd.readouterr().err
+    assert "job 2 (seed=1) is the same run as job 1" in said
+    assert "seed=1: already finished" in said
+    assert "1 to run, 10 steps; by finished runs like these about " in said
+    assert len(list(tmp_path.glob(f"sweeps/*/{NAME}"))) == 2
+    first, second, third = json.loads((tmp_path / "objectives").read_text())
+    assert (first, second) == tuple(Result.read(folder / "result.json").validation for folder in (busy, free))
+    assert third == second
+    (seconds,) = seconds_per_step(tmp_path).values()
+    results = [Result.read(folder / "result.json").seconds_per_step or 0 for folder in (busy, free)]
+    assert seconds == pytest.approx(sum(results) / 2)
+    for folder, code, said in ((tmp_path, FINISHED, "2 finished"), (tmp_path / "none", WRONG_SETTINGS, "no run below")):
+        monkeypatch.setattr(sys, "argv", ["randlora", "status", str(folder)])
+        assert cli.main() == code
+        assert said in "".join(capfd.readouterr())
+
+
 def test_few_reasons_are_a_sentence_each() -> None:
     jobs = [Planned(number, [], None, f"seed={number}", error=error) for number, error in enumerate("aab")]  # type: ignore[arg-type]
     assert complaints(jobs) == ["a (2 of 3 jobs)", "b (1 of 3 jobs)"]
@@ -269,7 +303,7 @@ def test_each_process_has_a_gpu_and_a_share_of_the_threads(tmp_path: Path, monke
     assert "colorsys" in sys.modules
 
 
-def test_progress_is_that_of_this_attempt(tmp_path: Path) -> None:
+def test_progress_is_that_of_this_attempt(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Ten steps a second before, two now."""
     assert progress(tmp_path) == Progress()
     (tmp_path / "status.json").write_text('{"status": "running", "time": 1000.0, "steps": 100}')
@@ -281,6 +315,11 @@ def test_progress_is_that_of_this_attempt(tmp_path: Path) -> None:
     known = progress(tmp_path)
     assert known == Progress(40, 100, 2.0)
     assert (known.seconds_left, str(known)) == (30.0, "step 40/100  2 steps/s  30 s left")
+    display = Display(jobs=3, steps=300, seconds_between_lines=0)
+    display.end(100)
+    display.show({"seed=1": tmp_path})
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"1 of 3 jobs, 140 of 300 steps, 0 s left; seed=1  step 40/100  2 steps/s  30 s left\n", said)
     assert [duration(seconds) for seconds in (9.7, 99, 100, 5900, 7260, 172800, 183600)] == [
         "10 s", "99 s", "2 min", "98 min", "2 h 1 min", "2 d 0 h", "2 d 3 h",
     ]  # fmt: skip

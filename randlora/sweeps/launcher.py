@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class Runs(Protocol):
-    """What is called with the settings of each run, in whatever process, and the exit codes that came of it here."""
+    """What is called with the settings of each run: `randlora.cli.Runs`."""
 
     codes: list[int]
+    conclude: Callable[[], None]
 
     def __call__(self, config: DictConfig) -> float | None:
         """Runs it; returns what a sweeper may optimise."""
@@ -47,12 +48,14 @@ class Local(BasicLauncher):
         super().__init__()
         self.workers = workers
         self.sweep: Sweep | None = None  # which grows where a sweeper gives its jobs a few at a time
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's call before `launch`; SettingsError for settings that cannot be."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         check("hydra.launcher", {"workers": Count}, {"workers": self.workers})
-        _compose_once(hydra_context)
+        loader: Any = hydra_context.config_loader
+        self._compose, loader.load_sweep_config = loader.load_sweep_config, self._keep
 
     @property
     def runs(self) -> Runs:
@@ -62,11 +65,32 @@ class Local(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra's call with jobs, each as its overrides."""
+        assert self.hydra_context is not None
+        loader: Any = self.hydra_context.config_loader
+        loader.load_sweep_config = self._take
+        try:
+            return self._launch(job_overrides, initial_job_idx)
+        finally:
+            loader.load_sweep_config = self._keep
+
+    def _launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return super().launch(job_overrides, initial_job_idx)
+        # Else torch asks CUDA itself, and of a process that has done so no child can use a GPU.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         from randlora.sweeps.making import make
 
         return make(self, job_overrides, initial_job_idx)
+
+    def _keep(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """What a sweeper composes only to see whether it can, which takes a tenth of a second for each job."""
+        composed = self._composed[tuple(sweep_overrides)] = self._compose(master_config, sweep_overrides)
+        return composed
+
+    def _take(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The settings of one job, which no other job has: composed by now, or else composed here."""
+        kept = self._composed.pop(tuple(sweep_overrides), None)
+        return self._compose(master_config, sweep_overrides) if kept is None else kept
 
 
 def register() -> None:
@@ -77,18 +101,3 @@ def register() -> None:
         importlib.import_module(package)  # of other plugins
     sys.modules.setdefault(package, ModuleType(package))
     sys.modules[Local.__module__] = sys.modules[__name__]
-
-
-def _compose_once(context: HydraContext) -> None:
-    """Hydra's sweeper composes every job to see whether it can, and its launcher again: a tenth of a second each."""
-    loader: Any = context.config_loader
-    compose, composed = loader.load_sweep_config, dict[tuple[str, ...], DictConfig]()
-
-    def load_sweep_config(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        key = tuple(sweep_overrides)
-        if key in composed:
-            return composed.pop(key)
-        composed[key] = compose(master_config, sweep_overrides)
-        return composed[key]
-
-    loader.load_sweep_config = load_sweep_config

@@ -29,7 +29,15 @@ from randlora.records.versions import commit
 from randlora.run import summary
 from randlora.signals import STOP
 from randlora.studies import tables
-from randlora.sweeps.planning import Planned, complaints, compose, dry_table, seconds_per_step, training_seconds
+from randlora.sweeps.planning import (
+    Planned,
+    complaints,
+    compose,
+    dry_table,
+    seconds_per_step,
+    training_seconds,
+    without_hydra,
+)
 from randlora.sweeps.pool import Pool
 from randlora.sweeps.progress import Display, duration
 from randlora.sweeps.sweep import FAILURES, NAME, ORDER, TO_DO, Job, Standing, Sweep, standing
@@ -93,7 +101,6 @@ class _Making:
         self.folders = {number: folder for folder, number in first.items()}
         self.jobs = {number: jobs[number] for number in self.folders}
         self.sweep = launcher.sweep = self._opened()
-        self.log = self.sweep.folder / "{:04}.log"
         self.said: dict[int, str] = {}  # how a process ended that left no result
         self.waiting = self._to_do()
         self.display = Display(len(self.waiting), sum(jobs[number].steps for number in self.waiting))
@@ -108,7 +115,7 @@ class _Making:
                 # Asked to stop before anything was begun, the first run says so in its record.
                 while self.waiting and pool.free and not (STOP.came and started):
                     number, started = self.waiting.pop(0), started + 1
-                    pool.start(number, partial(self._child, number), Path(str(self.log).format(number)))
+                    pool.start(number, partial(self._child, number), self._log(number))
                 if STOP.came and not passed_on:
                     passed_on = True
                     pool.signal(signal.Signals[STOP.reason])
@@ -187,6 +194,10 @@ class _Making:
         others = f", and {unknown} jobs of which nothing is known" if unknown else ""
         return f"{plan}; by finished runs like these about {duration(seconds / workers)} of training{others}"
 
+    def _log(self, number: int) -> Path:
+        """The file with what a job's processes have said."""
+        return self.sweep.folder / f"{number:04}.log"
+
     def _child(self, number: int) -> int:
         """A run's whole process."""
         self.codes.clear()
@@ -204,7 +215,7 @@ class _Making:
             return
         if standing(folder).state in ("dead", TO_DO):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            self.said[number] = f"its process {how}; {str(self.log).format(number)} has what it said"
+            self.said[number] = f"its process {how}; {self._log(number)} has what it said"
         self.display.say(f"{job.label}: {self._standing(number)}")
 
     def _standing(self, number: int) -> Standing:
@@ -213,7 +224,7 @@ class _Making:
         return known._replace(why=known.why or self.said.get(number, ""))
 
     def _conclude(self, seconds: float) -> None:
-        """A line for each state, with the jobs that have not finished, and the table."""
+        """How many jobs there are in each state, and which have not finished."""
         standings = {number: self._standing(number) for number in self.jobs}
         counts = Counter(state for state, _ in standings.values())
         states = ", ".join(f"{counts[state]} {state}" for state in ORDER if state in counts)
@@ -226,7 +237,11 @@ class _Making:
             _say("the same command goes on")
         if counts.keys() & {*FAILURES}:
             _say("retry=true runs again what has failed")
-        results = [result for folder in self.folders.values() if (result := _result(folder))]
+        self.launcher.runs.conclude = self._show_results
+
+    def _show_results(self) -> None:
+        """The table of the results of all jobs that the sweep has had."""
+        results = [result for job in self.sweep.jobs if (result := _result(self.sweep.root / job.folder))]
         if results:
             _print(tables.each(results))
 
@@ -242,8 +257,7 @@ def _run_here(launcher: Local, job: Planned) -> JobReturn:
 
 def _returned(job: Planned, objective: float | None) -> JobReturn:
     """What Hydra's sweepers are told of a job."""
-    config = OmegaConf.masked_copy(job.config, [*job.config.keys() - {"hydra"}])
-    returned = JobReturn(overrides=job.overrides, cfg=config, status=JobStatus.COMPLETED)
+    returned = JobReturn(overrides=job.overrides, cfg=without_hydra(job.config), status=JobStatus.COMPLETED)
     returned.return_value = objective
     return returned
 

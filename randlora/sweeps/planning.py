@@ -77,7 +77,7 @@ def compose(context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[s
         label = " ".join(override for override in overrides if override not in given)
         experiment, error = None, ""
         try:
-            experiment = Experiment.from_config(plain(OmegaConf.masked_copy(config, [*config.keys() - {"hydra"}])))
+            experiment = Experiment.from_config(plain(without_hydra(config)))
             label = label or "/".join(experiment.folder.parts[-4:])
         except SettingsError as wrong:
             error = str(wrong)
@@ -86,13 +86,16 @@ def compose(context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[s
     return planned
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    """All settings but Hydra's own."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
 def _given(context: HydraContext, master: DictConfig) -> list[str]:
     """The overrides of the command line that the sweeper gives to every job, as it writes them."""
     parser = OverridesParser.create(config_loader=context.config_loader)
-    by_key = {
-        override.get_key_element(): override
-        for override in parser.parse_overrides([*OmegaConf.to_container(master.hydra.overrides.task)])
-    }
+    overrides = parser.parse_overrides([str(override) for override in master.hydra.overrides.task])
+    by_key = {override.get_key_element(): override for override in overrides}
     return [
         f"{key}={override.get_value_element_as_str()}"
         for key, override in by_key.items()

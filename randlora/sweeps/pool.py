@@ -30,8 +30,7 @@ _NOT_SHARED = "torch._inductor"  # which starts processes of its own where it is
 
 
 def gpus() -> Sequence[str]:
-    """The names of the GPUs that this process may use, without touching one: what is forked later could not."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    """The names of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [str(number) for number in range(torch.cuda.device_count())]

@@ -60,7 +60,7 @@ def status(root: Path) -> Group:
     of_runs.add_column("why, or where", overflow="fold")
     for run in sorted(runs.values(), key=lambda run: (ORDER.index(run.standing.state), run.folder)):
         state, why = run.standing
-        of_runs.add_row(state, *run.folder.parts[-4:], str(run.progress or ""), run.score, why)
+        of_runs.add_row(state, *run.folder.resolve().parts[-4:], str(run.progress or ""), run.score, why)
     return Group(*([of_sweeps] if sweeps else []), *([of_runs] if runs else []))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from randlora.errors import SettingsError
 from randlora.integrity import Damaged, digest, read_json, write_json
 from randlora.records import state
-from randlora.records.lock import living
+from randlora.records.lock import OWNER, living
 from randlora.records.result import Result
 from randlora.records.signature import EXCLUDED_FROM_HASH
 
@@ -118,7 +118,7 @@ class Standing(NamedTuple):
 
 def standing(folder: Path) -> Standing:
     """How the run of a folder stands, whether or not it was begun."""
-    if not any((folder / name).is_file() for name in ("result.json", "status.json")):
+    if not any((folder / name).is_file() for name in ("result.json", "status.json", OWNER)):
         return Standing(TO_DO)
     try:
         name = state(folder)
