@@ -404,7 +404,8 @@ def test_a_record_cannot_become_markup(written: Path) -> None:
 ROWS = [
     {
         "label": label, "method": label, "mean": 50.0 + i, "low": 49.0 + i, "high": 51.0 + i, "before": 40.0,
-        "holm": 0.01 * i, "parameters": 10.0 ** (i + 1), "budget": str(i), "order": i, "seeds": 2, "shown": "50", "rate": 10.0**-i,
+        "holm": 0.01 * i, "parameters": 10.0 ** (i + 1), "budget": str(i), "order": i, "seeds": 2, "shown": "50",
+        "rate": 10.0**-i,
         "validation": 50.0 + i, "test": 1.0, "chosen": i == 1, "scale": "", "id": label, "seed": i, "step": i + 1,
         "value": 1.0 / (i + 1), "name": f"less {label}", "average": 1.0 + i, "seconds": 1.0, "mebibytes": 1.0,
     }
