@@ -75,6 +75,7 @@ def _pareto() -> Spec:
         encoding={"x": x},
         layer=[
             {
+                "name": "before",  # which the page leaves out where no row has it
                 "transform": [
                     {"filter": "isValid(datum.before)"},
                     {"aggregate": [{"op": "mean", "field": "before", "as": "before"}]},
@@ -182,7 +183,7 @@ def _differences() -> Spec:
         height="$height",
         encoding={"y": y},
         layer=[
-            {"mark": {"type": "rule", "color": "#1b1b1b"}, "encoding": {"x": {"datum": 0}, "y": None}},
+            {"mark": {"type": "rule", "color": "#1b1b1b", "aria": False}, "encoding": {"x": {"datum": 0}, "y": None}},
             {
                 "mark": {"type": "rule", "strokeWidth": 2},
                 "encoding": {

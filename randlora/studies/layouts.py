@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -172,7 +173,9 @@ def latex_table(grid: Grid) -> str:
         hrules=True, multirow_align="naive", clines="skip-last;data", position="t", position_float="centering",
         column_format=f"l{labels}r{'r' * len(grid.columns)}", caption=_escaped(grid.caption),
     )  # fmt: skip
-    return text.replace(r"\cline{", r"\cmidrule{").replace(" \\cmidrule", "\\cmidrule")
+    text = text.replace(" &  & parameters", "budget & method & parameters", 1)
+    # A rule of booktabs after every budget but the last, which has the one below.
+    return re.sub(r" *\\cline(\{[^}]*\})\n(\\bottomrule)?", lambda rule: rule[2] or rf"\cmidrule{rule[1]}" + "\n", text)
 
 
 _LATEX = ("", "textbf:--rwrap;", "underline:--rwrap;")

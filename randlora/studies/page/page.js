@@ -44,9 +44,11 @@ async function draw(id, rows, words = {}, why = "There is nothing to show here f
   const spec = JSON.parse(JSON.stringify(data.charts[id]), (_, value) =>
     typeof value !== "string" ? value : value in values ? values[value] : value.replaceAll("$x", values.$x ?? "$x"));
   spec.datasets = { rows };
+  spec.layer = spec.layer?.filter((layer) => layer.name !== "before" || rows.some((row) => typeof row.before === "number"));
   const actions = { export: true, source: false, compiled: false, editor: false };
   const { view } = await vegaEmbed(place, spec, { renderer: "svg", actions, downloadFileName: `${part()}, ${id}` });
   place.view = view;
+  place.querySelector("summary").setAttribute("aria-label", "Save this chart");
   view.addEventListener("click", (_, item) => {
     const target = item?.datum?.runs ?? (item?.datum?.id && [item.datum.id]);
     if (target) location.hash = address(target);
