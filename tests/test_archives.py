@@ -18,7 +18,7 @@ from scipy.io import savemat
 
 from conftest import REPOSITORY, settings
 from randlora.config import build
-from randlora.data.archives import READERS, read, write
+from randlora.data.archives import READERS, arrays, read, write
 from randlora.data.archives import files as archive_files
 from randlora.data.archives.arrays import VOC
 from randlora.data.archives.files import EUROSAT
@@ -303,6 +303,15 @@ def test_a_changed_archive_is_written_anew(tmp_path: Path) -> None:
         write(read("dtd", tmp_path), "test", tmp_path / "test.parquet")
         (row,) = datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"), cache_dir=str(tmp_path / str(level)))
         assert abs(row["image"].getpixel((0, 0))[0] - level) < 5
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_pickles_of_old_and_new_numpy_are_read(module: str, tmp_path: Path) -> None:
+    content = pickle.dumps({"data": np.arange(6, dtype=np.uint8)}, protocol=2)
+    for known in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        content = content.replace(known, module.encode())
+    (tmp_path / "old").write_bytes(content)
+    assert arrays._unpickle(tmp_path / "old")["data"].tolist() == list(range(6))
 
 
 def test_a_pickle_that_holds_code_is_refused(tmp_path: Path) -> None:

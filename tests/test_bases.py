@@ -208,3 +208,8 @@ def test_sparse_products_say_nothing_of_torchs_beta() -> None:
             torch.ones(2, 2).to_sparse_csr()
     finally:
         torch.set_warn_always(False)
+
+
+def test_a_cast_of_a_model_without_values_leaves_its_bases_without_values() -> None:
+    for basis in (DenseBasis.drawn("b", 8, 4, seed=0, device="meta"), KroneckerBasis("b", 8, 4, seed=0, device="meta")):
+        assert all(buffer.is_meta and buffer.dtype == torch.float32 for buffer in basis.bfloat16().buffers())

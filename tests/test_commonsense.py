@@ -246,3 +246,23 @@ def test_the_validation_loss_is_over_the_labelled_tokens_of_all_examples(languag
         loss = mean_loss(commonsense, model, split, accelerator, batch_size=batch_size)
         assert loss == pytest.approx(expected, rel=1e-5)
     assert abs(np.mean(losses) - expected) > 1e-4  # so that the weights matter
+
+
+def test_answers_are_looked_for_in_what_the_model_writes(language_model: Backbone) -> None:
+    """Each text's own words; the set that a question is from goes with it."""
+    commonsense = task("arc_easy", "beams=3", "max_new_tokens=5")
+    encoder, asked = commonsense.encoder(language_model, training=False), {}
+    batch = encoder.collate([encoder(row | {"set": name}) for row, name in zip(ROWS, "abc", strict=True)])
+
+    class Model:
+        def generate(self, inputs, pad, **settings):  # type: ignore[no-untyped-def]
+            asked.update(settings, inputs=inputs, pad=pad)
+            texts = ["it is answer1 or answer2", "true or answer5", "no, false"]
+            return [torch.tensor([WORDS.index(letter) for letter in text]) for text in texts]
+
+    columns = commonsense.predict(Model(), batch)  # type: ignore[arg-type]
+    assert columns == {
+        "predicted": ["answer1", "answer5", "false"], "label": ["answer1", "answer3", "true"], "set": ["a", "b", "c"],
+    }  # fmt: skip
+    assert asked == {"inputs": batch["inputs"], "pad": 0, "num_beams": 3, "max_new_tokens": 5}
+    assert encoder(ROWS[0])["set"] == ""

@@ -15,6 +15,7 @@ from torch import nn
 import randlora
 from conftest import TOY_TARGETS, Toy
 from randlora.adapters import adaptation_of, files
+from randlora.adapters.interface import method_from
 from randlora.bases import distributions
 from randlora.errors import SettingsError
 from randlora.integrity import MANIFEST, seal
@@ -131,6 +132,19 @@ def test_a_class_that_is_no_method_is_refused(path: str, folder: Path) -> None:
     seal_again(folder)
     with pytest.raises(SettingsError, match="unknown method"):
         randlora.load_adapter(Toy(), folder)
+
+
+def test_a_description_without_a_class_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"^unknown method : import the module that defines it first$"):
+        method_from({"rank": 2})
+
+
+def test_an_adapter_makes_its_folders_and_reads_like_a_text(toy: Toy, tmp_path: Path) -> None:
+    randlora.adapt(toy, LoRA(rank=2), ["square"])
+    randlora.save_adapter(toy, tmp_path / "new" / "folder")
+    lines = (tmp_path / "new" / "folder" / "adapter.json").read_text().split("\n")
+    assert lines[:2] == ["{", ' "format": 2,']
+    assert lines[-2:] == ["}", ""]
 
 
 def test_trained_parameters_are_kept_per_name_in_site_order(toy: Toy, tmp_path: Path) -> None:

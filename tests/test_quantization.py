@@ -17,6 +17,7 @@ from randlora.experiment import Experiment
 from randlora.methods import (
     DoRA,
     EDoRA,
+    FlatLoRA,
     FullFineTuning,
     LoRA,
     LoRAMini,
@@ -84,6 +85,19 @@ def test_updates_on_quantised_weights(method: Method) -> None:
         results.append((y.detach(), inputs.grad, *trained))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_on_quantised_weights() -> None:
+    """Flat-LoRA's, of one step and level. Oracle: the same noise on the dequantised weights."""
+    outputs = []
+    for net in pair():
+        randlora.adapt(net, FlatLoRA(rank=4), ["block.0"])
+        disturb(net)
+        for level in (0.0, 2.0):
+            net.block[0].updates[0].draw_noise(step=3, level=level)
+            outputs.append(net.train()(torch.ones(5, 32)))
+    torch.testing.assert_close(outputs[:2], outputs[2:], rtol=1e-4, atol=1e-4)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
