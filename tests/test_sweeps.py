@@ -3,6 +3,7 @@
 RANDLORA_SWEEP_RUNS=60 python -m pytest tests/test_sweeps.py -n 0 -s -k storm is the long run.
 """
 
+import importlib
 import io
 import json
 import os
@@ -275,21 +276,23 @@ def test_a_sweep_is_known_by_what_was_asked_for(tmp_path: Path) -> None:
     assert [job.folder for job in sweep.with_jobs([*now.jobs, Job("seed=1", "e", 5)]).jobs] == ["a/b/c/2", "e"]
 
 
-def test_each_process_has_a_gpu_and_a_share_of_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    pool = Pool(3)
-    monkeypatch.undo()
+@pytest.mark.parametrize(("gpus", "given"), [("3, 5", ["3 2", "5 2", "3 2"]), ("", [" 2"] * 3)])
+def test_each_process_has_a_gpu_and_a_share_of_the_threads(
+    gpus: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without GPUs the parent imports what they have; with some it must not, since imports may touch one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)  # which nothing here needs
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 7)
+        pool = Pool(3)
 
     def act(number: int) -> int:
-        import colorsys  # noqa: F401 - which nothing else imports
-
+        importlib.import_module("colorsys")
         (tmp_path / str(number)).write_text(f"{os.environ['CUDA_VISIBLE_DEVICES']} {torch.get_num_threads()}")
         return number
 
-    sys.modules.pop("colorsys", None)
-    monkeypatch.delenv("OMP_NUM_THREADS")
     for number in range(3):
         assert pool.free
         pool.start(number, partial(act, number), tmp_path / "log")
@@ -299,8 +302,8 @@ def test_each_process_has_a_gpu_and_a_share_of_the_threads(tmp_path: Path, monke
         codes |= dict(pool.ended(1))
     pool.close()
     assert codes == {0: 0, 1: 1, 2: 2}
-    assert [(tmp_path / str(number)).read_text() for number in range(3)] == ["3 2", "5 2", "3 2"]
-    assert "colorsys" in sys.modules
+    assert [(tmp_path / str(number)).read_text() for number in range(3)] == given
+    assert ("colorsys" in sys.modules) is (gpus == "")
 
 
 def test_progress_is_that_of_this_attempt(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -48,7 +48,8 @@ class Pool:
     """Up to so many processes at a time; each has a GPU, if there are any, and its share of the CPU's threads.
 
     A process hears no terminal's signals, only `signal`, and is asked to stop when this one is killed. What the first
-    processes import, this one imports after them, for all that come later.
+    processes import, this one imports after them, for all that come later; not where there are GPUs, since importing
+    transformers' models touches one, and of a process that has done so no child can use any.
 
     Args:
         workers: How many processes at a time.
@@ -155,7 +156,9 @@ class Pool:
             torch.set_num_threads(max(1, self._threads // self.workers))
         inherited = {*sys.modules}
         code = act()
-        sender.send([name for name in [*sys.modules] if name not in inherited and not name.startswith(_NOT_SHARED)])
+        if not self._gpus:
+            new = (name for name in [*sys.modules] if name not in inherited)
+            sender.send([name for name in new if not name.startswith(_NOT_SHARED)])
         sys.exit(code)
 
     def _stop_with_parent(self) -> None:
