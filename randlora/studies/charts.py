@@ -17,7 +17,14 @@ WORDS = ("$x", "$x_title", "$y_title", "$labels", "$colours", "$shapes", "$colum
 # As vega has figures.MARKERS.
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 
-_LEGEND = {"orient": "bottom", "columns": "$columns", "title": None, "labelLimit": 280, "symbolLimit": 0}
+_LEGEND = {
+    "orient": "bottom",
+    "columns": "$columns",
+    "title": None,
+    "labelLimit": 280,
+    "symbolLimit": 0,
+    "symbolOpacity": 1,
+}
 _COLOUR = {"field": "label", "type": "nominal", "scale": {"domain": "$labels", "range": "$colours"}, "legend": _LEGEND}
 _SHAPE = {"field": "label", "type": "nominal", "scale": {"domain": "$labels", "range": "$shapes"}, "legend": _LEGEND}
 _SCORE = {"type": "quantitative", "title": "$y_title", "scale": {"zero": False}}

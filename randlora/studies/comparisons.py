@@ -71,7 +71,8 @@ def ranking(arms: Sequence[Arm]) -> Ranking | None:
         of_label.setdefault(arm.label, set()).add(arm.where)
     labels = sorted(of_label, key=lambda label: (-len(of_label[label]), label))
     blocks = [
-        (labels[:count], set.intersection(*map(of_label.get, labels[:count]))) for count in range(3, len(labels) + 1)
+        (labels[:count], set.intersection(*(of_label[label] for label in labels[:count])))
+        for count in range(3, len(labels) + 1)
     ]
     whole = [block for block in blocks if len(block[1]) > 1]
     if not whole:

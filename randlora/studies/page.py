@@ -62,7 +62,7 @@ def page(
         address=lambda arm: "|".join(quote(content["ids"][id(run)], safe="") for run in arm.runs),
         # An element of script ends at the first "</script", whatever it is in.
         data=json.dumps(_rounded(content["data"]), separators=(",", ":")).replace("<", "\\u003c"),
-        vega=re.sub("</(?=script)", "<\\/", vl_convert.javascript_bundle()),
+        vega=re.sub("</(?=script)", "<\\/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         **{name: (FILES / f"page.{name}").read_text() for name in ("css", "js")},
     )
 
