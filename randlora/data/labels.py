@@ -29,7 +29,7 @@ def check_names(task: str, given: Names) -> None:
     if isinstance(given, int):
         check_count("task.class_names", given)
         return
-    if isinstance(given, str):
+    if isinstance(given, str) or not isinstance(given, Sequence):
         raise SettingsError(f"task.class_names={given!r}: must be a list of names, their number, or null")
     strange = next((name for name in given if not isinstance(name, str) or not name.strip()), None)
     if strange is not None:
