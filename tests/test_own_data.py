@@ -88,6 +88,16 @@ def test_everything_is_counted_and_validation_is_taken_from_training_or_from_its
     assert task.training_size(Budget(0)) == 40
 
 
+def test_either_of_several_sizes_will_do(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "x" / f"{split}.csv", WORDS)
+    sizes = "task.sizes={train: [4, 9], test: 4}"
+    assert own("own_texts", tmp_path, sizes).training_size(Budget(0)) == 4
+    own("own_texts", tmp_path, sizes).open()
+    with pytest.raises(SettingsError, match="the train split has 4 rows, expected 5 or 9; for data of your own give"):
+        own("own_texts", tmp_path, "task.sizes={train: [5, 9], test: 4}").open()
+
+
 def test_folders_of_images_need_a_folder_alone(tmp_path: Path) -> None:
     images(tmp_path / "x" / "train", "ant", "bee", "cat")
     images(tmp_path / "x" / "test", "ant", "cat")  # without a bee, and so with other labels of its own
