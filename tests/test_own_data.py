@@ -81,6 +81,10 @@ def test_everything_is_counted_and_validation_is_taken_from_training_or_from_its
     sizes = lambda splits: [len(split) for split in (splits.train, splits.validation, splits.test)]  # noqa: E731
     assert sizes(task.splits(BERT, Budget(0))) == [36, 4, 4]
     assert task.training_size(Budget(0)) == 36
+    half = task.splits(BERT, Budget(7, fraction=0.5)).train
+    assert task.training_size(Budget(7, fraction=0.5)) == len(half) == 18
+    assert set(half.rows) < set(task.splits(BERT, Budget(0)).train.rows)
+    assert set(half.rows) != set(task.splits(BERT, Budget(8, fraction=0.5)).train.rows)
     assert task.training_size(Budget(0, shots=3)) == len(task.splits(BERT, Budget(0, shots=3)).train) == 6
     write(tmp_path / "x" / "validation.csv", WORDS * 2)
     task = own("own_texts", tmp_path)
