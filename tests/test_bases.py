@@ -13,6 +13,7 @@ from randlora.bases import DenseBasis, KroneckerBasis, SparseMap, draw
 from randlora.bases.distributions import _log, _normal_quantile
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
+from randlora.bases.peft import randlora_bases, vera_bases
 from randlora.errors import SettingsError
 from randlora.rng import permutation, random_uint32
 
@@ -213,3 +214,11 @@ def test_sparse_products_say_nothing_of_torchs_beta() -> None:
 def test_a_cast_of_a_model_without_values_leaves_its_bases_without_values() -> None:
     for basis in (DenseBasis.drawn("b", 8, 4, seed=0, device="meta"), KroneckerBasis("b", 8, 4, seed=0, device="meta")):
         assert all(buffer.is_meta and buffer.dtype == torch.float32 for buffer in basis.bfloat16().buffers())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pefts_bases_are_named_as_adapter_files_name_them(device: str) -> None:
+    """A file's checksums go by these names: another one, and no file of before can be read."""
+    for bases in (randlora_bases, vera_bases):
+        for pair in bases({"a": (6, 4), "b": (3, 8)}, 2, 0, torch.device(device)).values():
+            assert [basis.name for basis in pair] == ["peft.A", "peft.B"]

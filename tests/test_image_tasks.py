@@ -54,6 +54,13 @@ def test_clip_classifies_by_the_ensemble_of_prompts(templates: list[str]) -> Non
     torch.testing.assert_close(classifier.eval()(images), expected)
 
 
+def test_prompts_are_no_part_of_a_models_state() -> None:
+    """They move with the model, and are made anew for other names."""
+    classifier = ClipClassifier(towers(), NAMES, ["x {}"])
+    assert [name for name in classifier.state_dict() if "clip" not in name] == []
+    assert dict(classifier.named_buffers())["tokens"].shape == (4, 1, 3)
+
+
 def test_the_loss_within_the_batch_is_over_its_classes() -> None:
     backbone = towers()
     images, labels = torch.randn(5, 4), torch.tensor([3, 1, 3, 3, 1])

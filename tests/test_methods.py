@@ -387,6 +387,7 @@ DROPPING = [
     MoRA(4, dropout=0.5), MELoRA(2, dropout=0.5), LoRAMini(4, dropout=0.5), LoRTA(4, dropout=0.5),
     FlatLoRA(4, dropout=0.5), GeLoRA(dropout=0.5, ranks={"layers.0": 5, "layers.1": 2}),
     SoRA(4, dropout=0.5), IncreLoRA(4, dropout=0.5), VeRA(8, dropout=0.5, basis="kronecker"),
+    RandLoRAa(4, dropout=0.5),
 ]  # fmt: skip
 
 

@@ -81,11 +81,25 @@ def test_everything_is_counted_and_validation_is_taken_from_training_or_from_its
     sizes = lambda splits: [len(split) for split in (splits.train, splits.validation, splits.test)]  # noqa: E731
     assert sizes(task.splits(BERT, Budget(0))) == [36, 4, 4]
     assert task.training_size(Budget(0)) == 36
+    half = task.splits(BERT, Budget(7, fraction=0.5)).train
+    assert task.training_size(Budget(7, fraction=0.5)) == len(half) == 18
+    assert set(half.rows) < set(task.splits(BERT, Budget(0)).train.rows)
+    assert set(half.rows) != set(task.splits(BERT, Budget(8, fraction=0.5)).train.rows)
     assert task.training_size(Budget(0, shots=3)) == len(task.splits(BERT, Budget(0, shots=3)).train) == 6
     write(tmp_path / "x" / "validation.csv", WORDS * 2)
     task = own("own_texts", tmp_path)
     assert sizes(task.splits(BERT, Budget(0))) == [40, 8, 4]
     assert task.training_size(Budget(0)) == 40
+
+
+def test_either_of_several_sizes_will_do(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "x" / f"{split}.csv", WORDS)
+    sizes = "task.sizes={train: [4, 9], test: 4}"
+    assert own("own_texts", tmp_path, sizes).training_size(Budget(0)) == 4
+    own("own_texts", tmp_path, sizes).open()
+    with pytest.raises(SettingsError, match="the train split has 4 rows, expected 5 or 9; for data of your own give"):
+        own("own_texts", tmp_path, "task.sizes={train: [5, 9], test: 4}").open()
 
 
 def test_folders_of_images_need_a_folder_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from conftest import REPOSITORY
 from randlora.analysis import campaign
@@ -27,6 +29,7 @@ import table  # noqa: E402
 BY_HAND = {
     "faults": ["program"],
     "image_protocol": ["where"],
+    "mutants": ["room"],
     "published": ["file"],  # words
     "speed": ["variant", "", *["variant"] * 14],
     "training_speed": ["", "", "settings"],
@@ -167,6 +170,23 @@ def test_table_of_faults() -> None:
     ours = [trial for trial in trials if trial.program == "randlora"]
     struck, attempts = (sum(len(getattr(trial, what)) for trial in ours) for what in ("struck", "codes"))
     assert f"All of our own {len(ours)} trials, with {struck:,} faults in {attempts:,} attempts" in page
+
+
+def test_table_of_mutants() -> None:
+    """By room and in all; the last column is Wilson's interval."""
+    with gzip.open(STUDIES / "mutants" / "results.jsonl.gz", "rt") as file:
+        drawn = [json.loads(line) for line in file]
+    assert len({row["mutant"] for row in drawn}) == len(drawn)
+    outcomes = ("killed", "survived", "no tests", "equivalent")
+    for room, *texts in rows_of("mutants", "room"):
+        of_room = [row["outcome"] for row in drawn if room == "in all" or row["mutant"].split(".")[1] == room]
+        counts = [of_room.count(outcome) for outcome in outcomes]
+        judged = len(of_room) - counts[-1]
+        low, high = proportion_confint(counts[0], judged, method="wilson")
+        assert sum(counts) == len(of_room)
+        score = f"{counts[0] / judged:.1%}".replace("%", " %")
+        assert texts == [*map(str, [len(of_room), *counts]), score, f"{100 * low:.1f} to {100 * high:.1f} %"]
+    assert f"sample**, not all mutants: {len(drawn)} of them" in (STUDIES / "mutants" / "README.md").read_text()
 
 
 def test_generated_answers() -> None:

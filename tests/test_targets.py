@@ -6,7 +6,7 @@ from torch import nn
 
 import randlora
 from conftest import Toy
-from randlora.adapters.targets import named_slices
+from randlora.adapters.targets import completed, named_slices, places
 from randlora.errors import SettingsError
 from randlora.methods import LoRA, RandLoRA
 
@@ -66,6 +66,21 @@ def test_grouped_queries_and_fused_mlps_are_cut_by_the_configuration() -> None:
     assert qkv == {"q": slice(0, 32), "k": slice(32, 40), "v": slice(40, 48)}
     assert named_slices("mlp.gate_up_proj", nn.Linear(16, 20)) == {"gate": slice(0, 10), "up": slice(10, 20)}
     assert named_slices("in_proj", nn.Linear(16, 50)) == {}
+
+
+def test_the_other_slices_are_completed_by_the_configuration() -> None:
+    """Eight heads of queries and two of keys and values, as the model says of itself; others are left alone."""
+    model = nn.ModuleDict({"first": nn.Linear(16, 16), "qkv_proj": nn.Linear(16, 48), "c_attn": nn.Linear(16, 48)})
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    model.config = type("Configuration", (), heads)  # type: ignore[assignment]
+    chosen = places(model, ["first", "qkv_proj[v]", "c_attn[q]"])
+    rows = {place.site: place.rows for place in completed(model, chosen, lambda name: name == "qkv_proj.weight")}
+    assert rows == {
+        "first": None, "qkv_proj[v]": slice(40, 48), "qkv_proj[q]": slice(0, 32), "qkv_proj[k]": slice(32, 40),
+        "c_attn[q]": slice(0, 32),
+    }  # fmt: skip
+    assert next(iter(rows)) == "first"
+    assert list(rows)[-1] == "c_attn[q]"
 
 
 def test_a_shared_weight_is_refused() -> None:
