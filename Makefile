@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs mutants offline clean
+.PHONY: demo test faults lint format docs mutants offline clean
 
 demo: .venv/installed
 	$(BIN)/python train.py baselines run_root=runs/demo
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --durations=10
+
+# Fifty kills, signals, full disks and damaged files over runs of every method: all must end as undisturbed ones.
+faults: .venv/installed-dev
+	$(BIN)/python scripts/campaign.py --faults 50 --root "$$(mktemp -d)"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

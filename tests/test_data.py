@@ -199,7 +199,7 @@ def test_images_of_every_mode_become_the_same_rgb(tmp_path: Path) -> None:
 def test_brighter_than_16_bits_is_white() -> None:
     """Of an image of 32-bit numbers; below, 257 to a grey of 8 bits, to the nearest; and less than nothing is black."""
     image = Image.fromarray(np.array([[70_000, 65_535, 257 * 9 + 129, 257 * 9 + 128, -300]], dtype=np.int32))
-    assert np.asarray(_to_rgb(image))[0].tolist() == [[255] * 3, [255] * 3, [10] * 3, [9] * 3, [0] * 3]
+    assert np.asarray(rgb(image))[0].tolist() == [[255] * 3, [255] * 3, [10] * 3, [9] * 3, [0] * 3]
 
 
 def damaged(tmp_path: Path, count: int, broken: list[int]) -> Hub:
