@@ -37,7 +37,7 @@ def page() -> str:
     parts = [HEAD, "## Of any run", _table(General, dict(general))]  # type: ignore[arg-type]
     classes = [cls for cls in _subclasses(Bounded) if cls not in (General, Budget) and not inspect.isabstract(cls)]
     for cls in sorted(classes, key=lambda cls: (cls.__module__, cls.__name__)):
-        if dataclasses.is_dataclass(cls) and cls.__module__.startswith("randlora.") and not _is_base(cls):
+        if dataclasses.is_dataclass(cls) and _is_of_runs(cls) and not _is_base(cls):
             where = "method" if cls.__module__.startswith("randlora.methods") else cls.section
             parts += [f"## {cls.__name__} (`{where}`)", _table(cls, {}) if declared(cls) else "No settings."]
     return "\n\n".join(parts) + "\n"
@@ -58,6 +58,11 @@ def _default(field: dataclasses.Field[Any], given: dict[str, Any]) -> str:
     default = field.default if factory is dataclasses.MISSING else factory()
     value = given.get(field.name, default)
     return "–" if value is dataclasses.MISSING else f"`{json.dumps(value)}`"
+
+
+def _is_of_runs(cls: type) -> bool:
+    """Whether a run has such settings; commands on finished runs have their own help."""
+    return cls.__module__.startswith("randlora.") and not cls.__module__.startswith("randlora.use.")
 
 
 def _is_base(cls: type) -> bool:

@@ -65,6 +65,19 @@ def offline() -> Iterator[None]:
     assert REACHED == [], "the test tried to reach these addresses"
 
 
+FORKING = ("bounds", "campaign", "checkpoints", "interruption", "processes", "submit", "sweeps")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork a process which trains come first.
+
+    A process that has been through the backward pass of a checkpointed part has threads of torch's, and torch lets no
+    child of such a process compute gradients.
+    """
+    forking = {f"test_{name}" for name in FORKING}
+    items.sort(key=lambda item: item.path.stem not in forking)
+
+
 def pytest_collection_finish() -> None:
     """Spares every collection of garbage, of which each run makes several, a look through all that is imported."""
     gc.collect()
