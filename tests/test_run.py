@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,17 +371,6 @@ def test_other_optimizers_run_and_have_records_of_their_own(optimizer: str, tmp_
     code, experiment = start(tmp_path, f"optimizer={optimizer}")
     assert code == FINISHED
     assert experiment.folder.name != Experiment.from_config(settings(f"run_root={tmp_path}", *SHORT)).folder.name
-
-
-def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_done(
-    tmp_path: Path, program: Callable[..., int], capfd: pytest.CaptureFixture
-) -> None:
-    line = [REPOSITORY / "train.py", "-m", "method.rank=6,0,12", "seed=0", f"run_root={tmp_path}", *SHORT]
-    assert program(*line) == 2
-    assert capfd.readouterr().err.count("RandLoRA.rank=0") == 1
-    assert len(list(tmp_path.rglob("result.json"))) == 2
-    assert program(*line) == 2
-    assert capfd.readouterr().err.count("already finished") == 2
 
 
 def test_a_terminated_run_exits_with_85_and_resumes(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from test_interruption import code_of, forked
 
 import randlora.run
-from conftest import settings
+from conftest import REPOSITORY, settings
 from randlora import cli
 from randlora.analysis.campaign_programs import _COMMON, Ours, prepare
 from randlora.errors import BUSY, FINISHED, INTERRUPTED, WRONG_SETTINGS
@@ -326,3 +326,15 @@ def test_progress_is_that_of_this_attempt(tmp_path: Path, capsys: pytest.Capture
     assert [duration(seconds) for seconds in (9.7, 99, 100, 5900, 7260, 172800, 183600)] == [
         "10 s", "99 s", "2 min", "98 min", "2 h 1 min", "2 d 0 h", "2 d 3 h",
     ]  # fmt: skip
+
+
+def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_done(
+    tmp_path: Path, program: Callable[..., int], capfd: pytest.CaptureFixture
+) -> None:
+    short = ("trainer.max_steps=3", "trainer.batch_size=8", "task.test_size=20", "task.validation_size=10", "shots=2")
+    line = [REPOSITORY / "train.py", "-m", "method.rank=6,0,12", "seed=0", f"run_root={tmp_path}", *short]
+    assert program(*line) == 2
+    assert capfd.readouterr().err.count("RandLoRA.rank=0") == 1
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    assert program(*line) == 2
+    assert capfd.readouterr().err.count("already finished") == 2
