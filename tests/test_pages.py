@@ -18,6 +18,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from conftest import REPOSITORY
 from randlora.analysis import campaign
+from randlora.records import read
+from randlora.studies.tables import over_seeds
 
 STUDIES = REPOSITORY / "experiments"
 PAGES = sorted(STUDIES.glob("*/README.md"))
@@ -170,6 +172,10 @@ def test_table_of_faults() -> None:
     ours = [trial for trial in trials if trial.program == "randlora"]
     struck, attempts = (sum(len(getattr(trial, what)) for trial in ours) for what in ("struck", "codes"))
     assert f"All of our own {len(ours)} trials, with {struck:,} faults in {attempts:,} attempts" in page
+
+
+def test_table_of_baselines() -> None:
+    assert tables_of((STUDIES / "baselines" / "README.md").read_text()) == [over_seeds(read(STUDIES / "baselines"))]
 
 
 def test_table_of_mutants() -> None:
