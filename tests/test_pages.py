@@ -34,6 +34,7 @@ BY_HAND = {
     "mutants": ["room"],
     "published": ["file"],  # words
     "speed": ["variant", "", *["variant"] * 14],
+    "related_speed": ["variant"],
     "training_speed": ["", "", "settings"],
 }
 
@@ -136,6 +137,20 @@ def test_tables_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert ratio == f"{seconds[variants[variant]] / seconds[references[what]]:.2f}"
 
 
+def test_table_of_related_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, script = STUDIES / "related_speed", str(REPOSITORY / "scripts" / "benchmark.py")
+    monkeypatch.setattr(sys, "argv", [script, "--show", str(folder / "figures.json")])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(script, run_name="__main__")
+    page = (folder / "README.md").read_text()
+    assert tables_of(page) == tables_of(printed.getvalue())
+    figures = json.loads((folder / "figures.json").read_text())["workloads"]["vit_b16"]
+    slow = {name: f["step_seconds"] / figures["lora"]["step_seconds"] for name, f in figures.items()}
+    assert {name for name, ratio in slow.items() if ratio > 1.5} == {"edora", "lorta"}
+    for name, words in (("edora", "EDoRA"), ("lorta", "LoRTA"), ("loramini", "LoRA-Mini"), ("increlora", "IncreLoRA")):
+        assert f"{words} ({slow[name]:.2f})" in page
+
+
 def test_tables_of_training_speed() -> None:
     folder = STUDIES / "training_speed"
     images = json.loads((folder / "throughput.json").read_text())
@@ -226,4 +241,4 @@ def test_evidence_is_few_files() -> None:
     """A study is a page, its results, its curves and its figures; single records are collected."""
     names = [path.name for path in STUDIES.rglob("*") if path.is_file()]
     assert not {"result.json", "metrics.jsonl"}.intersection(names)
-    assert len(names) < 60
+    assert len(names) <= 4 * len(PAGES)
