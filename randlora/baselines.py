@@ -136,7 +136,7 @@ def _scores(task: ImageClassification | TextClassification, estimator: Any, data
 def _result(
     given: Mapping[str, Any], task: Task, method: str, estimator: Any, metrics: Mapping[str, float], splits: Splits
 ) -> Result:
-    config = {name: given[name] for name in ("task", "seed", "shots", "fraction", "run_root")}
+    config = {name: given[name] for name in ("task", "seed", "shots", "fraction", "run_root", "data_root")}
     config |= {"model": {"name": MODEL}, "method": {"name": method}}
     size = sum(np.size(getattr(estimator, name, ())) for name in ("coef_", "intercept_"))
     return Result(

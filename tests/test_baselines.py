@@ -14,6 +14,7 @@ from randlora.baselines import baselines
 from randlora.data.subsets import few_shot, split_validation, validation_size_of
 from randlora.errors import FINISHED, WRONG_SETTINGS
 from randlora.records import read
+from randlora.studies.collect import without_folders
 from randlora.studies.tables import over_seeds
 
 
@@ -57,6 +58,7 @@ def test_texts_by_their_words(tmp_path: Path) -> None:
     assert words.metrics["test/accuracy"] == 1.0  # a word says the class
     assert majority.metrics["test/accuracy"] == pytest.approx(np.mean([i % 3 == 0 for i in range(50, 70)]))
     assert (words.model, words.method, words.metric) == ("none", "words", "accuracy")
+    assert str(tmp_path) not in str(without_folders(words).config)  # a study names no folder of a machine
 
 
 def test_numbers_by_their_words(tmp_path: Path) -> None:
