@@ -89,7 +89,7 @@ def _data(task: ImageClassification | TextClassification, splits: Splits) -> lis
     from sklearn.feature_extraction.text import CountVectorizer
 
     texts = [[[str(text) for text in split.table.column(name)[split.rows]] for name in task.texts] for split in parts]
-    counters = [CountVectorizer(ngram_range=(1, 2), min_df=1).fit(column) for column in texts[0]]
+    counters = [CountVectorizer(ngram_range=(1, 2)).fit(column) for column in texts[0]]
     counted = [
         hstack([counter.transform(column) for counter, column in zip(counters, columns, strict=True)], format="csr")
         for columns in texts
@@ -160,7 +160,7 @@ def _result(
     )
 
 
-def command(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """randlora baselines task=… [KEY=VALUE …] [--seeds COUNT]"""
     parser = argparse.ArgumentParser(
         prog="randlora baselines", description="Scores that need no pretrained model, recorded beside the runs'."

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 COMMANDS = {  # beside training: where the function is that is given the arguments after the command's name
-    "predict": "randlora.use.commands:predict_",
-    "generate": "randlora.use.commands:generate_",
-    "merge": "randlora.use.commands:merge_",
-    "export": "randlora.use.commands:export_",
-    "spectra": "randlora.use.commands:spectra_",
-    "baselines": "randlora.baselines:command",
+    "predict": "randlora.use.commands:predict_command",
+    "generate": "randlora.use.commands:generate_command",
+    "merge": "randlora.use.commands:merge_command",
+    "export": "randlora.use.commands:export_command",
+    "spectra": "randlora.use.commands:spectra_command",
+    "baselines": "randlora.baselines:main",
     "report": "randlora.studies.report:main",
     "status": "randlora.sweeps.status:main",
 }
@@ -38,10 +38,19 @@ COMMANDS = {  # beside training: where the function is that is given the argumen
 def main() -> int:
     """Runs the command line of this process: a command, or one run or a sweep and the highest of their exit codes."""
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
-        module, _, name = COMMANDS[sys.argv[1]].partition(":")
-        return exit_code(lambda: getattr(import_module(module), name)(sys.argv[2:]))
+        return _command(*COMMANDS[sys.argv[1]].split(":"))
     with STOP:
         return _main()
+
+
+def _command(module: str, name: str) -> int:
+    try:
+        return exit_code(lambda: getattr(import_module(module), name)(sys.argv[2:]))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINISHED
 
 
 def _main() -> int:

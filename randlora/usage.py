@@ -39,8 +39,8 @@ def usage(argv: Sequence[str]) -> str:
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
-    options_, rest = parser.parse_known_args(argv[1:])
-    own = options_.config_dir
+    known, rest = parser.parse_known_args(argv[1:])
+    own = known.config_dir
     overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
     if overrides:
         return _ranges(overrides, own)

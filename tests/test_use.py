@@ -102,12 +102,23 @@ def test_what_cannot_be_predicted_is_refused(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "a.csv").write_text("picture\nbroken.png\n")
+    (tmp_path / "b.csv").write_text("image\n3\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": None, "other": 1}) + "\n")
+    (tmp_path / "none.csv").write_text("image\n")
     for arguments, code, said in (
         ([finished, tmp_path / "none.png"], WRONG_SETTINGS, "none.png: give files that are there"),
         ([finished, tmp_path / "empty"], WRONG_SETTINGS, "empty: no image there"),
         ([finished, tmp_path / "a.csv"], WRONG_SETTINGS, "the data have no column 'image'; they have picture"),
         ([finished, tmp_path / "broken.png"], FAILED, "failed: .*broken.png|failed: "),
         ([tmp_path, tmp_path / "broken.png"], WRONG_SETTINGS, "is not the folder of a run"),
+        ([finished, tmp_path / "b.csv"], WRONG_SETTINGS, "row 0 has 3 as image: give the path of an image"),
+        ([finished, tmp_path / "c.jsonl"], WRONG_SETTINGS, "row 0 has None as image: give the path of an image"),
+        ([finished, tmp_path / "none.csv"], WRONG_SETTINGS, "none.csv: there is no row in it"),
+        (
+            [finished, tmp_path, "--into", tmp_path / "no" / "a.csv"],
+            WRONG_SETTINGS,
+            "there is no folder .*/no; make",
+        ),
         ([finished, tmp_path, "--into", tmp_path / "a.txt"], WRONG_SETTINGS, "a.txt: name a .jsonl or a .csv file"),
     ):
         assert program(REPOSITORY / "train.py", "predict", *arguments) == code

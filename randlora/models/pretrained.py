@@ -97,6 +97,11 @@ class Pretrained(Model):
 
     def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
         """As `save_pretrained` does, with the tokenizer where there is one."""
+        if self.quantization:
+            raise SettingsError(
+                f"model.quantization={self.quantization}: a checkpoint in fewer bits is not written; keep the adapter, "
+                "whose base is quantised anew whenever it is loaded"
+            )
         whole = None if head is None else self._with_head(backbone.module, head, names)
         (whole or backbone.module).save_pretrained(folder)
         if backbone.tokenizer is not None and self._location is not None:

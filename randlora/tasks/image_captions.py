@@ -61,8 +61,8 @@ class ImageCaptions(ImageClassification):
         general, kind = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64)
         return {**super().sample(backbone, size), "tokens": tokens, "general": general, "kind": kind}
 
-    def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
-        return super().predict(model.classifier, batch)  # type: ignore[arg-type]
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().outputs(model.classifier, batch)  # type: ignore[arg-type]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch["image"], batch["tokens"]).float()  # (images, captions)

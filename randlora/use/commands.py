@@ -24,15 +24,14 @@ from randlora.use.trained import Trained
 RUN = "the folder of a finished run"
 
 
-def predict_(arguments: Sequence[str]) -> int:
+def predict_command(arguments: Sequence[str]) -> int:
     """randlora predict RUN INPUT …"""
     parser = _parser("predict", "Labels and scores of images or texts, by a classifier that a run has trained.")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=f"images, folders, or one {_endings()}")
     parser.add_argument("--into", type=Path, help="a .jsonl or .csv file; without it, JSON lines on the screen")
     parser.add_argument("--batch", type=count, default=64, help="inputs at a time")
     options = parser.parse_args(arguments)
-    if options.into and options.into.suffix not in (".jsonl", ".csv"):
-        raise SettingsError(f"--into {options.into}: name a .jsonl or a .csv file")
+    _check_into(options.into, (".jsonl", ".csv"))
     rows = predict(_trained(options), options.inputs, options.batch)
     try:
         if options.into:
@@ -46,7 +45,7 @@ def predict_(arguments: Sequence[str]) -> int:
     return FINISHED
 
 
-def generate_(arguments: Sequence[str]) -> int:
+def generate_command(arguments: Sequence[str]) -> int:
     """randlora generate RUN --prompt TEXT …"""
     parser = _parser("generate", "Texts by a language model that a run has trained.")
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -75,7 +74,7 @@ def generate_(arguments: Sequence[str]) -> int:
     return FINISHED
 
 
-def merge_(arguments: Sequence[str]) -> int:
+def merge_command(arguments: Sequence[str]) -> int:
     """randlora merge RUN --into FOLDER"""
     parser = _parser("merge", "A plain checkpoint of transformers, open_clip or timm, with the updates in its weights.")
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER")
@@ -84,7 +83,7 @@ def merge_(arguments: Sequence[str]) -> int:
     return FINISHED
 
 
-def export_(arguments: Sequence[str]) -> int:
+def export_command(arguments: Sequence[str]) -> int:
     """randlora export RUN --into FOLDER"""
     parser = _parser("export", "The updates in another library's format.")
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER")
@@ -94,13 +93,14 @@ def export_(arguments: Sequence[str]) -> int:
     return FINISHED
 
 
-def spectra_(arguments: Sequence[str]) -> int:
+def spectra_command(arguments: Sequence[str]) -> int:
     """randlora spectra RUN"""
     parser = _parser("spectra", "Spectrum, rank, size and alignment of the update at every site, and their means.")
     parser.add_argument("--directions", type=count, default=8, help="how many singular directions count")
     parser.add_argument("--likeness", type=float, default=0.5, help="the cosine below which a direction is an intruder")
     parser.add_argument("--into", type=Path, help="a .csv file, in place of the screen")
     options = parser.parse_args(arguments)
+    _check_into(options.into, (".csv",))
     look = Look(options.directions, options.likeness)
     rows = [dataclasses.asdict(site) for site in spectra(_trained(options).backbone.module, look)]
     sites = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
@@ -118,6 +118,14 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     parser.add_argument("--any-base", action="store_true", help="on other weights than the run's")
     return parser
+
+
+def _check_into(path: Path | None, endings: Sequence[str]) -> None:
+    """Raises SettingsError, before anything is computed, for a file that could not be written."""
+    if path is not None and path.suffix not in endings:
+        raise SettingsError(f"--into {path}: name a {' or a '.join(endings)} file")
+    if path is not None and not path.parent.is_dir():
+        raise SettingsError(f"--into {path}: there is no folder {path.parent}; make it, or name another")
 
 
 def _trained(options: argparse.Namespace) -> Trained:

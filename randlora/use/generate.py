@@ -14,6 +14,7 @@ from randlora.bounds import Bounded, Count, NotNegative, Seed
 from randlora.data.texts import pad_inputs
 from randlora.errors import SettingsError
 from randlora.training.evaluate import to_device
+from randlora.training.precision import attention_rule, autocast
 from randlora.use.trained import Trained
 
 
@@ -71,11 +72,13 @@ def generate(
     for prompt, item in zip(prompts, items, strict=True):
         if not item["input_ids"]:
             raise SettingsError(f"prompt {prompt!r}: there is nothing to go on from; write at least a word")
-    device = trained.experiment.trainer.accelerator().device
+    trainer = trained.experiment.trainer
+    device = trainer.accelerator().device
     model.to(device).eval()
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
     torch.manual_seed(settings.seed)
-    with merged(model), torch.no_grad():
+    rules = attention_rule(device.type, trainer.precision), autocast(device.type, trainer.precision)
+    with merged(model), rules[0], rules[1], torch.no_grad():  # as the run was scored
         for start in range(0, len(items), batch_size):
             inputs: dict[str, Any] = pad_inputs(items[start : start + batch_size], tokenizer.pad_token_id, "left")
             ids = model.generate(

@@ -19,6 +19,7 @@ from randlora.errors import SettingsError
 from randlora.tasks import ImageClassification
 from randlora.tasks.mixins import Classifies
 from randlora.training.evaluate import to_device
+from randlora.training.precision import attention_rule, autocast
 from randlora.use.trained import Trained
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -46,14 +47,16 @@ def predict(trained: Trained, inputs: Sequence[Path], batch_size: int = 64) -> I
         raise SettingsError(f"task {task.name} writes texts: ask it by randlora generate")
     names = task.names() if task.classifies else []
     table = _inputs(inputs, [*getattr(task, "texts", ["image"])], isinstance(task, ImageClassification))
-    accelerator = trained.experiment.trainer.accelerator()
+    trainer = trained.experiment.trainer
+    device = trainer.accelerator().device
     split = Split(table, np.arange(len(table)), task.encoder(trained.backbone, training=False))
-    model.to(accelerator.device).eval()
-    with merged(model), torch.no_grad():
+    model.to(device).eval()
+    rules = attention_rule(device.type, trainer.precision), autocast(device.type, trainer.precision)
+    with merged(model), rules[0], rules[1], torch.no_grad():  # as the run was scored
         for batches in loader(split, evaluation_keys(range(len(table)), batch_size), workers=0):
             said: dict[int, torch.Tensor] = {}  # examples of like length share a batch
             for batch in batches:
-                outputs = task.outputs(model, to_device(batch, accelerator.device)).cpu()
+                outputs = task.outputs(model, to_device(batch, device)).cpu()
                 said.update(zip(batch["row"].tolist(), outputs, strict=True))
             for row, output in sorted(said.items()):
                 yield {"input": table.name_of(row), **_named(output, names)}
@@ -90,18 +93,30 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
 class _Inputs:
     """A table of inputs, whose labels are not known and are 0."""
 
-    def __init__(self, names: Sequence[str | int], table: Table | None = None, folder: Path | None = None):
-        self.names, self.table, self.folder = names, table, folder
+    def __init__(
+        self,
+        names: Sequence[str | int],
+        columns: Sequence[str],
+        table: Table | None = None,
+        folder: Path | None = None,
+    ):
+        self.names, self.columns, self.table, self.folder = names, list(columns), table, folder
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        example = {"image": self.names[index]} if self.table is None else self.table[index]
-        if isinstance(path := example.get("image"), str):
-            from PIL import Image
+        from PIL import Image
 
+        example = {"image": self.names[index]} if self.table is None else self.table[index]
+        if self.columns == ["image"] and isinstance(path := example["image"], str):
             example = {**example, "image": Image.open(path if self.folder is None else self.folder / path)}
+        for column in self.columns:
+            if not isinstance(example[column], Image.Image if column == "image" else str):
+                raise SettingsError(
+                    f"row {index} has {example[column]!r:.60} as {column}: give "
+                    f"{'the path of an image' if column == 'image' else 'a text'}"
+                )
         return {**example, "label": 0}
 
     def column(self, name: str) -> np.ndarray:
@@ -120,11 +135,13 @@ def _inputs(inputs: Sequence[Path], columns: Sequence[str], images: bool) -> _In
         table = HubTable(read_file(inputs[0]))
         for column in columns:
             table.check_column(column)
-        return _Inputs(range(len(table)), table, inputs[0].parent)
+        if not len(table):
+            raise SettingsError(f"{inputs[0]}: there is no row in it")
+        return _Inputs(range(len(table)), columns, table, inputs[0].parent)
     if not images:
         raise SettingsError(f"{inputs[0]}: give one file of texts ({', '.join(FILES)}) with {', '.join(columns)}")
     paths = [path for given in inputs for path in (sorted(given.rglob("*")) if given.is_dir() else [given])]
     paths = [path for path in paths if path.suffix.lower() in IMAGES]
     if not paths:
         raise SettingsError(f"{inputs[0]}: no image there ({', '.join(IMAGES)})")
-    return _Inputs([str(path) for path in paths])
+    return _Inputs([str(path) for path in paths], columns)
