@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from PIL import Image
-from pyarrow import parquet
 from torch import nn
 
 import randlora
@@ -106,7 +104,7 @@ def test_what_cannot_be_predicted_is_refused(
     (tmp_path / "a.csv").write_text("picture\nbroken.png\n")
     (tmp_path / "b.csv").write_text("image\n3\n")
     (tmp_path / "c.jsonl").write_text(json.dumps({"image": None, "other": 1}) + "\n")
-    parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
+    (tmp_path / "none.csv").write_text("image\n")
     for arguments, code, said in (
         ([finished, tmp_path / "none.png"], WRONG_SETTINGS, "none.png: give files that are there"),
         ([finished, tmp_path / "empty"], WRONG_SETTINGS, "empty: no image there"),
@@ -115,7 +113,7 @@ def test_what_cannot_be_predicted_is_refused(
         ([tmp_path, tmp_path / "broken.png"], WRONG_SETTINGS, "is not the folder of a run"),
         ([finished, tmp_path / "b.csv"], WRONG_SETTINGS, "row 0 has 3 as image: give the path of an image"),
         ([finished, tmp_path / "c.jsonl"], WRONG_SETTINGS, "row 0 has None as image: give the path of an image"),
-        ([finished, tmp_path / "none.parquet"], WRONG_SETTINGS, "none.parquet: there is no row in it"),
+        ([finished, tmp_path / "none.csv"], WRONG_SETTINGS, "none.csv cannot be read"),
         (
             [finished, tmp_path, "--into", tmp_path / "no" / "a.csv"],
             WRONG_SETTINGS,

@@ -135,8 +135,6 @@ def _inputs(inputs: Sequence[Path], columns: Sequence[str], images: bool) -> _In
         table = HubTable(read_file(inputs[0]))
         for column in columns:
             table.check_column(column)
-        if not len(table):
-            raise SettingsError(f"{inputs[0]}: there is no row in it")
         return _Inputs(range(len(table)), columns, table, inputs[0].parent)
     if not images:
         raise SettingsError(f"{inputs[0]}: give one file of texts ({', '.join(FILES)}) with {', '.join(columns)}")
