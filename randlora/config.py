@@ -130,6 +130,15 @@ def _texts(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value
 
 
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """What nested mappings hold, by dotted key."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
 def build(config: object) -> Any:
     """The object of a plain config: mappings with a `_target_` are called with their other keys, innermost first.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from randlora.config import plain
+from randlora.config import leaves, plain
 
 COMMAND_LINE = "command line"
 WIDTH = 60  # characters of a value that are printed
@@ -43,7 +42,7 @@ def origins(config: DictConfig, hydra: HydraConf) -> dict[str, list[Writer]]:
 
     A list in a config is one value.
     """
-    composed = dict(_leaves(OmegaConf.to_container(config)))
+    composed = dict(leaves(OmegaConf.to_container(config)))
     writers: dict[str, list[Writer]] = {key: [] for key in composed}
     repository, defaults = _repository(hydra), _defaults(hydra)
     for default in defaults.defaults:
@@ -51,11 +50,11 @@ def origins(config: DictConfig, hydra: HydraConf) -> dict[str, list[Writer]]:
         file = repository.load_config(path)
         if file is None:  # an `optional` one
             continue
-        for key, value in _leaves(OmegaConf.to_container(file.config), default.package or ""):
+        for key, value in leaves(OmegaConf.to_container(file.config), default.package or ""):
             if key in writers:
                 writers[key].append(Writer(_name(path, repository), value))
     for override in defaults.config_overrides:
-        for key, value in _leaves(override.value(), override.key_or_group):
+        for key, value in leaves(override.value(), override.key_or_group):
             parent = key.rpartition(".")[0]
             if key in writers:
                 writers[key].append(Writer(COMMAND_LINE, value))
@@ -82,7 +81,7 @@ def choices(hydra: HydraConf) -> dict[str, list[Writer]]:
 
 def differences(config: DictConfig, hydra: HydraConf) -> str:
     """The choices and settings that differ from the defaults, a line each: what set it, and what that overrode."""
-    resolved = dict(_leaves(plain(config)))
+    resolved = dict(leaves(plain(config)))
     rows = []
     for key, (*overridden, winner) in chain(choices(hydra).items(), origins(config, hydra).items()):
         if any(writer.value != winner.value for writer in overridden):
@@ -115,15 +114,6 @@ def _defaults(hydra: HydraConf) -> DefaultsList:
     loader = GlobalHydra.instance().config_loader()
     overrides = [*hydra.overrides.hydra, *hydra.overrides.task]
     return loader.compute_defaults_list(hydra.job.config_name, overrides, RunMode.RUN)
-
-
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """What nested mappings hold, by dotted key."""
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def _short(value: object) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from randlora.config import leaves
 from randlora.errors import SettingsError
 from randlora.records import Result, read
 from randlora.records.metrics import NAME as METRICS
@@ -130,9 +131,7 @@ def arms(results: Sequence[Result]) -> list[Arm]:
 def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> list[Arm]:
     known = all(run.validation is not None for runs in groups for run in runs)
     settings = [flat_settings(runs[0]) for runs in groups]
-    keys = [
-        key for key in varying(settings) if key not in _OF_A_RUN and not (known and key in SEARCHED)
-    ]  # fmt: skip
+    keys = [key for key in varying(settings) if key not in _OF_A_RUN and not (known and key in SEARCHED)]
     variants: dict[str, list[Sequence[Result]]] = {}
     for runs, of_run in zip(groups, settings, strict=True):
         texts = (f"{key.removeprefix('method.')}={text(of_run.get(key))}" for key in keys)
@@ -148,15 +147,6 @@ def _choice(runs: Sequence[Result]) -> tuple[int, float]:
 def flat_settings(result: Result) -> dict[str, object]:
     """The settings of a run as today's, by dotted key; a list is one value."""
     return dict(leaves(modern(result.config)))
-
-
-def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """What nested mappings hold, by dotted key."""
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from leaves(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def varying(settings: Sequence[Mapping[str, object]]) -> list[str]:

@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from randlora.config import leaves
 from randlora.errors import SettingsError
 from randlora.records import Result
 from randlora.records.signature import CAME_LATER, EXCLUDED_FROM_HASH
-from randlora.studies.arms import flat_settings, leaves
+from randlora.studies.arms import flat_settings
 
 Names = tuple[str, str, str]  # of method, model and task
 
