@@ -78,10 +78,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in forking)
 
 
-def pytest_collection_finish() -> None:
-    """Spares every collection of garbage, of which each run makes several, a look through all that is imported."""
+def spare() -> None:
+    """Spares later collections of garbage, of which runs and composed settings make thousands, what lives on."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.set_threshold(50_000, 20, 20)
+    spare()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        spare()
 
 
 class Conv1D(nn.Module):
