@@ -32,6 +32,7 @@ COMMANDS = {  # beside training: where the function is that is given the argumen
     "baselines": "randlora.baselines:main",
     "report": "randlora.studies.report:main",
     "status": "randlora.sweeps.status:main",
+    "workspace": "randlora.studies.workspace:main",
 }
 
 

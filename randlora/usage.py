@@ -24,7 +24,8 @@ COMMANDS = """\
 {program} … --config-dir FOLDER             with configs of your own: FOLDER/task/mine.yaml is task=mine
 {program} predict RUN INPUT …               labels and scores by a finished run; also generate, merge and export
 {program} status RUNS                       how the runs and sweeps of a folder stand
-{program} report RUNS --into FOLDER         their tables, figures and a page that works offline"""
+{program} report RUNS --into FOLDER         their tables, figures and a page that works offline
+{program} workspace ENTITY/PROJECT          the same figures in W&B, as a saved workspace"""
 
 
 def usage(argv: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ import torch
 import torch._dynamo  # which an optimiser imports
 from safetensors.torch import load_file
 from test_training import Pixels8, WithLoss, splits
+from test_wandb import records as mirrored
 from torch import nn
 
 import randlora.finetune
@@ -580,25 +581,10 @@ def test_the_log_goes_on_as_the_checkpoint_has_it(tmp_path: Path) -> None:
     assert rows[1].metrics["count"] == 4
 
 
-def blocks(log: bytes) -> Iterator[bytes]:
-    """The records of W&B's file behind its header, as LevelDB logs: CRC (4), length (2), whole or which part (1)."""
-    position, record = 0, b""
-    while position + 7 <= len(log):
-        length, part = int.from_bytes(log[position + 4 : position + 6], "little"), log[position + 6]
-        record += log[position + 7 : position + 7 + length]
-        if part in (1, 4):  # whole, or the last
-            yield record
-            record = b""
-        position += 7 + length
-        left = -(position + 7) % 2**15  # in the block, which the file's header is a part of
-        position += left if left < 7 else 0
-
-
 def test_mirrors_have_every_step_once_after_a_kill(tmp_path: Path) -> None:
     """Oracles: TensorBoard's reader, and W&B's file. Killed at step 7, with a checkpoint of step 6."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from wandb.proto import wandb_internal_pb2
 
     def attempt(kill: bool) -> int:
         if kill:
@@ -617,11 +603,8 @@ def test_mirrors_have_every_step_once_after_a_kill(tmp_path: Path) -> None:
     scalars = EventAccumulator(str(events)).Reload().Scalars("train/loss")
     assert [scalar.step for scalar in scalars] == [*range(1, 9)]
     assert [scalar.value for scalar in scalars] == pytest.approx([*expected.values()])
-    (file,) = tmp_path.rglob("offline-run-*/*.wandb")
     losses: dict[int, float] = {}
-    for data in blocks(file.read_bytes()[7:]):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in mirrored(tmp_path):
         items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         if "train/loss" in items:
             assert items["_step"] not in losses

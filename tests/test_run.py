@@ -339,14 +339,6 @@ def test_divergence_is_recorded(tmp_path: Path) -> None:
     assert "learning rate" in result_of(experiment)["error"]
 
 
-def test_wandb_offline_mirrors_each_run(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        options = ("logger=wandb", "logger.wandb.mode=offline", f"seed={seed}", "trainer.max_steps=1")
-        code, experiment = start(tmp_path, *options)
-        assert code == FINISHED
-        assert len(list((experiment.folder / "wandb").glob("offline-run-*"))) == 1
-
-
 def test_two_loggers_mirror_a_run(tmp_path: Path) -> None:
     """Oracle: TensorBoard's own reader."""
     pytest.importorskip("tensorboard")

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from randlora.records.metrics import Row
 from randlora.records.result import Result
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The place of a run in a sweep, which the environment of its process carries, for dashboards alone.
+
+    Args:
+        sweep: The sweep's id; None for a run on its own.
+        label: The overrides by which the run differs from the others.
+    """
+
+    sweep: str | None = None
+    label: str = ""
+
+    @classmethod
+    def of_this_process(cls) -> Self:
+        return cls(os.environ.get("RANDLORA_SWEEP"), os.environ.get("RANDLORA_LABEL", ""))
+
+    def declare(self) -> None:
+        """Makes it that of this process and of those which it starts."""
+        os.environ |= {"RANDLORA_SWEEP": self.sweep or "", "RANDLORA_LABEL": self.label}
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from randlora.integrity import Damaged
 from randlora.records import Result
 from randlora.records.console import Console
 from randlora.records.lock import living
+from randlora.records.logger import Membership
 from randlora.records.record import Record
 from randlora.records.versions import commit
 from randlora.run import summary
@@ -201,6 +202,7 @@ class _Making:
     def _child(self, number: int) -> int:
         """A run's whole process."""
         self.codes.clear()
+        Membership(self.sweep.id, self.jobs[number].label).declare()
         _ = _run_here(self.launcher, self.jobs[number]).return_value  # which raises what the run has raised
         return max(self.codes, default=FAILED)
 
