@@ -25,7 +25,10 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "train.yaml").is_file())
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
 
-LAUNCHER = "hydra_plugins.randlora.Local"  # what Hydra calls randlora.sweeps.launcher.Local
+LAUNCHERS = {  # what Hydra calls the classes of randlora.sweeps.launcher
+    "local": "hydra_plugins.randlora.Local",
+    "slurm": "hydra_plugins.randlora.Slurm",
+}
 
 FOLDERS = ("run_root", "data_root", "model.weights", "model.search")  # which may be read from the environment
 PARTS = ("method", "model", "task", "trainer", "optimizer", "logger")
@@ -67,7 +70,7 @@ class General(Bounded):
 def register_resolvers() -> None:
     """What the YAML files refer to: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise.
 
-    And the options of ``hydra/launcher=local``, the launcher of randlora/sweeps.
+    And the options of ``hydra/launcher=local`` and ``slurm``, the launchers of randlora/sweeps.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -76,8 +79,20 @@ def register_resolvers() -> None:
         return all_ if _root_.get("shots") is None else few
 
     OmegaConf.register_new_resolver("epochs", epochs, replace=True)
-    local = {"_target_": LAUNCHER, "workers": 1}
-    ConfigStore.instance().store("local", local, group="hydra/launcher", provider="randlora")
+    options: dict[str, dict[str, Any]] = {
+        "local": {"workers": 1},
+        "slurm": {
+            "workers": 100,
+            "cluster": "slurm",
+            "minutes": 240,
+            "nodes": 1,
+            "gpus": 1,
+            "partition": None,
+        },
+    }
+    for name, target in LAUNCHERS.items():
+        config = {"_target_": target} | options[name]
+        ConfigStore.instance().store(name, config, group="hydra/launcher", provider="randlora")
 
 
 def settings(*overrides: str) -> dict[str, Any]:

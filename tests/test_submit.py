@@ -1,22 +1,30 @@
-"""scripts/submit.py under submitit's executor for this machine, which warns and queues again as its one for SLURM does.
+"""Runs as jobs, under submitit's executor for this machine, which warns and queues again as its one for SLURM does.
 
 The script is copied beside a program that stands for train.py, and so runs that one.
 """
 
 import os
-import runpy
 import shutil
+import signal
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from test_interruption import code_of, forked, record_of, run_code
+from test_sweeps import launched, states, sweep_of
 
+import randlora.sweeps.jobs
+import randlora.sweeps.launcher
 from conftest import REPOSITORY
-from randlora.errors import FINISHED, INTERRUPTED
+from randlora.analysis.campaign_programs import Ours, prepare
+from randlora.errors import FAILED, FINISHED, INTERRUPTED, SettingsError
+from randlora.records.logger import Membership
+from randlora.sweeps.jobs import GRACE, Jobs, Run, executor
 
 pytest.importorskip("submitit", reason="submitit is not installed: scripts/submit.py is not tested")
 
@@ -70,13 +78,16 @@ PROCESSES = """
 """
 
 
+@pytest.fixture(autouse=True)
+def helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests share can be imported in the jobs, too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), os.environ["PYTHONPATH"]]))
+
+
 @pytest.fixture
-def submit(
-    tmp_path: Path, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, list[str]], int]:
+def submit(tmp_path: Path, program: Callable[..., int]) -> Callable[[str, list[str]], int]:
     (tmp_path / "scripts").mkdir()
     script = Path(shutil.copy(REPOSITORY / "scripts" / "submit.py", tmp_path / "scripts"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "tests"), os.environ["PYTHONPATH"]]))
 
     def run(train: str, options: list[str]) -> int:
         (tmp_path / "train.py").write_text(textwrap.dedent(train))
@@ -114,22 +125,156 @@ def test_a_process_for_each_gpu_of_one_job(tmp_path: Path, submit: Any) -> None:
 
 
 def test_what_fails_is_not_queued_again(tmp_path: Path, submit: Any) -> None:
-    with pytest.raises(Exception, match=r"train\.py ended with exit code 2"):
+    with pytest.raises(Exception, match="the run ended with exit code 2"):
         submit("raise SystemExit(2)", ["--gpus", "0"])
     assert "Requeued" not in log(tmp_path)
 
 
 def test_after_sigterm_the_scheduler_has_time_to_end_the_job(
-    tmp_path: Path, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SLURM sends SIGTERM to what it cancels and to what it queues again by itself: we do neither."""
-    script = runpy.run_path(str(REPOSITORY / "scripts" / "submit.py"))
-    (tmp_path / "train.py").write_text(f"raise SystemExit({INTERRUPTED})")
     waited: list[float] = []
-    run = script["Run"]([])
-    monkeypatch.setitem(run.__call__.__globals__, "TRAIN", tmp_path / "train.py")
+    run = Run([sys.executable, "-c", f"raise SystemExit({INTERRUPTED})"])
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "DEBUG_1")
     with pytest.raises(RuntimeError, match=f"exit code {INTERRUPTED}"):
         run()
-    assert waited == [script["GRACE"]]
+    assert waited == [GRACE]
+
+
+# What stands for SLURM: jobs are processes of this machine, in whose folder their ids and ends are.
+SBATCH = """\
+#!/bin/bash
+id=$(($(ls "$SLURM_STAND_IN" | wc -l) + 1))
+touch "$SLURM_STAND_IN/$id"
+SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+    setsid bash -c 'bash "$1"; echo ended > "$2"' - "${@: -1}" "$SLURM_STAND_IN/$id" < /dev/null > /dev/null 2>&1 &
+echo $! > "$SLURM_STAND_IN/../group_$id"
+echo "Submitted batch job $id"
+"""
+SRUN = """\
+#!/bin/bash
+while [[ $1 == -* ]]; do
+    case $1 in --output) out=$2; shift;; --error) err=$2; shift;; esac
+    shift
+done
+out=${out//%j/$SLURM_JOB_ID}; err=${err//%j/$SLURM_JOB_ID}
+exec "$@" >> "${out//%t/0}" 2>> "${err//%t/0}"
+"""
+SACCT = """\
+#!/bin/bash
+echo "JobID|State|NodeList"
+for path in "$SLURM_STAND_IN"/*; do
+    echo "${path##*/}|$([[ -s $path ]] && echo COMPLETED || echo RUNNING)|here"
+done
+"""
+SCANCEL = '#!/bin/bash\nkill -TERM -- -$(cat "$SLURM_STAND_IN/../group_$1")\n'
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an empty file for each job that runs, and one with a word in it for each that has ended."""
+    programs, jobs = tmp_path / "bin", tmp_path / "queue" / "jobs"
+    for folder in (programs, jobs):
+        folder.mkdir(parents=True)
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scancel": SCANCEL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
+    return jobs
+
+
+def same_outputs(root: Path, undisturbed: Path, model: Path) -> bool:
+    """Whether the runs of a sweep left what those of another left."""
+    outputs = partial(Ours.outputs, Ours(lambda arguments: 0, model))
+    pairs = zip(sweep_of(root).jobs, sweep_of(undisturbed).jobs, strict=True)
+    return all(outputs(root / ours.folder) == outputs(undisturbed / theirs.folder) for ours, theirs in pairs)
+
+
+def struck(root: str, faults: Mapping[int, str], *overrides: str) -> int:
+    """A sweep's command whose runs end by a fault at their fifth step, the first time; and its launcher, once."""
+    plan = {seed: (fault, 5) for seed, fault in faults.items()}
+    strikes = f"from pathlib import Path; from test_sweeps import strike; strike(Path({root!r}), {plan!r}); "
+    randlora.sweeps.launcher.PROGRAM = strikes + randlora.sweeps.launcher.PROGRAM
+
+    class Killed(Jobs):
+        def ended(self, seconds: float) -> list[tuple[int, int]]:
+            ended = super().ended(seconds)
+            if ended and not Path(root, "struck_launcher").exists():
+                Path(root, "struck_launcher").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return ended
+
+    randlora.sweeps.jobs.Jobs = Killed  # type: ignore[misc]
+    return launched(Path(root), {}, *overrides)
+
+
+def test_a_storm_takes_no_job_with_it(tmp_path: Path) -> None:
+    """Oracle: the same sweep in processes, undisturbed. RANDLORA_JOBS is how many; the suite has few."""
+    model, runs = prepare(tmp_path / "vit"), int(os.environ.get("RANDLORA_JOBS", 3))
+    command = (f"model.weights={model}", "method=lora", f"seed={','.join(map(str, range(runs)))}")
+    command = (*command, "hydra.launcher.workers=2")
+    jobs = ("hydra/launcher=slurm", "hydra.launcher.gpus=0", "hydra.launcher.cluster=local")
+    assert code_of(forked(partial(launched, tmp_path / "undisturbed", {}, *command), 600)) == FINISHED
+    root, kinds = tmp_path / "runs", ("exception", "exit", "kill", "memory")
+    root.mkdir()
+    seeds = Random(20).sample(range(runs), max(2, runs // 4))
+    faults = {seed: kinds[(index + 1) % 4] for index, seed in enumerate(seeds)}
+    act = partial(struck, str(root), faults, *command, *jobs)
+    assert code_of(forked(act, 3000)) == -signal.SIGKILL
+    assert states(root).count("finished") < runs
+    assert code_of(forked(act, 3000)) == FAILED
+    assert code_of(forked(partial(struck, str(root), faults, *command, *jobs, "retry=true"), 3000)) == FINISHED
+    assert states(root) == ["finished"] * runs
+    assert sorted(map(int, (root / "done").read_text().split())) == [*range(runs)]  # none twice
+    assert same_outputs(root, tmp_path / "undisturbed", model)
+
+
+def test_a_sweep_of_jobs_goes_on_with_those_that_are_queued(slurm: Path, tmp_path: Path) -> None:
+    """Oracle: the same sweep in processes. The launcher is killed while both jobs run."""
+    model = prepare(tmp_path / "vit")
+    command = (f"model.weights={model}", "method=lora", "seed=0,1", "trainer.max_steps=20")
+    jobs = ("hydra/launcher=slurm", "hydra.launcher.gpus=0")
+    assert code_of(forked(partial(launched, tmp_path / "undisturbed", {}, *command), 100)) == FINISHED
+    root = tmp_path / "runs"
+
+    def killed() -> int:
+        class Once(Jobs):
+            def ended(self, seconds: float) -> list[tuple[int, int]]:
+                if len(self.running) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return []
+
+        randlora.sweeps.jobs.Jobs = Once  # type: ignore[misc]
+        return launched(root, {}, *command, *jobs)
+
+    assert code_of(forked(killed, 100)) == -signal.SIGKILL
+    assert code_of(forked(partial(launched, root, {}, *command, *jobs), 100)) == FINISHED
+    assert sorted(path.name for path in slurm.iterdir()) == ["1", "2"]  # no run is queued twice
+    assert same_outputs(root, tmp_path / "undisturbed", model)
+    (log, _) = sorted(root.glob("sweeps/*/*.log"))
+    assert "finished" in log.read_text()
+
+
+def test_a_job_knows_its_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "DEBUG_1")
+    program = (
+        "import os; raise SystemExit(os.environ['RANDLORA_SWEEP'] != 'abc' or os.environ['RANDLORA_LABEL'] != 'seed=1')"
+    )
+    Run([sys.executable, "-c", program], Membership("abc", "seed=1").environment)()
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        Run([sys.executable, "-c", program], Membership("abc", "seed=2").environment)()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "said"),
+    [
+        ("slurm", 1, "cluster=slurm: .*srun.*; local runs the jobs on this machine"),
+        ("local", 2, "nodes=2: .*one node"),
+    ],
+)
+def test_a_cluster_that_is_not_there(cluster: str, nodes: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=said):
+        executor(tmp_path, cluster, minutes=1, nodes=nodes, gpus=0, partition=None)

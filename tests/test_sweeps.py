@@ -81,20 +81,17 @@ FAULTS: Mapping[str, Callable[[], None]] = {
 Plan = Mapping[int, tuple[str, int]]  # by seed a fault, and the step that it comes at, the first time alone
 
 
-def launched(root: Path, plan: Plan, *overrides: str) -> int:
-    """A sweep's command in this process.
+def strike(root: Path, plan: Plan) -> None:
+    """From now on the runs of this process and its forks have these faults, and note that they finished."""
+    progress, finetune = Record.progress, randlora.run.finetune
 
-    `root` gets files: struck_SEED, done with a line for each run that finished, and objectives as a sweeper has them.
-    """
-    progress, finetune, launch = Record.progress, randlora.run.finetune, Local.launch
-
-    def strike(record: Record, step: int, *rest: Any) -> None:
+    def struck(record: Record, step: int, *rest: Any) -> None:
         seed = record.config["seed"]
         fault, at = plan.get(seed, ("", 0))
-        struck = root / f"struck_{seed}"
+        noted = root / f"struck_{seed}"
         progress(record, step, *rest)
-        if step == at and not struck.exists():
-            struck.touch()
+        if step == at and not noted.exists():
+            noted.touch()
             FAULTS[fault]()
 
     def counted(experiment: Any, *rest: Any) -> Any:
@@ -103,12 +100,23 @@ def launched(root: Path, plan: Plan, *overrides: str) -> int:
             file.write(f"{experiment.budget.seed}\n")
         return ended
 
+    Record.progress, randlora.run.finetune = struck, counted  # type: ignore[method-assign]
+
+
+def launched(root: Path, plan: Plan, *overrides: str) -> int:
+    """A sweep's command in this process.
+
+    `root` gets files: struck_SEED, done with a line for each run that finished, and objectives as a sweeper has them.
+    """
+    launch = Local.launch
+    strike(root, plan)
+
     def noted(launcher: Local, *jobs: Any, **first: int) -> Any:
         returns = launch(launcher, *jobs, **first)
         (root / "objectives").write_text(json.dumps([returned.return_value for returned in returns]))
         return returns
 
-    Record.progress, randlora.run.finetune, Local.launch = strike, counted, noted  # type: ignore[method-assign]
+    Local.launch = noted  # type: ignore[method-assign]
     root.mkdir(exist_ok=True)
     sys.argv = ["randlora", "-m", *_COMMON, f"run_root={root}", "trainer.save_every=2", *overrides]
     return cli.main()

@@ -92,16 +92,15 @@ class GrowingUpdate(LowRankUpdate):
         if {name for name, _ in self.named_parameters()} == set(names):
             return False
         rows, columns = self.site.shape
-        shapes = {"a": (1, columns), "b": (rows, 1), "lambda_": (1, 1)}
-        factors = {"a": self.a, "b": self.b, "lambda_": self.lambda_}
-        for tensors in factors.values():
+        factors = {"a": (self.a, (1, columns)), "b": (self.b, (rows, 1)), "lambda_": (self.lambda_, (1, 1))}
+        for tensors, _ in factors.values():
             tensors.clear()
         if not names:
             self._begin()
-        for factor, tensors in factors.items():
+        for factor, (tensors, shape) in factors.items():
             keys = [name.partition(".")[2] for name in names if name.startswith(f"{factor}.")]
             for key in sorted(keys, key=lambda key: [int(part) for part in key.split("_")]):
-                tensors[key] = nn.Parameter(self.importance.new_empty(shapes[factor]))
+                tensors[key] = nn.Parameter(self.importance.new_empty(shape))
         return True
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,8 +135,7 @@ class GrowingUpdate(LowRankUpdate):
             self.gradient /= torch.distributed.get_world_size()
         score = (self.delta(self.gradient) * self.gradient).abs().mean()
         mean = self.importance[0].lerp(score, 1 - memory)
-        distance = self.importance[1].lerp((score - mean).abs(), 1 - memory)
-        self.importance.copy_(torch.stack([mean, distance]))
+        self.importance.copy_(torch.stack([mean, self.importance[1].lerp((score - mean).abs(), 1 - memory)]))
         self.gradient.zero_()
 
     @torch.no_grad()
@@ -145,8 +143,7 @@ class GrowingUpdate(LowRankUpdate):
         """Leaves LoRA's two factors of the ranks alone, with λ in A; their number."""
         self.stop_growing()
         rank = self.rank
-        A, B = self.low_rank()
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.A, self.B = (nn.Parameter(factor) for factor in self.low_rank())
         for tensors in (self.a, self.b, self.lambda_):
             tensors.clear()
         del self.importance

@@ -28,9 +28,14 @@ class Membership:
     def of_this_process(cls) -> Self:
         return cls(os.environ.get("RANDLORA_SWEEP"), os.environ.get("RANDLORA_LABEL", ""))
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The variables that carry it."""
+        return {"RANDLORA_SWEEP": self.sweep or "", "RANDLORA_LABEL": self.label}
+
     def declare(self) -> None:
         """Makes it that of this process and of those which it starts."""
-        os.environ |= {"RANDLORA_SWEEP": self.sweep or "", "RANDLORA_LABEL": self.label}
+        os.environ |= self.environment
 
 
 @runtime_checkable

@@ -1,14 +1,15 @@
-"""Hydra's launcher ``hydra/launcher=local``: the runs of a sweep, each in a process of its own."""
+"""Hydra's launchers ``local`` and ``slurm``: the runs of a sweep, each in a process or a job of its own."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
@@ -16,11 +17,39 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from randlora.bounds import Count, check
-from randlora.config import LAUNCHER
+from randlora.bounds import Count, CountOrZero, check
+from randlora.config import LAUNCHERS
+from randlora.records.logger import Membership
+from randlora.sweeps.jobs import Run
 
 if TYPE_CHECKING:
+    from randlora.sweeps.planning import Planned
     from randlora.sweeps.sweep import Sweep
+
+PACKAGE = LAUNCHERS["local"].rpartition(".")[0]  # Hydra takes plugins of its own packages alone
+Task = Callable[[], int] | Run
+PROGRAM = "from randlora.cli import main; raise SystemExit(main())"
+OWN_FOLDERS = "command-line"  # Hydra's name of where --config-dir has its folder from
+
+
+class Workers(Protocol):
+    """Where the runs of a sweep are: `randlora.sweeps.pool.Pool` or `randlora.sweeps.jobs.Jobs`."""
+
+    @property
+    def free(self) -> bool: ...
+
+    @property
+    def running(self) -> Sequence[int]: ...
+
+    def start(self, key: int, act: Any, log: Path) -> None: ...
+
+    def ended(self, seconds: float) -> list[tuple[int, int]]: ...
+
+    def signal(self, number: int) -> None: ...
+
+    def end_at_once(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Runs(Protocol):
@@ -42,7 +71,8 @@ class Local(BasicLauncher):
         workers: How many at a time, each with a GPU of its own as long as there are enough.
     """
 
-    __module__ = LAUNCHER.rpartition(".")[0]  # Hydra takes plugins of its own packages alone
+    __module__ = PACKAGE
+    bounds: Mapping[str, Any] = {"workers": Count}
 
     def __init__(self, workers: int = 1) -> None:
         super().__init__()
@@ -53,9 +83,19 @@ class Local(BasicLauncher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's call before `launch`; SettingsError for settings that cannot be."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        check("hydra.launcher", {"workers": Count}, {"workers": self.workers})
+        check("hydra.launcher", self.bounds, {name: getattr(self, name) for name in self.bounds})
         loader: Any = hydra_context.config_loader
         self._compose, loader.load_sweep_config = loader.load_sweep_config, self._keep
+
+    def pool(self, folder: Path) -> Workers:
+        """Where the runs of a sweep with this folder are made."""
+        from randlora.sweeps.pool import Pool
+
+        return Pool(self.workers)
+
+    def task(self, job: Planned, member: Membership, child: Callable[[], int]) -> Task:
+        """What the pool is given for a job: `child`, which makes the run in a fork of this process."""
+        return child
 
     @property
     def runs(self) -> Runs:
@@ -93,11 +133,47 @@ class Local(BasicLauncher):
         return self._compose(master_config, sweep_overrides) if kept is None else kept
 
 
+class Slurm(Local):
+    """Runs a sweep's jobs as jobs of SLURM, by submitit, queued again where they are pre-empted; see docs/gpus.md.
+
+    Args:
+        workers: How many wait or run at a time.
+        cluster: slurm, or local: under submitit on this machine.
+        minutes: Of a job, after which it is queued again.
+        nodes: Machines of a job.
+        gpus: Of each machine, a process each; 0: one process on the CPU.
+        partition: SLURM's; None: its default.
+    """
+
+    __module__ = PACKAGE
+    bounds: Mapping[str, Any] = {
+        "workers": Count, "cluster": Literal["slurm", "local"], "minutes": Count, "nodes": Count,
+        "gpus": CountOrZero, "partition": str | None,
+    }  # fmt: skip
+
+    def __init__(self, workers: int, cluster: str, minutes: int, nodes: int, gpus: int, partition: str | None) -> None:
+        super().__init__(workers)
+        self.cluster, self.minutes, self.nodes, self.gpus, self.partition = cluster, minutes, nodes, gpus, partition
+
+    def pool(self, folder: Path) -> Workers:
+        from randlora.sweeps.jobs import Jobs, executor
+
+        jobs = executor(folder / "jobs", self.cluster, self.minutes, self.nodes, self.gpus, self.partition)
+        return Jobs(jobs, self.workers)
+
+    def task(self, job: Planned, member: Membership, child: Callable[[], int]) -> Task:
+        """A command line of one run, as if it had been typed alone."""
+        sources = job.config.hydra.runtime.config_sources
+        folders = [f"--config-dir={source.path}" for source in sources if source.provider == OWN_FOLDERS]
+        return Run([sys.executable, "-c", PROGRAM, *folders, *job.overrides], member.environment)
+
+
 def register() -> None:
-    """Makes `Local` known to Hydra, which takes launchers from modules of a package `hydra_plugins` alone."""
-    Plugins.instance().register(Local)
-    package, _, _ = Local.__module__.partition(".")
+    """Makes the launchers known to Hydra, which takes them from modules of a package `hydra_plugins` alone."""
+    for launcher in (Local, Slurm):
+        Plugins.instance().register(launcher)
+    package, _, _ = PACKAGE.partition(".")
     with suppress(ImportError):
         importlib.import_module(package)  # of other plugins
     sys.modules.setdefault(package, ModuleType(package))
-    sys.modules[Local.__module__] = sys.modules[__name__]
+    sys.modules[PACKAGE] = sys.modules[__name__]

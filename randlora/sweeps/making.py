@@ -39,12 +39,11 @@ from randlora.sweeps.planning import (
     training_seconds,
     without_hydra,
 )
-from randlora.sweeps.pool import Pool
 from randlora.sweeps.progress import Display, duration
 from randlora.sweeps.sweep import FAILURES, NAME, ORDER, TO_DO, Job, Standing, Sweep, standing
 
 if TYPE_CHECKING:
-    from randlora.sweeps.launcher import Local
+    from randlora.sweeps.launcher import Local, Task
 
 CODES = (FINISHED, FAILED, WRONG_SETTINGS, BUSY, INTERRUPTED)
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -108,7 +107,7 @@ class _Making:
 
     def run(self) -> None:
         """Runs what is to do, several at a time, and says what came of the sweep."""
-        began, pool, passed_on = time.monotonic(), Pool(self.launcher.workers), False
+        began, pool, passed_on = time.monotonic(), self.launcher.pool(self.sweep.folder), False
         STOP.at_once = pool.end_at_once
         started = 0
         try:
@@ -116,7 +115,7 @@ class _Making:
                 # Asked to stop before anything was begun, the first run says so in its record.
                 while self.waiting and pool.free and not (STOP.came and started):
                     number, started = self.waiting.pop(0), started + 1
-                    pool.start(number, partial(self._child, number), self._log(number))
+                    pool.start(number, self._task(number), self._log(number))
                 if STOP.came and not passed_on:
                     passed_on = True
                     pool.signal(signal.Signals[STOP.reason])
@@ -199,10 +198,15 @@ class _Making:
         """The file with what a job's processes have said."""
         return self.sweep.folder / f"{number:04}.log"
 
-    def _child(self, number: int) -> int:
-        """A run's whole process."""
+    def _task(self, number: int) -> Task:
+        """What a worker does."""
+        member = Membership(self.sweep.id, self.jobs[number].label)
+        return self.launcher.task(self.jobs[number], member, partial(self._child, number, member))
+
+    def _child(self, number: int, member: Membership) -> int:
+        """A run's whole process, where that is a fork of this one."""
         self.codes.clear()
-        Membership(self.sweep.id, self.jobs[number].label).declare()
+        member.declare()
         _ = _run_here(self.launcher, self.jobs[number]).return_value  # which raises what the run has raised
         return max(self.codes, default=FAILED)
 
