@@ -12,6 +12,7 @@ data sets under each budget; figures/ as SVG, PDF and PNG; and index.html. The s
 from __future__ import annotations
 
 import argparse
+import gc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--without-cost", action="store_true", help="leave out times and memory")
     options = parser.parse_args(arguments)
     parts = load(options.paths, options.only)
+    gc.freeze()  # statsmodels looks through everything at each of its tests for what it could free
     report(parts, options.into, options.reference, read_scores(options.published), cost=not options.without_cost)
     print(options.into / "index.html")
 
