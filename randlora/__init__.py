@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from randlora.adapters import adapt, calibrate, load_adapter, merge, merged, save_adapter
+    from randlora.adapters import Adapters, adapt, calibrate, load_adapter, merge, merged, save_adapter
     from randlora.peft import from_peft, to_peft
 
-__all__ = ["adapt", "calibrate", "from_peft", "load_adapter", "merge", "merged", "save_adapter", "to_peft"]
+__all__ = ["Adapters", "adapt", "calibrate", "from_peft", "load_adapter", "merge", "merged", "save_adapter", "to_peft"]
 
 
 def __getattr__(name: str) -> Any:

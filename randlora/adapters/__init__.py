@@ -6,10 +6,12 @@ from randlora.adapters.core import Adaptation, Report, adapt, adaptation_of, cac
 from randlora.adapters.files import load_adapter, save_adapter
 from randlora.adapters.interface import Context, Frozen, Method, Site, Update
 from randlora.adapters.layer import AdaptedLinear
+from randlora.adapters.several import Adapters
 
 __all__ = [
     "Adaptation",
     "AdaptedLinear",
+    "Adapters",
     "Context",
     "Frozen",
     "Method",

@@ -96,7 +96,7 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
         parameter.requires_grad_(True)
     for name, module in modules.items():
         here = [(place.rows, updates[place.site]) for place in chosen if place.module == name]
-        _replace(model, name, AdaptedLinear(module, here))
+        replace(model, name, AdaptedLinear(module, here))
 
     adaptation = Adaptation(method, list(targets), seed, sites, updates, unfrozen)
     model.__dict__["_adaptation"] = adaptation
@@ -201,7 +201,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Makes plain modules again, with the updates in their weights, for good; returns the model."""
     require_adaptation(model)
     for name, layer in adapted_layers(model).items():
-        _replace(model, name, layer.plain())
+        replace(model, name, layer.plain())
     return _restore(model)
 
 
@@ -209,11 +209,12 @@ def unload(model: nn.Module) -> nn.Module:
     """Takes the updates off again: the model as it was before `adapt`, all of it frozen; returns the model."""
     require_adaptation(model)
     for name, layer in adapted_layers(model).items():
-        _replace(model, name, layer.base)
+        replace(model, name, layer.base)
     return _restore(model)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the model's module of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
