@@ -28,6 +28,7 @@ COMMANDS = {  # beside training: where the function is that is given the argumen
     "generate": "randlora.use.commands:generate_command",
     "merge": "randlora.use.commands:merge_command",
     "export": "randlora.use.commands:export_command",
+    "push": "randlora.use.commands:push_command",
     "spectra": "randlora.use.commands:spectra_command",
     "baselines": "randlora.baselines:main",
     "report": "randlora.studies.report:main",

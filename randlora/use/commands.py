@@ -1,4 +1,4 @@
-"""The commands predict, generate, merge, export and spectra: their arguments, and where what they say goes."""
+"""The commands on finished runs: their arguments, and where what they say goes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from randlora.integrity import write
 from randlora.use.generate import Generation, chat_prompt, generate
 from randlora.use.merge import export, merge
 from randlora.use.predict import predict, table_of, written
+from randlora.use.push import push
 from randlora.use.spectra import QUANTITIES, Look, spectra
 from randlora.use.trained import Trained
 
-RUN = "the folder of a finished run"
+RUN = "the folder of a finished run, or hub:OWNER/NAME"
 
 
 def predict_command(arguments: Sequence[str]) -> int:
@@ -90,6 +91,19 @@ def export_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=["peft"], default="peft")
     options = parser.parse_args(arguments)
     print(export(_trained(options), options.into))
+    return FINISHED
+
+
+def push_command(arguments: Sequence[str]) -> int:
+    """randlora push RUN OWNER/NAME"""
+    parser = argparse.ArgumentParser(prog="randlora push", description="A finished run to the Hugging Face hub.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="made where there is none")
+    parser.add_argument("--licence", "--license", help="as the hub calls it, such as mit")
+    parser.add_argument("--private", action="store_true", help="where it is made now")
+    parser.add_argument("--peft", action="store_true", help="PEFT's files, too")
+    options = parser.parse_args(arguments)
+    print(push(options.run, options.repository, options.licence, options.private, options.peft))
     return FINISHED
 
 

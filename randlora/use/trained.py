@@ -20,6 +20,7 @@ from randlora.models.base import Backbone
 from randlora.records import Result
 from randlora.records.signature import modern
 from randlora.tasks.base import Bound
+from randlora.use.hub import local
 
 KEPT = ("model", "method", "targets", "seed")  # what another task leaves as the run had it
 
@@ -35,11 +36,11 @@ class Trained:
     bound: Bound
 
     @classmethod
-    def load(cls, run: Path, base: Base = "same", data: bool = False, overrides: Sequence[str] = ()) -> Trained:
+    def load(cls, run: Path | str, base: Base = "same", data: bool = False, overrides: Sequence[str] = ()) -> Trained:
         """From the folder of a run.
 
         Args:
-            run: Its folder.
+            run: Its folder, or ``hub:OWNER/NAME``.
             base: ``same`` refuses other weights than the run's; ``any`` takes them.
             data: Whether the task's data are needed, and so looked for before anything is loaded.
             overrides: A task and settings in place of the run's own.
@@ -47,6 +48,7 @@ class Trained:
         Raises:
             SettingsError: There is no finished run there, or the task's head is not the run's.
         """
+        run = local(run)
         experiment = experiment_of(run, overrides, data)
         backbone = experiment.model.load()
         load_adapter(backbone.module, run / "adapter", base, modules={})
@@ -56,9 +58,9 @@ class Trained:
         return cls(experiment, backbone, bound)
 
 
-def experiment_of(run: Path, overrides: Sequence[str] = (), data: bool = True) -> Experiment:
+def experiment_of(run: Path | str, overrides: Sequence[str] = (), data: bool = True) -> Experiment:
     """The objects of a finished run, or of another task on its model; see `Trained.load`."""
-    config = _composed(_finished(run), overrides)
+    config = _composed(_finished(local(run)), overrides)
     experiment = Experiment.from_config(config if data else config | {"dry_run": True})
     torch.manual_seed(experiment.budget.seed)  # as in training: weights that no file gives
     return experiment
