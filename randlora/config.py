@@ -42,8 +42,8 @@ class General(Bounded):
 
     seed: Seed
     targets: (
-        Annotated[str, DocInfo("one of the model's sets")]
-        | Annotated[Sequence[str], Len(1), DocInfo("a list of patterns")]
+        Annotated[str, DocInfo("one of the model's sets, or all-linear")]
+        | Annotated[Sequence[str], Len(1), DocInfo("a list of patterns or names")]
     )
     shots: Count | None
     fraction: Fraction | None

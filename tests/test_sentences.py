@@ -30,7 +30,7 @@ LAYERS = [f"layers.{i}.{part}" for i in (0, 1) for part in ("q_proj", "v_proj", 
         ([], "x", "the model has none"),
         (LAYERS, "layers.*.k_proj", "there are layers.*.v_proj, layers.*.q_proj, layers.*.o_proj"),
         (LAYERS, "layer.12.dwn", "there are layers.*.down, layers.*.w, layers.*.y"),
-        (["z", "encoder.block.3.attention"], "attention", "there are encoder.block.*.attention"),
+        (["z", "encoder.block.3.attention"], "attention.", "there are encoder.block.*.attention"),
         ([f"{letter}.3" for letter in "abcdefghij"], "zzzzzz", f"there are {', '.join(f'{x}.*' for x in 'abcdefgh')}"),
     ],
 )

@@ -29,6 +29,8 @@ def test_sites_come_in_the_models_order(toy: Toy) -> None:
         (["square[q]"], "none: it is not a fused matrix"),
         (["c_attn", "c_attn[q]"], "both whole and as"),
         ([], "at least one pattern"),
+        (["re:(square"], r"target 're:\(square' is no regular expression: "),
+        (["re:squar"], "target 're:squar' matches no linear map"),
         ("square", "give a list"),
     ],
 )
@@ -38,6 +40,31 @@ def test_wrong_targets_are_refused_and_leave_the_model_alone(toy: Toy, targets: 
         randlora.adapt(toy, LoRA(2), targets)  # type: ignore[arg-type]
     assert [(name, type(module)) for name, module in toy.named_modules()] == before
     assert all(parameter.requires_grad for parameter in toy.parameters())
+
+
+def test_targets_as_peft_has_them() -> None:
+    """Oracle: what PEFT adapts by the same words (`target_modules`), a regular expression with our prefix."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, num_key_value_heads=1, **size)
+    for theirs, ours in (
+        ("all-linear", ["all-linear"]),
+        (["q_proj", "layers.1.mlp.up_proj"], ["q_proj", "layers.1.mlp.up_proj"]),
+        (r".*layers\.[01]\..*[kv]_proj", [r"re:.*layers\.[01]\..*[kv]_proj"]),
+    ):
+        adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=1, target_modules=theirs))
+        expected = [name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")]
+        report = randlora.adapt(LlamaForCausalLM(config), LoRA(1), ours)
+        assert names(report) == expected
+
+
+def test_a_name_is_the_end_of_one_only_where_none_is_it_as_a_whole() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(3, 3), "block": nn.ModuleDict({"up": nn.Linear(3, 3)})})
+    assert [place.site for place in places(model, ["up"])] == ["up"]
+    del model["up"]
+    assert [place.site for place in places(model, ["up"])] == ["block.up"]
 
 
 def test_a_slice_is_a_site_of_its_own(toy: Toy) -> None:

@@ -14,6 +14,10 @@ from torch import nn
 from randlora.adapters.layer import AdaptedLinear, linear_weight
 from randlora.errors import SettingsError
 
+ALL_LINEAR = "all-linear"  # PEFT's word
+HEADS = ("lm_head", "embed_out", "score", "classifier")  # of transformers: what ALL_LINEAR leaves out, as PEFT does
+REGULAR = "re:"  # begins a regular expression
+
 _SLICED = re.compile(r"(.+)\[(\w+)\]")
 
 
@@ -27,7 +31,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """An fnmatch pattern on module names, with the name of a slice where it ends in one: ``*.c_attn[q]``."""
+    """What a target says of module names, with the name of a slice where it ends in one: ``*.c_attn[q]``.
+
+    It is an fnmatch pattern, a name or the end of one (``q_proj``), ``all-linear``, or ``re:`` and a regular one.
+    """
 
     modules: str
     part: str | None
@@ -35,8 +42,21 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Of a target as users write it."""
-        sliced = _SLICED.fullmatch(text)
+        sliced = None if text.startswith(REGULAR) else _SLICED.fullmatch(text)
         return cls(sliced[1], sliced[2]) if sliced else cls(text, None)
+
+    def among(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that it means; the end of a name only where none is it as a whole."""
+        if self.modules == ALL_LINEAR:
+            return [name for name in names if name.rpartition(".")[2] not in HEADS]
+        if self.modules.startswith(REGULAR):
+            try:
+                expression = re.compile(self.modules.removeprefix(REGULAR))
+            except re.error as error:
+                raise SettingsError(f"target {self.modules!r} is no regular expression: {error}") from error
+            return [name for name in names if expression.fullmatch(name)]
+        whole = [name for name in names if fnmatchcase(name, self.modules)]
+        return whole or [name for name in names if name.endswith(f".{self.modules}")]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -61,7 +81,7 @@ def match(names: Sequence[str], patterns: Sequence[str]) -> list[tuple[str, str 
     wanted: dict[str, list[str | None]] = {name: [] for name in names}
     for text in patterns:
         pattern = Pattern.parse(text)
-        hits = [name for name in names if fnmatchcase(name, pattern.modules)]
+        hits = pattern.among(names)
         if not hits:
             raise SettingsError(f"target {text!r} matches no linear map; {_near(names, pattern.modules)}")
         for name in hits:

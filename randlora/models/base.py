@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from randlora.adapters.targets import match
+from randlora.adapters.targets import ALL_LINEAR, match
 from randlora.bounds import Bounded, FolderName
 from randlora.errors import SettingsError
 
@@ -97,7 +97,7 @@ class Model(Bounded):
         raise SettingsError(f"model {self.name} cannot be written as a checkpoint of another library: keep the adapter")
 
     def patterns(self, targets: str | Sequence[str]) -> list[str]:
-        """The patterns of a named target set, or the list of patterns given.
+        """The patterns of a named target set or of ``all-linear``, or the list of patterns given.
 
         Raises:
             SettingsError: there is no such set, or a pattern matches none of the module names where these are known.
@@ -106,10 +106,12 @@ class Model(Bounded):
             patterns = [str(pattern) for pattern in targets]
         elif targets in self.targets:
             patterns = list(self.targets[targets])
+        elif targets == ALL_LINEAR:
+            patterns = [targets]
         else:
             raise SettingsError(
                 f"targets={targets}: model {self.name} has the sets {', '.join(self.targets)}; "
-                "or give a list of patterns"
+                f"or give {ALL_LINEAR}, or a list of patterns"
             )
         module_names = self.module_names()
         if module_names is not None:
