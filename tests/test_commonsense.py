@@ -1,17 +1,21 @@
 """Commonsense questions: prompts, the public sets rebuilt, losses, likelihoods and generation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from conftest import settings, task
 from letters import WORDS, Letters
 from randlora.config import build
 from randlora.data.loader import Split
 from randlora.data.questions import question
+from randlora.data.sources import HubTable, Joined
+from randlora.data.subsets import subsample
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone
 from randlora.tasks.commonsense import common_prefix, first_answer, prompt
@@ -125,6 +129,16 @@ def test_a_bounded_test_set_of_a_mixture_has_as_many_of_each(shared_data: Path) 
     ]
     assert len(tables["train"]) == 17_754
     assert question(tables["train"][0]).choices == ["true", "false"]
+
+
+def test_the_rows_of_a_bounded_mixture_are_those_of_each_set_alone() -> None:
+    sizes = {"boolq": 30, "piqa": 30, "arc_easy": 4}
+    parts = {name: HubTable(Dataset.from_dict({"label": [0] * size})) for name, size in sizes.items()}
+    mix = replace(task("commonsense_mix"), test_size=7)
+    rows, starts = mix.test_rows(Joined(parts)).tolist(), {"boolq": 0, "piqa": 30, "arc_easy": 60}
+    assert rows == [starts[name] + row for name, size in sizes.items() for row in subsample(size, 7, name)]
+    first, second = rows[:7], [row - 30 for row in rows[7:14]]
+    assert first != second  # drawn by the set's name
 
 
 def test_a_json_file_of_instructions_is_read(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_twonn_is_its_formula() -> None:
     ratios, F = [1.5, 1.5, 2.0], [0.25, 0.5, 0.75]
     slope = sum(-math.log(1 - f) * math.log(mu) for f, mu in zip(F, ratios, strict=True))
     assert intrinsic_dimension(points, 0.1) == pytest.approx(slope / sum(math.log(mu) ** 2 for mu in ratios))
+    x, y = torch.tensor([1.5, 2.0]).log(), -torch.tensor([2 / 3, 1 / 3]).log()  # of 0, 1 and 3; 3 is left out
+    assert intrinsic_dimension(points[:3]) == pytest.approx(float(x @ y / (x @ x)))
     with pytest.raises(SettingsError, match="2 different examples are too few"):
         intrinsic_dimension(points[[0, 1, 0, 1, 0]])
 

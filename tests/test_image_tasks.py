@@ -1,5 +1,6 @@
 """Images with names: CLIP as a classifier, and its contrastive loss."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,14 @@ from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import ImageCaptions, ImageClassification
 from randlora.tasks.image_classification import ClipClassifier
+
+
+def test_digits_are_scikit_learns_in_256_greys() -> None:
+    """Oracle: the first image's first row as scikit-learn documents it, 0 to 16."""
+    greys = [value * 255 // 16 for value in (0, 0, 5, 13, 9, 1, 0, 0)]
+    table = Digits().open("train")
+    assert np.asarray(table[0]["image"])[0].tolist() == greys
+    assert (len(table), len(Digits().open("test"))) == (1400, 397)
 
 
 class TwoTowers(nn.Module):

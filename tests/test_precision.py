@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from randlora.errors import SettingsError
+from randlora.training import Trainer
 from randlora.training.precision import attention_in_float32, attention_rule, autocast
 
 SHAPE = (2, 4, 5, 8)
@@ -69,6 +71,13 @@ def test_bf16_is_bfloat16_whatever_the_devices_default() -> None:
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     finally:
         torch.set_autocast_dtype("cpu", default)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match=r"trainer\.device=cuda: torch sees no CUDA device here"):
+        Trainer(device="cuda").accelerator()
+    assert Trainer(device="cpu").accelerator().device.type == "cpu"
 
 
 @pytest.mark.parametrize(
