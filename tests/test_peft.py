@@ -1,6 +1,8 @@
 """PEFT's format both ways, and training side by side with it. Oracle throughout: PEFT itself."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
-from conftest import BLOCK_TARGETS, Blocks
+from conftest import BLOCK_TARGETS, REPOSITORY, Blocks
 from randlora.adapters.core import require_adaptation
 from randlora.errors import SettingsError
 from randlora.methods import (
@@ -348,6 +350,66 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
         assert isinstance(model.square, nn.Linear)
     with pytest.raises(SettingsError, match="match"):
         randlora.from_peft(nn.Sequential(nn.Linear(3, 3)), other)
+
+
+def test_modules_to_save_travel_and_train_on(tmp_path: Path) -> None:
+    """Both ways; the two then train alike."""
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["untouched"])
+    theirs = peft.get_peft_model(Net(), config)
+    train(theirs, 2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Net()
+    randlora.from_peft(ours, tmp_path / "theirs")
+    assert_same(ours, theirs)
+    train(ours, 3), train(theirs, 3)
+    assert_same(ours, theirs)
+    randlora.to_peft(ours, tmp_path / "ours", modules={"untouched": ours.untouched})
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours", is_trainable=True)
+    assert_same(ours, again)
+    train(ours, 4), train(again, 4)
+    assert_same(ours, again)
+    with pytest.raises(SettingsError, match="head is not the name of this module"):
+        randlora.to_peft(ours, tmp_path / "named", modules={"head": ours.untouched})
+    without = Net()
+    del without.untouched
+    with pytest.raises(SettingsError, match=r"untouched\.(weight|bias), and this model has no module for it"):
+        randlora.from_peft(without, tmp_path / "theirs")
+    without.untouched = nn.Linear(40, 9)
+    with pytest.raises(SettingsError, match="untouched needs"):
+        randlora.from_peft(without, tmp_path / "theirs")
+    assert isinstance(without.square, nn.Linear)
+
+
+OPTIONS = re.findall(
+    r"^\| `(\w+)` \| [^|]* \| (read|no effect|refused)", (REPOSITORY / "docs/peft.md").read_text(), re.M
+)
+GIVEN: dict[str, object] = {"bias": "all", "layer_replication": [[0, 2]], "trainable_token_indices": [1]}
+
+
+def test_the_page_has_every_option_of_peft() -> None:
+    configs = (peft.LoraConfig, peft.VeraConfig, peft.RandLoraConfig)
+    assert {name for name, _ in OPTIONS} >= {field.name for config in configs for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("option", [name for name, what in OPTIONS if what == "refused"] + ["of_the_next_version"])
+def test_what_the_page_calls_refused_is_refused(option: str, tmp_path: Path) -> None:
+    peft.get_peft_model(Net(), CONFIGS["lora"]()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: GIVEN.get(option, {"some": 1})}))
+    with pytest.raises(SettingsError, match=f"has {option}="):
+        randlora.from_peft(Net(), tmp_path)
+
+
+def test_what_the_page_calls_without_effect_has_none(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(), CONFIGS["lora"]())
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    others = {name: "another" for name, what in OPTIONS if what == "no effect"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | others))
+    ours = Net()
+    randlora.from_peft(ours, tmp_path)
+    assert_same(ours, theirs)
 
 
 class Nested(nn.Module):

@@ -27,12 +27,19 @@ from randlora.methods.ranked_lora import RankedLoRA
 from randlora.methods.vera import VeRA
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
 
-# What changes the mathematics of an adapter, with the only value that is understood here.
-_PLAIN: dict[str, Any] = {
-    "use_qalora": False, "use_bdlora": None, "lora_bias": False, "modules_to_save": None, "layer_replication": None,
-    "trainable_token_indices": None, "target_parameters": None, "alora_invocation_tokens": None, "bias": "none",
-    "sparse": False, "very_sparse": False,
+# Settings that are read, and those that change neither the outputs nor the training of an adapter once it is there: its
+# sites are those that have tensors. Any other must be as if it were not given; see docs/peft.md.
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "vera_dropout", "d_initial", "randlora_alpha", "randlora_dropout", "projection_prng_key",
+    "init_lora_weights",
 }  # fmt: skip
+_WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "save_projection",
+    "init_weights", "eva_config", "qalora_group_size", "megatron_core", "runtime_config",
+}  # fmt: skip
+_NOT_GIVEN: tuple[Any, ...] = (None, False, {}, [])
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # a LoRA's: the ranks and alphas of the sites that are not as the others
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
 # PEFT's names of the tensors of a site, and ours.
@@ -48,15 +55,17 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
     drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
-    `RankedLoRA`. Trained further, the adapter follows the path that it would have in PEFT.
+    `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, and are trained; give them to
+    `save_adapter` as its `modules`. Trained further, the adapter follows the path that it would have in PEFT.
 
     Raises:
-        SettingsError: for pickles, unknown types and variants such as modules_to_save, and for modules that the model
-            does not have; the model is then as it was.
+        SettingsError: for pickles, unknown types and settings, and for modules that the model does not have; the model
+            is then as it was.
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
+    modules = _modules(model, settings, tensors, folder)
     by_site = _by_site(tensors, folder)
     if any(settings.get(name) for name in _PATTERNS):
         method = _ranked(settings, by_site, folder)
@@ -66,6 +75,11 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
         adaptation = require_adaptation(model)
         _fill(adaptation, by_site, folder)
         _replace_bases(adaptation, tensors, folder)
+        with torch.no_grad():
+            for module, state in modules:
+                for key, tensor in module.state_dict(keep_vars=True).items():
+                    tensor.copy_(state[key])
+                module.requires_grad_(True)
     return report
 
 
@@ -88,18 +102,23 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _method(settings: dict[str, Any], folder: Path) -> Method:
     """Our method of these settings; SettingsError for what changes the mathematics or the weights under it."""
-    strange = [name for name, plain in _PLAIN.items() if settings.get(name, plain) not in (plain, None)]
-    strange += [name for name, value in settings.items() if name.endswith("_config") and value and name != "eva_config"]
+    peft_type = settings.get("peft_type")
+    if peft_type not in ("LORA", "VERA", "RANDLORA"):
+        raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
+    strange = [
+        name
+        for name, value in settings.items()
+        if name not in _READ | _WITHOUT_EFFECT and value not in _NOT_GIVEN and (name, value) != ("bias", "none")
+    ]
     if settings.get("init_lora_weights", True) not in _STARTS:
         strange.append("init_lora_weights")
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+    if peft_type != "LORA" or settings.get("use_dora"):
         strange += [name for name in _PATTERNS if settings.get(name)]
     if strange:
         raise SettingsError(
             f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
             "merge it with PEFT and load the plain model"
         )
-    peft_type = settings.get("peft_type")
     try:
         if peft_type == "LORA":
             scale = math.sqrt(settings["r"]) if settings.get("use_rslora") else 1.0
@@ -107,12 +126,30 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
             return method(settings["r"], settings["lora_alpha"] * scale, settings.get("lora_dropout", 0.0))
         if peft_type == "VERA":
             return VeRA(settings["r"], settings.get("d_initial", 0.1), settings.get("vera_dropout", 0.0), basis="peft")
-        if peft_type == "RANDLORA":
-            dropout = settings.get("randlora_dropout", 0.0)
-            return RandLoRA(settings["r"], settings["randlora_alpha"], basis="peft", dropout=dropout)
+        dropout = settings.get("randlora_dropout", 0.0)
+        return RandLoRA(settings["r"], settings["randlora_alpha"], basis="peft", dropout=dropout)
     except KeyError as error:
         raise SettingsError(f"{folder / CONFIG} has no {error.args[0]}") from error
-    raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
+
+
+def _modules(
+    model: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The modules of modules_to_save, ends of names, with their tensors, which are taken out of `tensors`."""
+    modules = []
+    for wanted in settings.get("modules_to_save") or []:
+        for name, module in model.named_modules():
+            prefix = f"{PREFIX}{name}."
+            if not f".{name}".endswith(f".{wanted}") or not any(key.startswith(prefix) for key in tensors):
+                continue
+            state = {key.removeprefix(prefix): tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
+            shapes, needed = ({key: tuple(t.shape) for key, t in of.items()} for of in (state, module.state_dict()))
+            if shapes != needed:
+                raise SettingsError(f"{folder / TENSORS}: {name} needs {needed}, found {shapes}")
+            modules.append((module, state))
+        if left := [key for key in tensors if f".{wanted}." in key and ".lora_" not in key]:
+            raise SettingsError(f"{folder / TENSORS} has {left[0]}, and this model has no module for it")
+    return modules
 
 
 def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> RankedLoRA:

@@ -56,7 +56,9 @@ class Contents(NamedTuple):
     inference_only: str = ""
 
 
-def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
+def to_peft(
+    model: nn.Module, folder: str | Path, bases: bool = True, modules: Mapping[str, nn.Module] | None = None
+) -> int:
     """Writes the adapter of `model` for PEFT.
 
     Every low-rank update is written as a LoRA; ranks and scales that differ between sites go into PEFT's rank_pattern
@@ -75,6 +77,8 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
         model: an adapted model.
         folder: made if missing.
         bases: False leaves the fixed matrices out; PEFT then draws its own, so the method needs ``basis=peft``.
+        modules: what was trained beside the updates, such as ``{"score": model.score}``, by its name in `model`: PEFT's
+            modules_to_save.
 
     Returns:
         The bytes written.
@@ -83,8 +87,13 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
         SettingsError: for methods and sites that PEFT does not have: slices of fused matrices, attention modules
             unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes.
     """
-    adaptation = require_adaptation(model)
+    adaptation, modules = require_adaptation(model), modules or {}
     _check_sites(model, adaptation)
+    known = dict(model.named_modules())
+    if strange := [name for name, module in modules.items() if known.get(name) is not module]:
+        raise SettingsError(
+            f"modules: {strange[0]} is not the name of this module in the model, by which PEFT finds it"
+        )
     method = adaptation.method
     if isinstance(method, DoRA):
         settings, tensors, inference_only = _dora(method, adaptation)
@@ -97,7 +106,10 @@ def to_peft(model: nn.Module, folder: str | Path, bases: bool = True) -> int:
     else:
         raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
     names = [site.name for site in adaptation.sites]
+    for name, module in modules.items():
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     settings |= {
+        "modules_to_save": [*modules] or None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": "none",
         "fan_in_fan_out": all(layer.transposed for layer in adapted_layers(model).values()),
