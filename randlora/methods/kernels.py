@@ -82,7 +82,8 @@ def choose_plan(
     through_B = small * c * by_weight
     build = through_B + 2 * shape[0] * shape[1] * rate["elementwise"]
 
-    def cost(output: str, input_gradient: str, gradient: str) -> float:
+    def cost(plan: ExecutionPlan) -> float:
+        output, input_gradient, gradient = plan.output, plan.input_gradient, plan.gradient
         # g B (tall) or x B (wide) serves the gradient of M and one of the other products.
         sharing, other = (input_gradient, output) if tall else (output, input_gradient)
         products = ((output, input_gradient, gradient).count(TOKENS)) * with_M
@@ -92,11 +93,13 @@ def choose_plan(
         builds = (output, input_gradient).count(WEIGHT)
         return products + (min(builds, 1) if kept else builds) * build
 
-    plans = [
+    best, *others = (
         ExecutionPlan(output, input_gradient, gradient, compute, delta)
         for output, input_gradient, gradient in itertools.product((TOKENS, WEIGHT), repeat=3)
-    ]
-    return min(plans, key=lambda plan: cost(plan.output, plan.input_gradient, plan.gradient))
+    )
+    for plan in others:  # and not min(): torch.compile cannot follow that where the number of tokens varies
+        best = plan if cost(plan) < cost(best) else best
+    return best
 
 
 class Fixed(NamedTuple):

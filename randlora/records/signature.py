@@ -15,7 +15,7 @@ EXCLUDED_FROM_HASH = {
     "predictions",
 }  # fmt: skip
 # Settings that came later, with the value that means what was done before: then they are left out of the hash.
-CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation"}
+CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation", "trainer.compile": False}
 
 
 def signature(config: Mapping[str, Any], task_version: int = 1) -> str:

@@ -22,6 +22,7 @@ from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import Checkpoints, State, Tensors, latest
+from randlora.training.compilation import CompiledBlocks
 from randlora.training.evaluate import brief, norms, prefixed, terms, to_device
 from randlora.training.optimizers import Optimizer
 from randlora.training.out_of_memory import out_of_memory
@@ -51,6 +52,7 @@ class Loop:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
         self.assemble()
+        self.compiled = CompiledBlocks(self.plain) if settings.compile else nullcontext()
         self.steps = steps or settings.steps(len(splits.train))
         about = {"seed": seed, "steps": self.steps, "examples": len(splits.train)}
         about |= settings.decisive() | {"method": describe(self.adaptation.method), "optimizer": optimizer.describe()}
@@ -185,7 +187,7 @@ class Loop:
             raise SettingsError(f"step {step.number}: its examples have nothing to learn; are they cut too short?")
         mean = torch.zeros((), device=device)
         unchanged = cached(self.plain) if len(micro) > 1 else nullcontext()  # nothing trained changes between them
-        with unchanged, attention_rule(device.type, precision):
+        with self.compiled, unchanged, attention_rule(device.type, precision):
             for i, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
                 last = i == len(micro) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model):

@@ -58,6 +58,7 @@ class Settings(Bounded):
         min_steps_per_epoch: An epoch of a small set is repeated up to this.
         batch_size: Examples of a step, over all processes.
         micro_batch_size: Examples at a time, per process; None: all of a step at once.
+        compile: Whether the blocks of the model run by torch.compile in training steps.
         auto_batch: Whether to halve `micro_batch_size` where memory runs out in a step, and to take the step again.
         evaluation_batch_size: Examples at a time where the model is scored, per process.
         learning_rate: Of the updates.
@@ -89,6 +90,7 @@ class Settings(Bounded):
     min_steps_per_epoch: Annotated[int, Ge(0), Lt(MOST_STEPS)] = 0
     batch_size: BatchSize = 128
     micro_batch_size: BatchSize | None = None
+    compile: bool = False
     auto_batch: bool = False
     evaluation_batch_size: BatchSize = 256
     learning_rate: Positive = 1e-3
