@@ -126,6 +126,16 @@ def test_cut_lost_and_exchanged_files_are_named(
     assert same(reader.bits(), bits)
 
 
+def test_the_latest_is_the_newest_that_is_whole(two: tuple[Path, list[torch.Tensor]]) -> None:
+    folder, _ = two
+    older, newer = sorted(folder.iterdir())
+    assert latest(folder) == newer
+    cut(newer / TENSORS)
+    assert latest(folder) == older
+    cut(older / STATE)
+    assert latest(folder) is None
+
+
 def test_a_checkpoint_under_another_steps_name_is_passed_over(two: tuple[Path, list[torch.Tensor]]) -> None:
     folder, _ = two
     shutil.copytree(folder / "step_0000001", folder / "step_0000009")

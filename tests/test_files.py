@@ -61,6 +61,16 @@ def replace(folder: Path, **tensors: torch.Tensor) -> None:
     seal_again(folder)
 
 
+def test_a_model_with_another_site_of_the_same_shape_is_refused(tmp_path: Path) -> None:
+    """As many sites, of the same shapes and so the same tensors, under another name."""
+    for name in ("first", "second"):
+        model = nn.ModuleDict({name: nn.Linear(6, 6)})
+        randlora.adapt(model, LoRA(rank=2), ["*"])
+        randlora.save_adapter(model, tmp_path / name)
+    with pytest.raises(SettingsError, match="made for 1 sites of other names or shapes"):
+        randlora.load_adapter(nn.ModuleDict({"first": nn.Linear(6, 6)}), tmp_path / "second", base="any")
+
+
 def test_a_file_is_the_trained_parameters_and_under_4_kb(toy: Toy, tmp_path: Path) -> None:
     report = randlora.adapt(toy, RandLoRA(rank=4), TOY_TARGETS)
     size = randlora.save_adapter(toy, tmp_path)

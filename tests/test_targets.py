@@ -42,6 +42,19 @@ def test_wrong_targets_are_refused_and_leave_the_model_alone(toy: Toy, targets: 
     assert all(parameter.requires_grad for parameter in toy.parameters())
 
 
+@pytest.mark.parametrize("parts", [["q"], ["k"], ["v"], ["q", "v"]])
+def test_rows_beside_a_slice_are_the_bases(toy: Toy, parts: list[str]) -> None:
+    x = torch.randn(2, 24)
+    before = toy.c_attn(x).chunk(3, -1)
+    randlora.adapt(toy, LoRA(2), [f"c_attn[{part}]" for part in parts])
+    with torch.no_grad():
+        for update in toy.c_attn.updates:
+            update.B.normal_()
+    after = toy.c_attn(x).chunk(3, -1)
+    changed = [not torch.allclose(a, b, atol=1e-6) for a, b in zip(after, before, strict=True)]
+    assert changed == [part in parts for part in "qkv"]
+
+
 def test_targets_as_peft_has_them() -> None:
     """Oracle: what PEFT adapts by the same words (`target_modules`), a regular expression with our prefix."""
     from peft import LoraConfig, get_peft_model
