@@ -22,7 +22,7 @@ from randlora.records.signature import EXCLUDED_FROM_HASH
 SWEEPS, NAME = "sweeps", "sweep.json"
 TO_DO = "to do"
 FAILURES = ("failed", "diverged", "out_of_memory")  # what a sweep runs again only where it is told to
-ORDER = ("running", "dead", "interrupted", "damaged", *FAILURES, TO_DO, "finished")  # in which states are shown
+ORDER = ("running", "dead", "interrupted", "damaged", *FAILURES, TO_DO, "paused", "finished")  # in which states are shown
 
 
 @dataclass(frozen=True)
