@@ -26,6 +26,7 @@ CONFIGS = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "config
 ALLOW = "RANDLORA_ALLOW"  # environment: further package prefixes, comma-separated, such as "my_methods."
 
 LAUNCHER = "hydra_plugins.randlora.Local"  # what Hydra calls randlora.sweeps.launcher.Local
+SEARCHER = "hydra_plugins.randlora.Searcher"  # and randlora.sweeps.launcher.Searcher
 
 FOLDERS = ("run_root", "data_root", "model.weights", "model.search")  # which may be read from the environment
 PARTS = ("method", "model", "task", "trainer", "optimizer", "logger")
@@ -56,6 +57,10 @@ class General(Bounded):
     def from_config(cls, config: Mapping[str, Any]) -> General:
         """Those of a run's settings; SettingsError for a wrong one, one that is missing, and one that nothing reads."""
         names = declared(cls)
+        if "search" in config:
+            raise SettingsError(
+                "search: a search makes many runs; give it with -m and without hydra/sweeper, or leave it out for one run"
+            )
         for name in config:
             check_choice("setting", name, (*PARTS, *names))  # a key that nothing reads would be ignored
         for name in (*PARTS, *names):
@@ -67,7 +72,7 @@ class General(Bounded):
 def register_resolvers() -> None:
     """What the YAML files refer to: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise.
 
-    And the options of ``hydra/launcher=local``, the launcher of randlora/sweeps.
+    And the options of ``hydra/launcher=local`` and ``hydra/sweeper=search``, which are in randlora/sweeps.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -77,7 +82,9 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("epochs", epochs, replace=True)
     local = {"_target_": LAUNCHER, "workers": 1}
+    search = {"_target_": SEARCHER, "params": None}
     ConfigStore.instance().store("local", local, group="hydra/launcher", provider="randlora")
+    ConfigStore.instance().store("search", search, group="hydra/sweeper", provider="randlora")
 
 
 def settings(*overrides: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _tell(record: Record, text: str, everywhere: bool = True) -> None:
 def summary(result: Result) -> str:
     """One line of a result that has finished or paused."""
     if result.status == "paused":
-        return f"validation/{result.metric} {result.validation:.4f} {result.error}"
+        return f"validation/{result.metric} {result.validation:.4f} {(result.error or '').partition(';')[0]}"
     before = "" if result.before is None else f" (zero-shot {result.before:.4f})"
     return (
         f"{result.headline.name} {result.headline.value:.4f}{before}, {result.trainable_parameters:,} trained "

@@ -1,4 +1,4 @@
-"""Hydra's launcher ``hydra/launcher=local``: the runs of a sweep, each in a process of its own."""
+"""Hydra's launcher ``hydra/launcher=local``: the runs of a sweep, each in a process of its own. And its searches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from randlora.bounds import Count, check
-from randlora.config import LAUNCHER
+from randlora.config import LAUNCHER, SEARCHER
 
 if TYPE_CHECKING:
     from randlora.sweeps.sweep import Sweep
@@ -93,9 +95,36 @@ class Local(BasicLauncher):
         return self._compose(master_config, sweep_overrides) if kept is None else kept
 
 
+class Searcher(Sweeper):
+    """Hydra's sweeper that ``search=…`` chooses; see `randlora.sweeps.searching`.
+
+    Args:
+        params: Overrides by key, as those of Hydra's own sweeper.
+    """
+
+    __module__ = SEARCHER.rpartition(".")[0]
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's call before `sweep`."""
+        self.hydra_context, self.config, self.runs = hydra_context, config, cast(Runs, task_function)
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Hydra's call with the overrides of the command line."""
+        from randlora.sweeps.searching import search
+
+        search(self, arguments)
+
+
 def register() -> None:
-    """Makes `Local` known to Hydra, which takes launchers from modules of a package `hydra_plugins` alone."""
+    """Makes both known to Hydra, which takes plugins from modules of a package `hydra_plugins` alone."""
     Plugins.instance().register(Local)
+    Plugins.instance().register(Searcher)
     package, _, _ = Local.__module__.partition(".")
     with suppress(ImportError):
         importlib.import_module(package)  # of other plugins

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, run_job
-from omegaconf import OmegaConf
 from rich.console import Console as Terminal
 from rich.table import Table
 
@@ -26,7 +25,6 @@ from randlora.records.console import Console
 from randlora.records.lock import living
 from randlora.records.logger import Membership
 from randlora.records.record import Record
-from randlora.records.versions import commit
 from randlora.run import summary
 from randlora.signals import STOP
 from randlora.studies import tables
@@ -139,12 +137,8 @@ class _Making:
 
     def _opened(self) -> Sweep:
         """The sweep with these jobs, written; says what has changed since it was last made."""
-        config: Any = self.launcher.config
-        root = Path(config.hydra.sweep.dir)
-        command: Any = OmegaConf.to_container(config.hydra.overrides.task)
-        sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
-        new = Sweep(root, command, sweeper, commit=commit())
-        before = self.launcher.sweep
+        new = Sweep.asked(self.launcher.config)
+        root, before = new.root, self.launcher.sweep
         jobs = [
             Job(job.label, os.path.relpath(self.folders[number], root), job.steps) for number, job in self.jobs.items()
         ]
