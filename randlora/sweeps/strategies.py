@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -353,7 +354,9 @@ class TPE(Strategy):
             return arm.values(1.0)
         optuna = require_optuna()
         key = integer("search", self.seed, arm.label, len(trials)) % 2**32
-        sampler = optuna.samplers.TPESampler(seed=key, n_startup_trials=self.startup, constant_liar=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant_liar is experimental
+            sampler = optuna.samplers.TPESampler(seed=key, n_startup_trials=self.startup, constant_liar=True)
         study = optuna.create_study(sampler=sampler, direction="maximize")
         space = {key: optuna.distributions.FloatDistribution(*ends, log=True) for key, ends in self._bounds(arm).items()}
         for values, value in zip(trials, known, strict=True):

@@ -150,7 +150,8 @@ class Loop:
         for row in map(Row.of, reversed(state.log)):
             if row.step == done and (scores := {k: v for k, v in row.metrics.items() if k.startswith("validation/")}):
                 return scores
-        self.validate(done)
+        if state.scored:  # else it has just been done
+            self.validate(done)
         self._save(State(done, seconds, None, True, self.observer.logged()))
         return self.scores
 
