@@ -59,7 +59,7 @@ class General(Bounded):
         names = declared(cls)
         if "search" in config:
             raise SettingsError(
-                "search: a search makes many runs; give it with -m and without hydra/sweeper, or leave it out for one run"
+                "search: a search makes many runs; give it with -m and without hydra/sweeper, or leave it out"
             )
         for name in config:
             check_choice("setting", name, (*PARTS, *names))  # a key that nothing reads would be ignored

@@ -1,4 +1,4 @@
-"""Searches: runs that pause and go on, and what is chosen from their validation scores, whatever is killed meanwhile."""
+"""Searches: runs that pause and go on, and what is chosen from their validation scores, whatever is killed."""
 
 import json
 import math
@@ -111,13 +111,18 @@ def test_a_run_that_pauses_goes_on_to_the_same_bits(
 def test_what_cannot_pause_says_so(capfd: pytest.CaptureFixture) -> None:
     for settings, reason in (
         (("trainer.stop_at=0",), "trainer.stop_at=0: must be a whole number of at least 1"),
-        (("trainer.stop_at=2", "trainer.select=best", "trainer.evaluate_every=1"), "trainer.stop_at=2: a paused run is"),
+        (
+            ("trainer.stop_at=2", "trainer.select=best", "trainer.evaluate_every=1"),
+            "trainer.stop_at=2: a paused run is",
+        ),
     ):
         assert code_of(forked(partial(command, *settings))) == WRONG_SETTINGS
         assert reason in capfd.readouterr().err
 
 
-def reach(score: Callable[[Arm, Mapping[str, float], int], float], strategy: Strategy, arms: Sequence[Arm], order: Random):
+def reach(
+    score: Callable[[Arm, Mapping[str, float], int], float], strategy: Strategy, arms: Sequence[Arm], order: Random
+):
     """The courses at the end of a search in which the scores of what is wanted come one at a time, in any order."""
     known: dict[tuple[str, str, int], float] = {}
     before: dict[str, Sequence[Mapping[str, float]]] = {}
@@ -192,9 +197,9 @@ def test_halving_compares_what_its_definition_compares(order: int, best: float) 
         assert sorted(step for label, _, step in known if label == course.arm.label) == [10] * 15 + [30] * 5 + [90]
     assert Halving(min_steps=20).rungs(90) == [30, 90]
     assert Halving(eta=2).rungs(90) == [23, 45, 90]
-    with pytest.raises(SettingsError, match="search.min_steps=31: a run has 90 steps.*nothing is left to promote"):
+    with pytest.raises(SettingsError, match=r"search.min_steps=31: a run has 90 steps.*nothing is left to promote"):
         Halving(min_steps=31).rungs(90)
-    with pytest.raises(SettingsError, match="search.rates=400: with search.scales=3 makes 1,200 points"):
+    with pytest.raises(SettingsError, match=r"search.rates=400: with search.scales=3 makes 1,200 points"):
         Grid(rates=400)
 
 
@@ -233,7 +238,7 @@ OWN_RATE = [override for override in _COMMON if not override.startswith("trainer
 
 
 def searched(root: Path, *overrides: str, kills: int = 0) -> int:
-    """A search's command in this process, of which up to so many runs and launchers are killed, every fifth of these."""
+    """A search's command in this process; up to so many of its runs, and every fifth time itself, are killed."""
     progress = Record.progress
 
     def struck(record: Record, step: int, *rest: Any) -> None:

@@ -245,7 +245,7 @@ def state(folder: Path) -> str:
 
 
 def _verify(result: Result, folder: Path) -> None:
-    """Raises Damaged unless a run's folder has what it left at its end, as it was written; of old ones less is known."""
+    """Raises Damaged unless a run's folder has what it left, as it was written; of old ones less is known."""
     if result.signature != folder.name:
         raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
     for name, digest in result.files.items():

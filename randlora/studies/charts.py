@@ -137,7 +137,7 @@ def _rates() -> Spec:
     dash = {"condition": {"test": "datum.edge", "value": [3, 3]}, "value": [1, 0]}
     return _chart(
         "Validation scores against the learning rate, a line through the best at each rate; rings are the chosen ones, "
-        "dashed where they are at an end of what was tried. Faint: where a search has compared its trials before the end.",
+        "dashed where they are at an end of what was tried. Faint: what a search has compared before the runs' end.",
         encoding={
             "x": {
                 "field": "rate",

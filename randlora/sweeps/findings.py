@@ -1,4 +1,4 @@
-"""What a search has found so far: ``search.json`` beside its sweep's sweep.json, and the scores behind it, from records.
+"""What a search has found: ``search.json`` beside its sweep's sweep.json, and the scores behind it, from the runs' records.
 
 The file says what was decided, for people, for ``randlora status`` and for the next call of the same command. What it
 says of scores is read anew from the runs' folders each time.
@@ -85,7 +85,11 @@ class Finding:
                 values,
                 [folder.relative_to(root).as_posix() for folder in folders],
                 {str(rung): None if value == WORST else value for rung, value in scores.items()},
-                [f"{folder.name}: {why}" for folder in folders if WORST in scores.values() and (why := failure(folder))],
+                [
+                    f"{folder.name}: {why}"
+                    for folder in folders
+                    if WORST in scores.values() and (why := failure(folder))
+                ],
             )
             for values, folders, scores in zip(course.trials, runs, course.scores, strict=True)
         ]
@@ -125,7 +129,9 @@ def read(folder: Path) -> list[Finding]:
         return []
     try:
         findings = read_json(path)["findings"]
-        return [Finding(**finding | {"trials": [Trial(**trial) for trial in finding["trials"]]}) for finding in findings]
+        return [
+            Finding(**finding | {"trials": [Trial(**trial) for trial in finding["trials"]]}) for finding in findings
+        ]
     except (TypeError, LookupError) as error:
         raise Damaged(f"{path} is no search: {error}") from error
 

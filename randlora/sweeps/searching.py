@@ -199,7 +199,7 @@ class _Search:
     def _courses(self) -> list[tuple[_Armed, Course]]:
         """How far each arm is, by the records as they are now."""
         self.scores = {}
-        courses = []
+        courses: list[tuple[_Armed, Course]] = []
         for cell in dict.fromkeys(armed.cell for armed in self.armed):
             of_cell = [armed for armed in self.armed if armed.cell == cell]
             by_label = {armed.arm.label: armed for armed in of_cell}
@@ -262,7 +262,9 @@ class _Search:
             self.sweep.folder.mkdir(parents=True, exist_ok=True)
             findings.write(self.sweep.folder, type(self.strategy).__name__, self._found(courses))
         except OSError as error:
-            raise SettingsError(f"run_root={self.sweep.root}: {self.sweep.folder} cannot be written ({error})") from error
+            raise SettingsError(
+                f"run_root={self.sweep.root}: {self.sweep.folder} cannot be written ({error})"
+            ) from error
 
     def _say_plan(self) -> None:
         """What is searched, and with how many steps."""
@@ -314,12 +316,13 @@ def _strategy(config: DictConfig) -> Strategy:
 
 def _scale(method: Method) -> tuple[str | None, float]:
     """The key of a method's scale and the value that it has by itself; no key where it has none."""
+    settings = vars(method)
     for name in SCALES:
-        if hasattr(method, name):
-            value = getattr(method, name)
-            if value is None and not hasattr(method, "rank"):
-                raise SettingsError(f"method.{name}=null: the search multiplies it; give the method a number of its own")
-            return f"method.{name}", 2.0 * method.rank if value is None else value  # as `relative_scale` has it
+        if name in settings:
+            value = settings[name]
+            if value is None and "rank" not in settings:
+                raise SettingsError(f"method.{name}=null: the search multiplies it; give the method a number")
+            return f"method.{name}", 2.0 * settings["rank"] if value is None else value  # as `relative_scale` has it
     return None, 1.0
 
 

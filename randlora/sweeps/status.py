@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def status(root: Path) -> Group:
-    """Tables of the sweeps and searches below `root`, where there are any, and of the runs; SettingsError without one."""
+    """Tables of the sweeps and searches below `root`, where there are any, and of runs; SettingsError if none is."""
     runs = {folder.resolve(): Run.of(folder) for folder in _folders(root)}
     files = sorted(root.rglob(f"{SWEEPS}/*/{NAME}"))
     sweeps, searches = [_row(path, runs) for path in files], [*chain.from_iterable(map(_search, files))]

@@ -249,7 +249,7 @@ class Grid(Strategy):
             if wanted := [(number, rung) for number in kept if rung not in scores[number]]:
                 return Course(arm, rungs, trials, scores, wanted)
             good = [number for number in kept if scores[number][rung] > WORST]
-            kept = sorted(good, key=lambda number: worth(number, rung))[: self.kept(len(trials), place + 1)]  # noqa: B023
+            kept = sorted(good, key=lambda number: worth(number, rung))[: self.kept(len(trials), place + 1)]
         whole = [number for number in range(len(trials)) if scores[number].get(rungs[-1], WORST) > WORST]
         if not whole:
             return Course(arm, rungs, trials, scores)
@@ -358,7 +358,9 @@ class TPE(Strategy):
             warnings.simplefilter("ignore")  # constant_liar is experimental
             sampler = optuna.samplers.TPESampler(seed=key, n_startup_trials=self.startup, constant_liar=True)
         study = optuna.create_study(sampler=sampler, direction="maximize")
-        space = {key: optuna.distributions.FloatDistribution(*ends, log=True) for key, ends in self._bounds(arm).items()}
+        space = {
+            key: optuna.distributions.FloatDistribution(*ends, log=True) for key, ends in self._bounds(arm).items()
+        }
         for values, value in zip(trials, known, strict=True):
             study.add_trial(optuna_trial(values, space, value))
         return {key: rounded(value) for key, value in study.ask(space).params.items()}

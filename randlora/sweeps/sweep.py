@@ -25,7 +25,16 @@ from randlora.records.versions import commit
 SWEEPS, NAME = "sweeps", "sweep.json"
 TO_DO = "to do"
 FAILURES = ("failed", "diverged", "out_of_memory")  # what a sweep runs again only where it is told to
-ORDER = ("running", "dead", "interrupted", "damaged", *FAILURES, TO_DO, "paused", "finished")  # in which states are shown
+ORDER = (
+    "running",
+    "dead",
+    "interrupted",
+    "damaged",
+    *FAILURES,
+    TO_DO,
+    "paused",
+    "finished",
+)  # in which states are shown
 
 
 @dataclass(frozen=True)
