@@ -1,4 +1,4 @@
-"""What a search has found: ``search.json`` beside its sweep's sweep.json, and the scores behind it, from the runs' records.
+"""What a search has found: ``search.json`` beside its sweep's sweep.json, and the scores behind it, from records.
 
 The file says what was decided, for people, for ``randlora status`` and for the next call of the same command. What it
 says of scores is read anew from the runs' folders each time.
