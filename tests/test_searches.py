@@ -1,5 +1,6 @@
 """Searches: runs that pause and go on, and what is chosen from their validation scores, whatever is killed."""
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_interruption import code_of, forked
 
 from randlora import cli
@@ -22,8 +24,11 @@ from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, Setti
 from randlora.records.lock import living
 from randlora.records.record import Record
 from randlora.records.result import Result
+from randlora.studies.arms import arms, load
+from randlora.studies.rates import tried
 from randlora.sweeps import findings
 from randlora.sweeps.findings import Finding
+from randlora.sweeps.status import status
 from randlora.sweeps.strategies import RATE, TPE, WORST, Arm, Grid, Halving, Strategy
 from randlora.sweeps.sweep import Sweep
 
@@ -233,7 +238,7 @@ def test_tpe_draws_the_same_whatever_comes_first(order: int) -> None:
 
 
 TRIALS = int(os.environ.get("RANDLORA_SEARCH_TRIALS", 0))
-KILLS = 50 if TRIALS else 3
+KILLS = 50 if TRIALS else 2
 OWN_RATE = [override for override in _COMMON if not override.startswith("trainer.learning_rate")]
 
 
@@ -292,7 +297,7 @@ def test_a_search_goes_on_to_the_same_trials_and_choice_whatever_is_killed(
     sweep, found = decided(undisturbed)
     assert sum(len(finding.trials) for finding in found) == (many if kind == "halving" else many // 2)
     outputs = partial(Ours.outputs, Ours(lambda arguments: 0, model))
-    for workers in (1, 2) if TRIALS or kind == "halving" else (1,):
+    for workers in (1, 2) if TRIALS else (2,) if kind == "halving" else (1,):
         root = tmp_path / f"workers_{workers}"
         root.mkdir()
         calls = until_it_is_done(root, *command, f"hydra.launcher.workers={workers}", kills=KILLS)
@@ -317,3 +322,63 @@ def test_a_search_goes_on_to_the_same_trials_and_choice_whatever_is_killed(
     assert "to run" not in said.err
     for finding in found:
         assert f"{finding.metric} {finding.best:.4f}" in said.out
+    shown = Console(file=io.StringIO(), width=250)
+    shown.print(status(undisturbed))
+    assert all(finding.stands in shown.file.getvalue() for finding in found)
+    if kind == "halving":
+        (part,) = load([undisturbed])
+        for arm in arms(part.results):
+            (finding,) = (f for f in found if f.label == f"method={arm.method}")
+            assert [run.path.parent for run in arm.runs] == [undisturbed / finding.trials[finding.chosen].runs[0]]
+            points = tried(arm, part.curves)
+            expected = {
+                (trial.values[RATE], step, score) for trial in finding.trials for step, score in trial.scores.items()
+            }
+            assert {(point.rate, str(point.steps), point.validation / 100) for point in points} == expected
+            assert [point.rate for point in points if point.chosen] == [finding.trials[finding.chosen].values[RATE]]
+
+
+def test_a_search_says_what_it_cannot_search(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def main(*overrides: str) -> int:
+        first = [override for override in overrides if override == "-m"]
+        rest = [override for override in overrides if override != "-m"]
+        monkeypatch.setattr(sys, "argv", ["randlora", *first, *OWN_RATE, f"model.weights={model}", *rest])
+        return cli.main()
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    here = f"run_root={tmp_path}"
+    for overrides, reason in (
+        (["search=grid"], "a search makes many runs; give it with -m"),
+        (["-m", "search=grid", "seed=0,1", "hydra/sweeper=basic"], "a search makes many runs; give it with -m"),
+        (["-m", "seed=0,1", "hydra/sweeper=search"], "give search=grid, search=halving or search=tpe instead"),
+        (
+            ["-m", "search=grid", "trainer.learning_rate=0.1"],
+            "trainer.learning_rate is given, and the search decides it",
+        ),
+        (["-m", "search=halving", "trainer.stop_at=3"], "trainer.stop_at is given, and the search decides it"),
+        (["-m", "search=grid", "method=lora", "method.alpha=1,2"], "(search.scales=1)"),
+        (["-m", "search=grid", "search.rates=3,5"], "search.rates: a search is one"),
+        (["-m", "search=grid", "seed=choice(0,1)", "search.rates=0"], "search.rates=0: must be a whole number of at"),
+        (["-m", "search=halving", "search.min_steps=9"], "search.min_steps=9: a run has 10 steps"),
+        (["-m", "search=grid", "resume=false"], "resume=false: every rung would begin again"),
+        (["-m", "search=grid", "trainer.max_steps=interval(5,10)"], "a search takes lists of values"),
+        (["-m", "search=grid", "method=lora", "method.rank=0"], "LoRA.rank=0: must be a whole number"),
+        (["-m", "search=grid", "search.eta=3"], "search.eta: no such setting"),
+    ):
+        assert main(*overrides, here) == WRONG_SETTINGS, overrides
+        said = capfd.readouterr().err
+        assert reason in said, said
+        assert said.count("error:") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main("-m", "search=grid", here) == WRONG_SETTINGS
+    assert "start it without torchrun" in capfd.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    size = "search.rates=2", "search.scales=2", "method=lora,full", "seed=0,1"
+    assert main("-m", "search=halving", "search.eta=2", *size, "dry_run=true", here) == FINISHED
+    said = capfd.readouterr()
+    # 4 trials for 3 steps, 2 for 2 more, 1 for 5 more; two seeds.
+    assert "method=lora, method=full: 42 steps for each, compared after 3, 5, 10" in said.err
+    assert said.out.count("│ digits") == 2 * 4 * 2
+    assert not list(tmp_path.rglob("*.json"))

@@ -143,6 +143,9 @@ def draw_rates(points: Mapping[str, Sequence[Tried]], *paths: Path) -> None:
         axis.set(
             title=f"{title}, n = {seeds}", xlabel="learning rate", xscale="log", ylabel=f"validation {run.metric}, %"
         )
+        rates = [point.rate for point in of_panel]
+        axis.set_xlim(min(rates) / 2, 2 * max(rates))  # about a power of ten at least, so that one is labelled
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize="small")
     _write(figure, paths)
