@@ -273,7 +273,7 @@ def until_it_is_done(root: Path, *overrides: str, kills: int = 0) -> int:
 
 def decided(root: Path) -> tuple[Sweep, list[Finding]]:
     (path,) = root.glob("sweeps/*/sweep.json")
-    return Sweep.read(path), findings.read(path.parent)
+    return Sweep.read(path), findings.read(path.with_name(findings.NAME))
 
 
 @pytest.mark.parametrize("kind", ["halving", "tpe"])

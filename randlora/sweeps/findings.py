@@ -122,9 +122,8 @@ def write(folder: Path, strategy: str, findings: Sequence[Finding]) -> None:
     write_json(folder / NAME, {"strategy": strategy, "findings": [asdict(finding) for finding in findings]})
 
 
-def read(folder: Path) -> list[Finding]:
-    """The findings in a sweep's folder, none where it is no search; Damaged where the file is not what was written."""
-    path = folder / NAME
+def read(path: Path) -> list[Finding]:
+    """The findings in a search.json, none where there is no such file; Damaged where it is not what was written."""
     if not path.is_file():
         return []
     try:

@@ -97,7 +97,9 @@ class _Search:
         self.armed = self._armed(swept)
         self.launched = Counter[tuple[str, ...]]()  # in this call: runs, and runs to a rung
         self.scores: dict[tuple[Path, int], float | None] = {}  # as they were when this round began
-        self.before = {finding.label: [trial.values for trial in finding.trials] for finding in self._read()}
+        self.before: dict[str, Sequence[Values]] = {
+            finding.label: [trial.values for trial in finding.trials] for finding in self._read()
+        }
         self.number = 0
         with suppress(Damaged):
             self.number = len(Sweep.read(self.sweep.folder / NAME).jobs)
@@ -115,13 +117,18 @@ class _Search:
             if not jobs:
                 break
             if stuck := sum(self.launched[job] >= TRIES for job in jobs):
-                _say(f"search {self.sweep.id}: {stuck} runs came to no score in {TRIES} attempts; the command goes on")
+                _say(
+                    f"search {self.sweep.id}: {stuck} runs came to no score in {TRIES} tries; the same command goes on"
+                )
                 return
             self.launched.update(jobs)
             self.launched.update({job[:-1] for job in jobs})
             self._launch(jobs)
         # The runs of the trials have come to what they were to come to; what failed is a score.
         self.runs.codes[:] = [FAILED for _, course in courses if course.chosen is None]
+        for armed, course in courses:
+            if course.chosen is None:
+                _say(f"search {self.sweep.id}: {armed.arm.label}: no trial came to a score, and none is chosen")
         final = [
             run for armed, course in courses if course.chosen is not None
             for run in self._runs_of(armed, course.trials[course.chosen])
@@ -252,7 +259,7 @@ class _Search:
 
     def _read(self) -> list[Finding]:
         try:
-            return findings.read(self.sweep.folder)
+            return findings.read(self.sweep.folder / findings.NAME)
         except Damaged as error:
             _say(f"{error}; it is made again")
             return []

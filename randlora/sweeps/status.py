@@ -97,7 +97,7 @@ def _folders(root: Path) -> list[Path]:
 def _search(path: Path) -> list[Finding]:
     """What the sweep in a sweep.json has found, of a search as it was when its last round began or ended."""
     try:
-        return findings.read(path.parent)
+        return findings.read(path.with_name(findings.NAME))
     except Damaged:  # it is made again
         return []
 
