@@ -3,8 +3,8 @@
 python scripts/searches.py experiments/halving/halving.json experiments/halving/grid.json
 
 The files are search.json of two sweeps, the second of a search that gave every trial of the first a whole run. A row
-per method: the steps of both, the settings that each chose, the validation scores of whole runs with these, and how many
-trials of the second are better than the first's choice.
+per method: the steps of both, the settings that each chose, the validation scores of whole runs with these, and how
+many trials of the second are better than the first's choice.
 """
 
 from __future__ import annotations
