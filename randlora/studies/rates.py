@@ -52,7 +52,9 @@ def tried(arm: Arm, curves: Mapping[str, Sequence[Row]]) -> list[Tried]:
         rate = settings.get(SEARCHED[0])
         if not isinstance(rate, float | int):
             continue
-        scale = ", ".join(f"{key.partition('.')[2]} {text(settings[key])}" for key in SEARCHED[1:] if key in settings)
+        scale = ", ".join(
+            f"{key.partition('.')[2]} {text(settings[key])}" for key in SEARCHED[1:] if settings.get(key) is not None
+        )
         chosen = runs is arm.runs
         for step in sorted(pause for pause in pauses if done is not None and pause < done):
             if (score := _mean([_logged(run, step, curves) for run in runs])) is not None:
