@@ -3,13 +3,15 @@
 python scripts/searches.py experiments/halving/halving.json experiments/halving/grid.json
 
 The files are search.json of two sweeps, the second of a search that gave every trial of the first a whole run. A row
-per method: the steps of both, the settings that each chose, the validation scores of whole runs with these, and how
-many trials of the second are better than the first's choice.
+per method: the steps of both, the settings that each chose, the validation scores of whole runs with these, their
+difference over seeds with its standard error, and how many trials of the second are better than the first's choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +21,9 @@ from randlora.studies.tables import markdown
 from randlora.sweeps.findings import Finding, Trial, read
 
 NAMES = (
-    "cell",
-    "method",
-    "steps",
-    "of the full",
-    "share",
-    "chosen",
-    "score, %",
-    "by the full",
-    "score, %",
-    "better ones",
-)
+    "cell", "method", "steps", "of the full", "share", "chosen", "score, %", "by the full", "score, %",
+    "difference, points", "better ones",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def row(finding: Finding, full: Finding) -> list[str]:
     """The cells of one method."""
-    scores = {words(trial): trial.scores.get(str(full.rungs[-1])) for trial in full.trials}
+    rung = str(full.rungs[-1])
+    scores = {words(trial): trial.scores.get(rung) for trial in full.trials}
+    each = {words(trial): trial.each.get(rung, ()) for trial in full.trials}
     known = [score for score in scores.values() if score is not None]
     if finding.chosen is None or full.chosen is None:
         raise SettingsError(f"{finding.label} on {finding.cell}: nothing is chosen yet")
@@ -62,9 +58,18 @@ def row(finding: Finding, full: Finding) -> list[str]:
         raise SettingsError(f"{finding.label} on {finding.cell}: the full search has no score of {ours}")
     return [
         finding.cell, finding.label, f"{finding.steps:,}", f"{full.steps:,}", f"{finding.steps / full.steps:.0%}", ours,
-        f"{100 * ours_score:.1f}", best, f"{100 * best_score:.1f}",
+        f"{100 * ours_score:.1f}", best, f"{100 * best_score:.1f}", difference(each[ours], each[best]),
         f"{sum(score > ours_score for score in known)} of {len(full.trials)}",
     ]  # fmt: skip
+
+
+def difference(ours: Sequence[float | None], best: Sequence[float | None]) -> str:
+    """The mean of one less the other, seed by seed, and its standard error, points."""
+    pairs = [100 * (a - b) for a, b in zip(ours, best, strict=True) if a is not None and b is not None]
+    if ours == best:
+        return "the same"
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+    return f"{statistics.mean(pairs):+.1f} ± {error:.1f}"
 
 
 def words(trial: Trial) -> str:

@@ -24,6 +24,7 @@ from randlora.sweeps.strategies import WORST, Course, Values, require_optuna
 from randlora.sweeps.sweep import FAILURES
 
 NAME = "search.json"
+Known = Mapping[tuple[Path, int], float | None]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Trial:
         values: By key.
         runs: Their folders below the run root, one for each seed.
         scores: The mean validation score over seeds, by the steps after which it was taken; None where a run failed.
+        each: The seeds' own scores, in the order of `runs`.
         failed: Which runs failed, and why.
     """
 
     values: Values
     runs: Sequence[str]
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    each: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     failed: Sequence[str] = ()
 
 
@@ -70,7 +73,9 @@ class Finding:
     edges: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, course: Course, cell: str, metric: str, runs: Sequence[Sequence[Path]], root: Path) -> Finding:
+    def of(
+        cls, course: Course, cell: str, metric: str, runs: Sequence[Sequence[Path]], root: Path, known: Known
+    ) -> Finding:  # fmt: skip
         """What a course has come to.
 
         Args:
@@ -79,12 +84,14 @@ class Finding:
             metric: Of the task.
             runs: The folders of each trial.
             root: The run root.
+            known: Each run's score by its folder and the steps.
         """
         trials = [
             Trial(
                 values,
                 [folder.relative_to(root).as_posix() for folder in folders],
-                {str(rung): None if value == WORST else value for rung, value in scores.items()},
+                {str(rung): _plain(value) for rung, value in scores.items()},
+                {str(rung): [_plain(known.get((folder, rung))) for folder in folders] for rung in scores},
                 [
                     f"{folder.name}: {why}"
                     for folder in folders
@@ -166,6 +173,11 @@ def failure(folder: Path) -> str:
         if result.status in FAILURES:
             return f"{result.status}, {result.error}"
     return ""
+
+
+def _plain(score: float | None) -> float | None:
+    """As JSON has it."""
+    return None if score == WORST else score
 
 
 def _status(folder: Path) -> str:

@@ -252,7 +252,7 @@ class _Search:
         return [
             Finding.of(
                 course, f"{armed.cell.task}, {armed.cell.model}, {armed.cell.budget}", armed.metric,
-                [self._folders(armed, values) for values in course.trials], self.sweep.root,
+                [self._folders(armed, values) for values in course.trials], self.sweep.root, self.scores,
             )
             for armed, course in courses
         ]  # fmt: skip
