@@ -29,6 +29,7 @@ LAUNCHERS = {  # what Hydra calls the classes of randlora.sweeps.launcher
     "local": "hydra_plugins.randlora.Local",
     "slurm": "hydra_plugins.randlora.Slurm",
 }
+SEARCHER = "hydra_plugins.randlora.Searcher"
 
 FOLDERS = ("run_root", "data_root", "model.weights", "model.search")  # which may be read from the environment
 PARTS = ("method", "model", "task", "trainer", "optimizer", "logger")
@@ -59,6 +60,10 @@ class General(Bounded):
     def from_config(cls, config: Mapping[str, Any]) -> General:
         """Those of a run's settings; SettingsError for a wrong one, one that is missing, and one that nothing reads."""
         names = declared(cls)
+        if "search" in config:
+            raise SettingsError(
+                "search: a search makes many runs; give it with -m and without hydra/sweeper, or leave it out"
+            )
         for name in config:
             check_choice("setting", name, (*PARTS, *names))  # a key that nothing reads would be ignored
         for name in (*PARTS, *names):
@@ -70,7 +75,7 @@ class General(Bounded):
 def register_resolvers() -> None:
     """What the YAML files refer to: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise.
 
-    And the options of ``hydra/launcher=local`` and ``slurm``, the launchers of randlora/sweeps.
+    And the options of ``hydra/launcher=local`` and ``slurm``, and of ``hydra/sweeper=search``; see randlora/sweeps.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -93,6 +98,8 @@ def register_resolvers() -> None:
     for name, target in LAUNCHERS.items():
         config = {"_target_": target} | options[name]
         ConfigStore.instance().store(name, config, group="hydra/launcher", provider="randlora")
+    search = {"_target_": SEARCHER, "params": None}
+    ConfigStore.instance().store("search", search, group="hydra/sweeper", provider="randlora")
 
 
 def settings(*overrides: str) -> dict[str, Any]:

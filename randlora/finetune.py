@@ -58,7 +58,7 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
         return prefixed(name, trainer.evaluate(task, bound.model, getattr(splits, split), record, accelerator))
 
     metrics: dict[str, float] = {}
-    if task.zero_shot and bound.head is None:
+    if task.zero_shot and bound.head is None and trainer.stop_at is None:  # of a paused run no test example is scored
         metrics = scores("zero_shot", "test")
         record.say(f"before training: {brief(metrics)}")
     fit = trainer.fit(
@@ -66,6 +66,17 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
         optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
         strict=experiment.config["resume"] == "strict",
     )  # fmt: skip
+    headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
+    known = {key: value for key, value in vars(fit).items() if key != "paused"} | {
+        "calibrated": chosen,
+        "head_parameters": head_size,
+        "total_parameters": report.total_parameters + grown + head_size,
+        "examples": examples,
+    }
+    if fit.paused is not None:
+        where = f"after step {fit.steps} of {trainer.steps(examples['train'])}"
+        error = f"{where}; the same command goes on with a later trainer.stop_at, or with none"
+        return known | {"status": "paused", "metrics": fit.paused, "peak_memory_bytes": memory.bytes(), "error": error}
     metrics |= scores("validation", "validation")
     columns = trainer.predictions(task, bound.model, splits.test, record, accelerator)
     metrics |= prefixed("test", task.score(columns))
@@ -75,17 +86,12 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
     adapter_bytes = None
     if accelerator.is_main_process:
         adapter_bytes = save_adapter(backbone.module, record.folder / "adapter", bound.modules())
-    headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
-    return vars(fit) | {
+    return known | {
         "status": "finished",
-        "calibrated": chosen,
         "headline": Headline(headline, metrics[headline]),
         "metrics": metrics,
-        "head_parameters": head_size,
-        "total_parameters": report.total_parameters + grown + head_size,
         "adapter_bytes": adapter_bytes,
         "peak_memory_bytes": memory.bytes(),
-        "examples": examples,
     }
 
 

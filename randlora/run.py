@@ -69,7 +69,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         return Outcome(BUSY if isinstance(error, Busy) else INTERRUPTED)
     if done is not None:
         if accelerator.is_main_process:
-            record.console.say(f"already finished: {record.folder}  {summary(done)}")
+            record.console.say(f"already {done.status}: {record.folder}  {summary(done)}")
         return Outcome(FINISHED, done.validation)
     STOP.at_once = lambda: record.end(replace(result, **interrupted(record, "ended at once by a second SIGINT", LOST)))
     code, ended = FAILED, {}  # what the result has besides
@@ -95,7 +95,7 @@ def _run(experiment: Experiment, config_yaml: str) -> Outcome:
         STOP.at_once = lambda: record.end(result)
         try:
             record.finish(result)
-            if code == FINISHED and accelerator.is_main_process:
+            if result.status == "finished" and accelerator.is_main_process:
                 shutil.rmtree(record.checkpoints, ignore_errors=True)
         except OSError as error:  # its folder then says that no process runs it, and no more
             if result.error:
@@ -136,7 +136,9 @@ def _tell(record: Record, text: str, everywhere: bool = True) -> None:
 
 
 def summary(result: Result) -> str:
-    """One line of a finished result."""
+    """One line of a result that has finished or paused."""
+    if result.status == "paused":
+        return f"validation/{result.metric} {result.validation:.4f} {(result.error or '').partition(';')[0]}"
     before = "" if result.before is None else f" (zero-shot {result.before:.4f})"
     return (
         f"{result.headline.name} {result.headline.value:.4f}{before}, {result.trainable_parameters:,} trained "

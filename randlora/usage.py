@@ -18,6 +18,7 @@ from randlora.overrides import options
 COMMANDS = """\
 {program} [GROUP=OPTION …] [KEY=VALUE …]    one run
 {program} -m GROUP=OPTION,OPTION …          a sweep; finished runs are skipped
+{program} -m search=halving method=A,B …    the best learning rate and scale of each method, with one budget
 {program} … dry_run=true                    what would be trained, and what set each setting; nothing is loaded
 {program} GROUP=OPTION … --help             the settings of these options, with their values and what each may be
 {program} … --cfg job                       every setting of that run, and its value
@@ -63,7 +64,7 @@ def _ranges(overrides: Sequence[str], own: Path | None) -> str:
     searched = [] if own is None else [f"hydra.searchpath=[{own.resolve()}]"]
     config: Any = OmegaConf.to_container(composed(*overrides, *searched), resolve=True)
     words = {word for override in overrides for word in re.split(r"[^\w]", override.partition("=")[0])}
-    parts = [part for part in PARTS if part in words] or PARTS
+    parts = [part for part in (*PARTS, "search") if part in words and part in config] or PARTS
     lines = [_range(name, config[name], allowed(annotation)) for name, annotation in declared(General).items()]
     return "\n".join(lines + [line for part in parts for line in _ranges_of(part, config[part])])
 

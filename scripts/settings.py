@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 import randlora.experiment
 import randlora.records.tensorboard
-import randlora.records.wandb  # noqa: F401 -- so that their classes are known
+import randlora.records.wandb
+import randlora.sweeps.strategies  # noqa: F401 -- so that their classes are known
 from randlora.bounds import Bounded, allowed, declared
 from randlora.config import CONFIGS, General
 from randlora.tasks.base import Budget

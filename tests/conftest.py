@@ -65,7 +65,7 @@ def offline() -> Iterator[None]:
     assert REACHED == [], "the test tried to reach these addresses"
 
 
-FORKING = ("bounds", "campaign", "checkpoints", "interruption", "processes", "submit", "sweeps")
+FORKING = ("bounds", "campaign", "checkpoints", "interruption", "processes", "searches", "submit", "sweeps")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ STUDIES = REPOSITORY / "experiments"
 PAGES = sorted(STUDIES.glob("*/README.md"))
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import figure  # noqa: E402 - scripts are no package
+import searches  # noqa: E402
 import table  # noqa: E402
 
 # Tables that no command prints; each has a test of its own below.
@@ -71,9 +72,10 @@ def test_tables_are_what_the_pages_commands_print(page: Path, monkeypatch: pytes
     monkeypatch.chdir(REPOSITORY)
     expected = [
         text
-        for arguments in commands(page, "scripts/table.py")
+        for script, main in (("scripts/table.py", table.main), ("scripts/searches.py", searches.main))
+        for arguments in commands(page, script)
         if arguments[0].startswith("experiments/")
-        for text in tables_of(printed(table.main, arguments))
+        for text in tables_of(printed(main, arguments))
     ]
     tables = tables_of(page.read_text())
     by_hand = [cells(text.splitlines()[0])[0] for text in tables if text not in expected]

@@ -53,10 +53,15 @@ class Record:
         return self.folder / "checkpoints"
 
     def finished(self) -> Result | None:
-        """The result of the run, if it has finished and what it left is as it was written."""
+        """The result of the run, if nothing is to do and what it left is as it was written.
+
+        That is one that has finished, or that has paused at `trainer.stop_at` or beyond.
+        """
+        stop_at = self.config.get("trainer", {}).get("stop_at")
         try:
             result = Result.read(self.folder / "result.json")
-            if result.status == "finished":
+            paused = result.status == "paused" and stop_at is not None and (result.steps or 0) >= stop_at
+            if result.status == "finished" or paused:
                 _verify(result, self.folder)
                 return result
         except SettingsError:
@@ -73,7 +78,7 @@ class Record:
             resume: Whether to go on from what there is, instead of removing it.
 
         Returns:
-            The result of a run that has finished, of which nothing is touched; else None.
+            The result of a run with nothing to do, see `finished`, of which nothing is touched; else None.
 
         Raises:
             Busy: Another process owns it; nothing has been touched.
@@ -169,7 +174,8 @@ class Record:
     def write(self, result: Result) -> None:
         """Writes result.json, with the checksums of what a finished run has left, and status.json."""
         if self._mine():
-            left = [name for name in SEALED if result.status == "finished" and (self.folder / name).is_file()]
+            rests = result.status in ("finished", "paused")
+            left = [name for name in SEALED if rests and (self.folder / name).is_file()]
             result.write(self.folder / "result.json", left)
             self._status(result.status)
 
@@ -217,10 +223,10 @@ class Record:
             self.say(f"{error}; it is now result.json.damaged, and the run goes on without it")
             return
         try:
-            if result.status == "finished":
+            if result.status in ("finished", "paused"):
                 _verify(result, self.folder)
         except Damaged as error:
-            self.say(f"the run had finished, but {error}: it is done again")
+            self.say(f"the run had {result.status}, but {error}: it is done again")
 
     def _status(self, status: str) -> None:
         content = {"status": status, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()}
@@ -239,11 +245,13 @@ def state(folder: Path) -> str:
 
 
 def _verify(result: Result, folder: Path) -> None:
-    """Raises Damaged unless a finished run's folder has what it left, as it was written; of old ones less is known."""
+    """Raises Damaged unless a run's folder has what it left, as it was written; of old ones less is known."""
     if result.signature != folder.name:
         raise Damaged(f"{folder / 'result.json'} is of the run {result.signature}")
     for name, digest in result.files.items():
         verify_file(folder / name, digest)
+    if result.status == "paused":  # whose checkpoint is checked when it is gone on from
+        return
     adapter = folder / "adapter"
     if (adapter / MANIFEST).is_file():
         verify(adapter)

@@ -13,7 +13,7 @@ from randlora.errors import SettingsError
 from randlora.integrity import Damaged, digest, sha256, sync, write_json
 
 SCHEMA = 2  # 1: records before November 2026, without names and budget at the top level
-STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted")
+STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted", "paused")
 # What records call the methods whose class is named otherwise; all others are their class in lower case.
 METHOD_NAMES = {"FullFineTuning": "full", "RandLoRAa": "randlora_a"}
 
@@ -44,7 +44,7 @@ class Result:
         adapter_bytes: Size of the saved adapter.
         train_seconds: Of the optimisation alone, without evaluation.
         peak_memory_bytes: Of the device, or of the process where there is no accelerator.
-        steps: Of the optimiser.
+        steps: Of the optimiser; of a paused run those that it has done.
         selected_step: The step whose parameters are scored and saved, where the best on validation was selected.
         micro_batch_size: What it was in the end, where `trainer.auto_batch` was allowed to lower it.
         examples: Sizes of the splits, by name.

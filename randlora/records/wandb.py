@@ -87,7 +87,10 @@ class Wandb(Bounded):
             return
         summary = result.to_json()
         self._run.summary.update({key: summary[key] for key in summary if key not in ("config", "versions")})
-        if result.status == "interrupted":  # W&B calls preempted what says so and then ends with another code than 0
+        if result.status in (
+            "interrupted",
+            "paused",
+        ):  # W&B calls preempted what says so and then ends with another code than 0
             self._run.mark_preempting()
         if result.status == "finished" and self.artifact:
             import wandb

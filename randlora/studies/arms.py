@@ -46,7 +46,8 @@ class Arm(NamedTuple):
         method: Its name.
         label: The method, and what sets it apart from its other arms in the cell.
         runs: Finished ones, which differ in their seed alone.
-        tried: The groups of runs among which these were chosen, which differ in SEARCHED alone; these with them.
+        tried: The groups of runs among which these were chosen, which differ in SEARCHED alone; these with them. A
+            search leaves those of its other trials paused.
     """
 
     where: Cell
@@ -122,7 +123,7 @@ def arms(results: Sequence[Result]) -> list[Arm]:
     if not any(result.status == "finished" for result in results):
         return []
     methods: dict[tuple[Cell, str, int], list[list[Result]]] = {}
-    for runs in by_settings(results):
+    for runs in [*by_settings(results), *by_settings(results, paused=True)]:
         runs.sort(key=lambda run: run.seed)
         methods.setdefault((cell(runs[0]), runs[0].method, runs[0].task_version), []).append(runs)
     return [arm for (where, method, _), groups in methods.items() for arm in _of_method(where, method, groups)]
@@ -136,7 +137,11 @@ def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> 
     for runs, of_run in zip(groups, settings, strict=True):
         texts = (f"{key.removeprefix('method.')}={text(of_run.get(key))}" for key in keys)
         variants.setdefault(", ".join([method, *texts]), []).append(runs)
-    return [Arm(where, method, label, max(tried, key=_choice), tried) for label, tried in variants.items()]
+    return [
+        Arm(where, method, label, max(done, key=_choice), tried)
+        for label, tried in variants.items()
+        if (done := [runs for runs in tried if runs[0].status == "finished"])
+    ]
 
 
 def _choice(runs: Sequence[Result]) -> tuple[int, float]:

@@ -129,11 +129,15 @@ def _budgets() -> Spec:
 def _rates() -> Spec:
     tooltip = _tooltip(
         ("label", "method"), ("rate", "learning rate"), ("scale", "other settings"), ("validation", "validation, %"),
-        ("test", "test, %"), ("seeds", "seeds"),
+        ("test", "test, %"), ("seeds", "seeds"), ("steps", "after steps"), ("edge", "chosen at an end"),
     )  # fmt: skip
-    best = {"aggregate": [{"op": "max", "field": "validation", "as": "validation"}], "groupby": ["label", "rate"]}
+    by = ["label", "rate", "steps", "whole"]
+    best = {"aggregate": [{"op": "max", "field": "validation", "as": "validation"}], "groupby": by}
+    opacity = {"condition": {"test": "datum.whole", "value": 1}, "value": 0.35}
+    dash = {"condition": {"test": "datum.edge", "value": [3, 3]}, "value": [1, 0]}
     return _chart(
-        "Validation scores against the learning rate, a line through the best at each rate; rings are the chosen ones.",
+        "Validation scores against the learning rate, a line through the best at each rate; rings are the chosen ones, "
+        "dashed where they are at an end of what was tried. Faint: what a search has compared before the runs' end.",
         encoding={
             "x": {
                 "field": "rate",
@@ -146,11 +150,16 @@ def _rates() -> Spec:
             "color": _COLOUR,
         },
         layer=[
-            {"transform": [best], "mark": {"type": "line"}},
-            {"mark": _POINT, "encoding": {"shape": _SHAPE, "tooltip": tooltip}},
+            {
+                "transform": [best],
+                "mark": {"type": "line"},
+                "encoding": {"detail": {"field": "steps"}, "opacity": opacity},
+            },
+            {"mark": _POINT, "encoding": {"shape": _SHAPE, "opacity": opacity, "tooltip": tooltip}},
             {
                 "transform": [{"filter": "datum.chosen"}],
                 "mark": {"type": "point", "size": 320, "strokeWidth": 2.5, "filled": False, "tooltip": None},
+                "encoding": {"strokeDash": dash},
             },
         ],
     )

@@ -1,4 +1,4 @@
-"""Figures of results: the score against the number of trained parameters."""
+"""Figures of results: the score against the number of trained parameters, and against the learning rate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from randlora.errors import SettingsError
 from randlora.records import Result
 from randlora.studies.arms import arms
 from randlora.studies.groups import Cell, cell, finished
+from randlora.studies.rates import Tried
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by everyone; a method keeps its own in every figure.
 COLOURS = {
@@ -73,18 +75,10 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
     A panel per task, model and budget, four in a row, those of a task and model in one scale; a point per method, its
     mean over n seeds and sample deviation; the dashed line is the score before training.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
     results = finished(results)
     shown, example = panels(results), {cell(result): result for result in results}
-    columns, rows = min(ACROSS, len(shown)), -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")
-    axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
-    for axis in axes[len(shown) :]:
-        axis.remove()
+    columns = min(ACROSS, len(shown))
+    figure, axes = _panels(len(shown))
     marks = looks({point.label: point.method for points in shown.values() for point in points})
     alike: dict[tuple[str, str], list[Axes]] = {}
     for axis, (panel, points) in zip(axes, shown.items(), strict=False):
@@ -112,10 +106,77 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
         )
         for axis in group:
             axis.set(xlim=(min(x), max(x)), ylim=(min(y), max(y)))
+    _finish(figure, columns, paths)
+
+
+def draw_rates(points: Mapping[str, Sequence[Tried]], *paths: Path) -> None:
+    """Writes a figure of what was tried, validation score against learning rate, to every one of the paths.
+
+    A panel per method, four in a row; a line through the best at each rate, faint where a search has compared its
+    trials before their end; a ring is round the chosen point, dashed where it is at an end of the rates.
+
+    Args:
+        points: By the panel's title.
+        paths: The ending decides the format.
+    """
+    figure, axes = _panels(len(points))
+    for axis, (title, of_panel) in zip(axes, points.items(), strict=False):
+        last = max(point.steps or 0 for point in of_panel)
+        for steps in sorted({(point.steps or last) for point in of_panel}):
+            there = [point for point in of_panel if (point.steps or last) == steps]
+            best = {point.rate: max(p.validation for p in there if p.rate == point.rate) for point in there}
+            faint = 1.0 if any(point.whole for point in there) else 0.2 + 0.4 * steps / last
+            axis.plot([*best], [*best.values()], color="#0072B2", alpha=faint, label=f"after {steps} steps")
+            axis.plot(
+                [point.rate for point in there],
+                [point.validation for point in there],
+                ".",
+                color="#0072B2",
+                alpha=faint,
+            )
+        for point in of_panel:
+            if point.chosen:
+                style = (0, (2, 1)) if point.edge else "-"
+                axis.scatter(point.rate, point.validation, 160, "none", edgecolor="#D55E00", linestyle=style, zorder=3)
+        run = of_panel[0].runs[0]
+        seeds = max(len(point.runs) for point in of_panel)
+        axis.set(
+            title=f"{title}, n = {seeds}", xlabel="learning rate", xscale="log", ylabel=f"validation {run.metric}, %"
+        )
+        rates = [point.rate for point in of_panel]
+        axis.set_xlim(min(rates) / 2, 2 * max(rates))  # about a power of ten at least, so that one is labelled
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize="small")
+    _write(figure, paths)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, four in a row."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
+    columns, rows = min(ACROSS, count), -(-count // ACROSS)
+    figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")
+    axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes
+
+
+def _finish(figure: Figure, columns: int, paths: Sequence[Path]) -> None:
+    """Writes it with one legend for all panels."""
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 3), frameon=False
     )
+    _write(figure, paths)
+
+
+def _write(figure: Figure, paths: Sequence[Path]) -> None:
+    from matplotlib import rc_context
+
     for path in paths:
         try:
             with rc_context(SETTINGS):

@@ -113,10 +113,13 @@ def select(results: Sequence[Result], conditions: Sequence[str]) -> list[Result]
 _NO_GROUPS = ("seed", "run_root", "predictions")
 
 
-def by_settings(results: Sequence[Result]) -> list[list[Result]]:
-    """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed."""
+def by_settings(results: Sequence[Result], paused: bool = False) -> list[list[Result]]:
+    """The finished runs in groups that differ in their seed alone; scores of two versions of a task are not mixed.
+
+    With `paused` those are grouped, and these are not.
+    """
     groups: dict[tuple[str, ...], list[Result]] = {}
-    for result in finished(results):
+    for result in [run for run in results if run.status == "paused"] if paused else finished(results):
         settings = {key: setting for key, setting in modern(result.config).items() if key not in _NO_GROUPS}
         names = result.task, result.model, result.method, str(result.task_version)
         groups.setdefault((*names, json.dumps(settings, sort_keys=True)), []).append(result)

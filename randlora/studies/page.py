@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from randlora.records import Result
 from randlora.records.metrics import Row
-from randlora.studies.arms import SEARCHED, Arm, Part, flat_settings, text
+from randlora.studies.arms import Arm, Part, flat_settings
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
 from randlora.studies.comparisons import Compared, ranking
@@ -20,6 +20,7 @@ from randlora.studies.figures import looks
 from randlora.studies.frame import COST, differing
 from randlora.studies.groups import Cell, cell
 from randlora.studies.layouts import Grid
+from randlora.studies.rates import tried
 
 FILES = Path(__file__).with_name("page")
 POINTS = 150  # of a curve, at most: a screen has no more to show
@@ -107,7 +108,9 @@ def _data(
         "settings": _settings([result for part in parts for result in part.results]),
         "curves": {address: curve for address, curve in curves.items() if curve},
         "arms": [_arm(name, arm, ids, cost) for name, of_part in of_parts.items() for arm in of_part],
-        "rates": [row for name, of_part in of_parts.items() for arm in of_part for row in _rates(name, arm, ids)],
+        "rates": [
+            row for part in parts for arm in of_parts[part.name] for row in _rates(part.name, arm, ids, part.curves)
+        ],
         "differences": [
             {
                 "part": name, "reference": label, "cell": _cell(pair.where), "other": pair.other,
@@ -156,23 +159,17 @@ def _arm(part: str, arm: Arm, ids: Mapping[int, str], cost: bool) -> Data:
     return content
 
 
-def _rates(part: str, arm: Arm, ids: Mapping[int, str]) -> list[Data]:
-    """A row for each of the settings among which an arm was chosen; none where a single learning rate was tried."""
-    rows = []
-    for runs in arm.tried:
-        settings = flat_settings(runs[0])
-        validation = _mean([run.validation for run in runs])
-        if (rate := settings.get(SEARCHED[0])) is not None and validation is not None:
-            scale = ", ".join(
-                f"{key.partition('.')[2]} {text(settings[key])}" for key in SEARCHED[1:] if key in settings
-            )
-            rows.append({
-                "part": part, "cell": _cell(arm.where), "label": arm.label, "rate": rate, "scale": scale,
-                "validation": 100 * validation, "test": 100 * (_mean([run.headline.value for run in runs]) or 0.0),
-                "seeds": len(runs), "chosen": runs is arm.runs, "runs": [ids[id(run)] for run in runs],
-                "metric": runs[0].metric,
-            })  # fmt: skip
-    return rows if len({row["rate"] for row in rows}) > 1 else []
+def _rates(part: str, arm: Arm, ids: Mapping[int, str], curves: Mapping[str, Sequence[Row]]) -> list[Data]:
+    """A row for each of the settings among which an arm was chosen, and for each of a search's pauses on the way."""
+    return [
+        {
+            "part": part, "cell": _cell(arm.where), "label": arm.label, "rate": point.rate, "scale": point.scale,
+            "validation": point.validation, "test": point.test, "seeds": len(point.runs), "chosen": point.chosen,
+            "steps": point.steps, "whole": point.whole, "edge": point.edge,
+            "runs": [ids[id(run)] for run in point.runs], "metric": point.runs[0].metric,
+        }
+        for point in tried(arm, curves)
+    ]  # fmt: skip
 
 
 def _ranks(of_part: Sequence[Arm]) -> Data | None:

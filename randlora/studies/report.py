@@ -22,6 +22,7 @@ from pathlib import Path
 
 from randlora.errors import SettingsError
 from randlora.integrity import write
+from randlora.records.metrics import Row
 from randlora.studies import tables
 from randlora.studies.arms import Arm, Part, arms, load
 from randlora.studies.comparisons import Compared, Comparison, comparisons, ranking
@@ -31,6 +32,7 @@ from randlora.studies.groups import spread
 from randlora.studies.layouts import Grid, grids, latex_table, markdown_table
 from randlora.studies.page import page
 from randlora.studies.published import FOLDER, Scores, read_scores
+from randlora.studies.rates import tried
 
 NEEDED = ("pandas", "pyarrow", "jinja2", "vl_convert", "matplotlib")
 FORMATS = ("svg", "pdf", "png")
@@ -83,7 +85,9 @@ def report(parts: Sequence[Part], folder: Path, reference: str, published: Score
         layouts = {name: grids(name, of_part, published) for name, of_part in of_parts.items()}
         write(folder / "tables.tex", "".join(f"{latex_table(grid)}\n" for part in layouts.values() for grid in part))
         compared = {name: comparisons(of_part) for name, of_part in of_parts.items()}
-        sections = [_section(name, of_parts[name], layouts[name], compared[name], reference) for name in of_parts]
+        sections = [
+            _section(part, of_parts[part.name], layouts[part.name], compared[part.name], reference) for part in parts
+        ]
         write(folder / "tables.md", "\n\n".join(["# Tables", *sections]) + "\n")
         write(folder / "index.html", page(_title(parts), parts, of_parts, layouts, compared, reference, cost))
         drawn.result()
@@ -102,11 +106,16 @@ def _figures(of_parts: Mapping[str, Sequence[Arm]], folder: Path) -> None:
             draw(runs, *(folder / f"{name.replace(', ', '_')}.{ending}" for ending in FORMATS))
 
 
-def _section(name: str, of_part: Sequence[Arm], layouts: Sequence[Grid], compared: Compared, reference: str) -> str:
+def _section(
+    part: Part, of_part: Sequence[Arm], layouts: Sequence[Grid], compared: Compared, reference: str
+) -> str:  # fmt: skip
     """A part in tables.md."""
+    name, curves = part.name, part.curves
     texts = [f"## {name}", *map(markdown_table, layouts)]
     if len(of_part) == 0:
         texts.append("No run has finished.")
+    if searched := _searches(of_part, curves):
+        texts.append(searched)
     if compared:
         texts.append(_differences(of_part, compared.get(reference, next(iter(compared.values())))))
     if (ranked := ranking(of_part)) is not None:
@@ -118,6 +127,23 @@ def _section(name: str, of_part: Sequence[Arm], layouts: Sequence[Grid], compare
         table = tables.markdown(["method", "average rank"], [(label, f"{average:.2f}") for label, average in rows])
         texts.append(f"{note}\n\n{table}")
     return "\n\n".join(texts)
+
+
+def _searches(of_part: Sequence[Arm], curves: Mapping[str, Sequence[Row]]) -> str:
+    """What was chosen where several learning rates were tried, and whether at an end of them."""
+    names = ["task", "model", "budget", "method", "settings tried", "rates", "chosen", "validation, %", "at an end"]
+    rows = []
+    for arm in of_part:
+        points = tried(arm, curves)
+        for point in points:
+            if point.chosen:
+                rates = f"{points[0].rate:.3g} to {points[-1].rate:.3g}"
+                settings = ", ".join(filter(None, [f"{point.rate:.3g}", point.scale]))
+                rows.append([
+                    arm.where.task, arm.where.model, arm.where.data, arm.label, len(arm.tried), rates, settings,
+                    f"{point.validation:.1f}", "yes" if point.edge else "",
+                ])  # fmt: skip
+    return f"What was searched; validation chose.\n\n{tables.markdown(names, rows)}" if rows else ""
 
 
 def _differences(of_part: Sequence[Arm], pairs: Sequence[Comparison]) -> str:

@@ -1,4 +1,4 @@
-"""Hydra's launchers ``local`` and ``slurm``: the runs of a sweep, each in a process or a job of its own."""
+"""Hydra's launchers ``local`` and ``slurm``, each run of a sweep in a process or a job of its own; and its searches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -168,10 +170,36 @@ class Slurm(Local):
         return Run([sys.executable, "-c", PROGRAM, *folders, *job.overrides], member.environment)
 
 
+class Searcher(Sweeper):
+    """Hydra's sweeper that ``search=…`` chooses; see `randlora.sweeps.searching`.
+
+    Args:
+        params: Overrides by key, as those of Hydra's own sweeper.
+    """
+
+    __module__ = PACKAGE
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's call before `sweep`."""
+        self.hydra_context, self.config, self.runs = hydra_context, config, cast(Runs, task_function)
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Hydra's call with the overrides of the command line."""
+        from randlora.sweeps.searching import search
+
+        search(self, arguments)
+
+
 def register() -> None:
-    """Makes the launchers known to Hydra, which takes them from modules of a package `hydra_plugins` alone."""
-    for launcher in (Local, Slurm):
-        Plugins.instance().register(launcher)
+    """Makes these classes known to Hydra, which takes plugins from modules of a package `hydra_plugins` alone."""
+    for plugin in (Local, Slurm, Searcher):
+        Plugins.instance().register(plugin)
     package, _, _ = PACKAGE.partition(".")
     with suppress(ImportError):
         importlib.import_module(package)  # of other plugins

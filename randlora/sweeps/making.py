@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, run_job
-from omegaconf import OmegaConf
 from rich.console import Console as Terminal
 from rich.table import Table
 
@@ -26,7 +25,6 @@ from randlora.records.console import Console
 from randlora.records.lock import living
 from randlora.records.logger import Membership
 from randlora.records.record import Record
-from randlora.records.versions import commit
 from randlora.run import summary
 from randlora.signals import STOP
 from randlora.studies import tables
@@ -132,18 +130,14 @@ class _Making:
         self._conclude(time.monotonic() - began)
 
     def objective(self, experiment: Experiment) -> float | None:
-        """The validation score of a job that has finished."""
+        """The validation score of a job that has finished or paused."""
         result = _result(experiment.folder)
-        return result.validation if result is not None and result.status == "finished" else None
+        return result.validation if result is not None and result.status in ("finished", "paused") else None
 
     def _opened(self) -> Sweep:
         """The sweep with these jobs, written; says what has changed since it was last made."""
-        config: Any = self.launcher.config
-        root = Path(config.hydra.sweep.dir)
-        command: Any = OmegaConf.to_container(config.hydra.overrides.task)
-        sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
-        new = Sweep(root, command, sweeper, commit=commit())
-        before = self.launcher.sweep
+        new = Sweep.asked(self.launcher.config)
+        root, before = new.root, self.launcher.sweep
         jobs = [
             Job(job.label, os.path.relpath(self.folders[number], root), job.steps) for number, job in self.jobs.items()
         ]
@@ -169,7 +163,7 @@ class _Making:
                 done += 1
                 self.codes.append(FINISHED)
                 other = f", of commit {result.commit}" if result.commit != self.sweep.commit else ""
-                _say(f"{self.jobs[number].label}: already finished{other}: {folder}  {summary(result)}")
+                _say(f"{self.jobs[number].label}: already {result.status}{other}: {folder}  {summary(result)}")
             elif settings["resume"] and not settings["retry"] and standing(folder).state in FAILURES:
                 failed += 1
                 self.codes.append(FAILED)
@@ -188,7 +182,7 @@ class _Making:
         seconds, unknown = training_seconds(jobs, seconds_per_step(self.sweep.root))
         workers = min(self.launcher.workers, len(jobs))
         at_a_time = f", {workers} at a time" if workers > 1 else ""
-        plan = f"{len(jobs)} to run{at_a_time}, {sum(job.steps for job in jobs):,} steps"
+        plan = f"{len(jobs)} to run{at_a_time}, {sum(job.left for job in jobs):,} steps"
         if unknown == len(jobs):
             return f"{plan}; no finished run in {self.sweep.root} is like these, to tell how long they take"
         others = f", and {unknown} jobs of which nothing is known" if unknown else ""
@@ -216,8 +210,8 @@ class _Making:
         self.display.end(job.steps)
         self.codes.append(code if code in CODES else FAILED)
         result = _result(folder)
-        if result is not None and result.status == "finished" and code == FINISHED:
-            self.display.say(f"{job.label}: finished: {summary(result)}")
+        if result is not None and result.status in ("finished", "paused") and code == FINISHED:
+            self.display.say(f"{job.label}: {result.status}: {summary(result)}")
             return
         if standing(folder).state in ("dead", TO_DO):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -237,7 +231,7 @@ class _Making:
         _say(f"sweep {self.sweep.id}: {states}; {duration(seconds)}")
         for state in ORDER:
             for number, known in standings.items():
-                if known.state == state != "finished":
+                if known.state == state and state not in ("paused", "finished"):
                     _say(f"  {self.jobs[number].label}: {known}")
         if counts.keys() & {"interrupted", "dead", TO_DO, "damaged"}:
             _say("the same command goes on")

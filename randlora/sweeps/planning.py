@@ -47,8 +47,21 @@ class Planned:
 
     @property
     def steps(self) -> int:
-        """By the published size of the training set."""
-        return 0 if self.experiment is None else int(lengths(self.experiment)["steps"])
+        """By the published size of the training set, until it pauses."""
+        if self.experiment is None:
+            return 0
+        steps = int(lengths(self.experiment)["steps"])
+        return min(steps, self.experiment.trainer.stop_at or steps)
+
+    @property
+    def left(self) -> int:
+        """Those of the steps that it has not done, of a run that has paused."""
+        assert self.experiment is not None
+        with suppress(SettingsError):
+            result = Result.read(self.experiment.folder / "result.json")
+            if result.status == "paused":
+                return max(0, self.steps - (result.steps or 0))
+        return self.steps
 
     @property
     def kind(self) -> Kind:
@@ -74,7 +87,9 @@ def compose(context: HydraContext, master: DictConfig, jobs: Sequence[Sequence[s
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
         HydraConfig.instance().set_config(config)
-        label = " ".join(override for override in overrides if override not in given)
+        own = (override for override in overrides if override not in given)
+        # Where a run pauses is not what it is.
+        label = " ".join(override for override in own if not override.startswith("trainer.stop_at="))
         experiment, error = None, ""
         try:
             experiment = Experiment.from_config(plain(without_hydra(config)))
@@ -123,19 +138,19 @@ def complaints(jobs: Sequence[Planned]) -> list[str]:
 
 
 def seconds_per_step(root: Path) -> dict[Kind, float]:
-    """What finished runs below a run root have taken for a step, their median by task, model and method."""
+    """What finished and paused runs below a run root have taken for a step, their median by task, model and method."""
     seconds: dict[Kind, list[float]] = {}
     for path in root.glob("*/*/*/*/result.json"):
         with suppress(SettingsError):
             result = Result.read(path)
-            if result.status == "finished" and result.seconds_per_step is not None:
+            if result.status in ("finished", "paused") and result.seconds_per_step is not None:
                 seconds.setdefault((result.task, result.model, result.method), []).append(result.seconds_per_step)
     return {kind: statistics.median(values) for kind, values in seconds.items()}
 
 
 def training_seconds(jobs: Sequence[Planned], known: Mapping[Kind, float]) -> tuple[float, int]:
     """What the training of these jobs takes, one after the other, and of how many of them nothing is known."""
-    of_known = [job.steps * known[job.kind] for job in jobs if job.kind in known]
+    of_known = [job.left * known[job.kind] for job in jobs if job.kind in known]
     return sum(of_known), len(jobs) - len(of_known)
 
 

@@ -1,6 +1,6 @@
 """How the sweeps and runs below a folder stand.
 
-randlora status RUNS                 a table of the sweeps and one of the runs, those that have not finished first
+randlora status RUNS                 tables of sweeps, of searches, and of runs, those that have not finished first
 randlora status RUNS --watch 10      anew every ten seconds, until Ctrl-C
 """
 
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -21,7 +22,10 @@ from rich.table import Table
 
 from randlora.bounds import count
 from randlora.errors import FINISHED, SettingsError
+from randlora.integrity import Damaged
 from randlora.records import Result
+from randlora.sweeps import findings
+from randlora.sweeps.findings import Finding
 from randlora.sweeps.progress import Progress, duration, progress
 from randlora.sweeps.sweep import NAME, ORDER, SWEEPS, TO_DO, Standing, Sweep, standing
 
@@ -46,9 +50,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def status(root: Path) -> Group:
-    """A table of the sweeps below `root`, where there are any, and one of the runs; SettingsError without either."""
+    """Tables of the sweeps and searches below `root`, where there are any, and of runs; SettingsError if none is."""
     runs = {folder.resolve(): Run.of(folder) for folder in _folders(root)}
-    sweeps = [_row(path, runs) for path in sorted(root.rglob(f"{SWEEPS}/*/{NAME}"))]
+    files = sorted(root.rglob(f"{SWEEPS}/*/{NAME}"))
+    sweeps, searches = [_row(path, runs) for path in files], [*chain.from_iterable(map(_search, files))]
     if not runs and not sweeps:
         raise SettingsError(f"no run below {root}: give the run_root of some")
     of_sweeps = Table("sweep", "jobs", "how they stand", "time left", "command")
@@ -61,7 +66,8 @@ def status(root: Path) -> Group:
     for run in sorted(runs.values(), key=lambda run: (ORDER.index(run.standing.state), run.folder)):
         state, why = run.standing
         of_runs.add_row(state, *run.folder.resolve().parts[-4:], str(run.progress or ""), run.score, why)
-    return Group(*([of_sweeps] if sweeps else []), *([of_runs] if runs else []))
+    of_searches = [findings.table(searches)] if searches else []
+    return Group(*([of_sweeps] if sweeps else []), *of_searches, *([of_runs] if runs else []))
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,14 @@ def _folders(root: Path) -> list[Path]:
     return sorted({path.parent for name in ("status.json", "result.json") for path in root.rglob(name)})
 
 
+def _search(path: Path) -> list[Finding]:
+    """What the sweep in a sweep.json has found, of a search as it was when its last round began or ended."""
+    try:
+        return findings.read(path.with_name(findings.NAME))
+    except Damaged:  # it is made again
+        return []
+
+
 def _row(path: Path, runs: Mapping[Path, Run]) -> Sequence[str]:
     """The cells of the sweep in a sweep.json."""
     try:
@@ -99,7 +113,7 @@ def _row(path: Path, runs: Mapping[Path, Run]) -> Sequence[str]:
         run = runs.get((sweep.root / job.folder).resolve())
         states[run.standing.state if run else TO_DO] += 1
         far = run.progress if run and run.progress else Progress()
-        if run is None or run.standing.state != "finished":
+        if run is None or run.standing.state not in ("paused", "finished"):
             steps_left += job.steps - far.step
         if run and run.standing.state == "running":
             rate += far.rate or 0.0

@@ -12,17 +12,29 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
 from randlora.errors import SettingsError
 from randlora.integrity import Damaged, digest, read_json, write_json
 from randlora.records import state
 from randlora.records.lock import OWNER, living
 from randlora.records.result import Result
 from randlora.records.signature import EXCLUDED_FROM_HASH
+from randlora.records.versions import commit
 
 SWEEPS, NAME = "sweeps", "sweep.json"
 TO_DO = "to do"
 FAILURES = ("failed", "diverged", "out_of_memory")  # what a sweep runs again only where it is told to
-ORDER = ("running", "dead", "interrupted", "damaged", *FAILURES, TO_DO, "finished")  # in which states are shown
+ORDER = (
+    "running",
+    "dead",
+    "interrupted",
+    "damaged",
+    *FAILURES,
+    TO_DO,
+    "paused",
+    "finished",
+)  # in which states are shown
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,13 @@ class Sweep:
     jobs: Sequence[Job] = ()
     commit: str | None = None
     time: float = field(default_factory=time.time)
+
+    @classmethod
+    def asked(cls, config: Any) -> Sweep:
+        """The sweep that Hydra's settings ask for, without its runs."""
+        command: Any = OmegaConf.to_container(config.hydra.overrides.task)
+        sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
+        return cls(Path(config.hydra.sweep.dir), command, sweeper, commit=commit())
 
     @property
     def id(self) -> str:

@@ -17,6 +17,7 @@ from randlora.adapters.core import cached, require_adaptation, resume
 from randlora.adapters.interface import Step, describe
 from randlora.data.loader import loader, training_keys
 from randlora.errors import SettingsError
+from randlora.records.metrics import Row
 from randlora.rng import integer
 from randlora.signals import STOP, Interrupted
 from randlora.tasks.base import Bound, Splits, Task
@@ -54,12 +55,19 @@ class Loop:
         self.assemble()
         self.compiled = CompiledBlocks(self.plain) if settings.compile else nullcontext()
         self.steps = steps or settings.steps(len(splits.train))
+        self.until = min(self.steps, settings.stop_at or self.steps)
         about = {"seed": seed, "steps": self.steps, "examples": len(splits.train)}
         about |= settings.decisive() | {"method": describe(self.adaptation.method), "optimizer": optimizer.describe()}
         self.checkpoints = Checkpoints(folder, about, settings.keep_last)
         self.best = BestStep() if settings.select == "best" else None
         if self.best and not len(splits.validation):
             raise SettingsError("trainer.select=best: there is no validation example; raise task.validation_size")
+        if settings.stop_at is not None and not len(splits.validation):
+            raise SettingsError(
+                f"trainer.stop_at={settings.stop_at}: there is no validation example to score a paused run by; raise "
+                "task.validation_size"
+            )
+        self.scores: dict[str, float] = {}  # the last ones of the validation set
         self.watch = LossWatch()
         self.stopping = False  # as all processes know it
         self.saved_at, self.save_due = time.monotonic(), False
@@ -98,32 +106,56 @@ class Loop:
             if not state.scored:
                 self.validate(state.step)
             seconds = self.train(state.step, state.train_seconds)
+            paused = None if self.settings.stop_at is None else self.pause(state, seconds)
         selected = self.restore_best(self.best) if self.best else None
         self.plain.train()  # drops what an evaluation before has kept of other parameters
         count = sum(tensor.numel() for tensor in self.adaptation.trained().values())
-        self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
         micro = self.settings.micro_batch_size if self.settings.auto_batch else None
+        if paused is not None:
+            done = max(state.step, self.until)
+            return Fit(done, seconds, seconds / done, count, micro_batch_size=micro, paused=paused)
+        self.adaptation.method = self.adaptation.method.finish(self.adaptation.updates)
         return Fit(self.steps, seconds, seconds / self.steps, count, selected, micro)
 
     def train(self, start: int, seconds: float) -> float:
-        """Steps `start` to the end; returns `seconds` and what they took, without evaluation and checkpoints."""
+        """Steps `start` to `until`; returns `seconds` and what they took, without evaluation and checkpoints."""
         settings, self.fed = self.settings, self.batches(start)
-        for step in range(start, self.steps):
+        pauses = settings.stop_at is not None
+        for step in range(start, self.until):
             began, done, at = time.perf_counter(), step + 1, self.at(step)
             loss, norm = self.step(at)
             seconds += time.perf_counter() - began
             self._report(done, loss, norm, at.rate)
-            scored = False
+            scored, last = False, done == self.until
             with suppress(Interrupted):  # it is then scored again when the run goes on
-                if self._due(settings.evaluate_every, done) or (self.best and done == self.steps):
+                if self._due(settings.evaluate_every, done) or (last and (self.best or pauses)):
                     self.validate(done)
                 scored = True
             stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
-            if stopping or self.save_due or done == self.steps or self._due(settings.save_every, done):
+            if stopping or self.save_due or last or self._due(settings.save_every, done):
                 self._save(State(done, seconds, self.best, scored, self.observer.logged()))
             if stopping:
                 raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
         return seconds
+
+    def pause(self, state: State, seconds: float) -> dict[str, float]:
+        """The validation scores of a training that pauses here; a checkpoint has them in its log.
+
+        Args:
+            state: That of the checkpoint which the training went on from. It may have been of this step, or of a later
+                one: a training is never taken back.
+            seconds: What all steps have taken.
+        """
+        done = max(state.step, self.until)
+        if state.step < self.until:
+            return self.scores
+        for row in map(Row.of, reversed(state.log)):
+            if row.step == done and (scores := {k: v for k, v in row.metrics.items() if k.startswith("validation/")}):
+                return scores
+        if state.scored:  # else it has just been done
+            self.validate(done)
+        self._save(State(done, seconds, None, True, self.observer.logged()))
+        return self.scores
 
     def at(self, step: int) -> Step:
         """Where the training is at a step, whose learning rates the optimiser is given."""
@@ -138,7 +170,8 @@ class Loop:
         scores = self.settings.evaluate(self.task, self.plain, self.splits.validation, *about)
         if self.best and self.splits.labelled is not None:
             scores |= {"loss": self.settings.mean_loss(self.task, self.plain, self.splits.labelled, *about)}
-        named = prefixed("validation", scores) | norms(self.plain)
+        self.scores = prefixed("validation", scores)
+        named = self.scores | norms(self.plain)
         self.observer.log(named, done)
         self.observer.say(f"step {done}: {brief(named)}")
         if self.best:
@@ -221,9 +254,9 @@ class Loop:
         return value, size
 
     def batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
-        """This process's micro-batches of every step from `start` to the end."""
+        """This process's micro-batches of every step from `start` to `until`."""
         settings, process = self.settings, self.accelerator
-        steps, rank, world = range(start, self.steps), process.process_index, process.num_processes
+        steps, rank, world = range(start, self.until), process.process_index, process.num_processes
         shape = len(self.splits.train), settings.batch_size, steps, self.seed, rank, world
         keys = training_keys(*shape, settings.sampling == "replacement")
         return loader(self.splits.train, keys, settings.workers, self.observer.say, settings.micro_batch_size)

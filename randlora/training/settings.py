@@ -55,6 +55,9 @@ class Settings(Bounded):
     Args:
         epochs: The length, in passes over the training set, where `max_steps` is not given.
         max_steps: The length, in steps of the optimiser.
+        stop_at: Steps after which the training pauses, at the latest after its last one: with a checkpoint, scored on
+            the validation set alone, and its schedule that of its whole length. Again with a later one, or with None,
+            it goes on as if it had not paused.
         min_steps_per_epoch: An epoch of a small set is repeated up to this.
         batch_size: Examples of a step, over all processes.
         micro_batch_size: Examples at a time, per process; None: all of a step at once.
@@ -87,6 +90,7 @@ class Settings(Bounded):
 
     epochs: Positive = 10
     max_steps: Annotated[int, Ge(1), Lt(MOST_STEPS)] | None = None
+    stop_at: Annotated[int, Ge(1), Lt(MOST_STEPS)] | None = None
     min_steps_per_epoch: Annotated[int, Ge(0), Lt(MOST_STEPS)] = 0
     batch_size: BatchSize = 128
     micro_batch_size: BatchSize | None = None
@@ -121,6 +125,10 @@ class Settings(Bounded):
             )
         if self.select == "best" and self.evaluate_every is None:
             raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
+        if self.select == "best" and self.stop_at is not None:
+            raise SettingsError(
+                f"trainer.stop_at={self.stop_at}: a paused run is scored as it stands; use trainer.select=last"
+            )
 
     def decisive(self) -> dict[str, Any]:
         """The settings that change the result, by name: all but those that the run's signature leaves out."""
