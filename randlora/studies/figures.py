@@ -14,6 +14,7 @@ from randlora.studies.groups import Cell, cell, finished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by everyone; a method keeps its own in every figure.
 COLOURS = {
@@ -73,15 +74,10 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
     A panel per task, model and budget, four in a row, those of a task and model in one scale; a point per method, its
     mean over n seeds and sample deviation; the dashed line is the score before training.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
     results = finished(results)
     shown, example = panels(results), {cell(result): result for result in results}
     columns, rows = min(ACROSS, len(shown)), -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")
+    figure = blank(max(5.0, 3.1 * columns), 3.0 * rows + 0.2)
     axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
     for axis in axes[len(shown) :]:
         axis.remove()
@@ -116,6 +112,22 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 3), frameon=False
     )
+    save(figure, *paths)
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure, in inches; SettingsError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, *paths: Path) -> None:
+    """Writes a figure to every one of the paths; SettingsError for a file that cannot be written."""
+    from matplotlib import rc_context
+
     for path in paths:
         try:
             with rc_context(SETTINGS):
