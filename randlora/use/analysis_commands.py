@@ -31,12 +31,8 @@ METHODS = ("lora", "randlora", "randlora_a", "vera", "nola", "mora", "melora")
 
 def cka_command(arguments: Sequence[str]) -> int:
     """randlora cka RUN …"""
-    parser = _parser(
-        "cka", "Linear CKA, layer by layer, of the runs' and the frozen model's features with the first run's."
-    )
-    parser.add_argument(
-        "--layers", nargs="+", default=[], metavar="PATTERN", help="of modules; else the adapted layers"
-    )
+    parser = _parser("cka", "Linear CKA of the features of runs and of the frozen model, layer by layer.")
+    parser.add_argument("--layers", nargs="+", default=[], metavar="PATTERN", help="of modules; or the adapted ones")
     _add_sample(parser, Sample())
     options = _parsed(parser, arguments)
     rows = cka_of_runs(options.runs, _sample(options), options.layers, options.base, options.overrides)
@@ -45,9 +41,7 @@ def cka_command(arguments: Sequence[str]) -> int:
 
 def landscape_command(arguments: Sequence[str]) -> int:
     """randlora landscape RUN RUN [RUN]"""
-    parser = _parser(
-        "landscape", "The loss on the lines between two or three runs' models, and on the plane through three."
-    )
+    parser = _parser("landscape", "The loss on the lines between the models of runs, and on the plane through three.")
     parser.add_argument("--points", type=count, default=Grid.points, help="on a side of the plane's grid")
     parser.add_argument("--margin", type=float, default=Grid.margin, help="of the grid around the models, as a share")
     parser.add_argument("--steps", type=count, default=Grid.steps, help="points of a line")
@@ -82,9 +76,8 @@ def approximate_command(arguments: Sequence[str]) -> int:
         updates = updates_of(subject.backbone.module)
         chosen = [site for site in updates if any(fnmatchcase(site, pattern) for pattern in options.sites)]
         if not chosen:
-            raise SettingsError(
-                f"--sites {' '.join(options.sites)}: no site has such a name; the first is {next(iter(updates))}"
-            )
+            first, given = next(iter(updates)), " ".join(options.sites)
+            raise SettingsError(f"--sites {given}: no site has such a name; the first is {first}")
         for site in chosen:
             weight, delta = updates[site]
             matrices = {run: delta}
@@ -100,9 +93,7 @@ def approximate_command(arguments: Sequence[str]) -> int:
 
 def forgetting_command(arguments: Sequence[str]) -> int:
     """randlora forgetting RUN … [task=NAME …]"""
-    parser = _parser(
-        "forgetting", "Scores before and after training, on texts or a task that the runs were not trained on."
-    )
+    parser = _parser("forgetting", "Scores before and after training, on what the runs were not trained on.")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="a text a line, in place of the built-in sentences")
     options = _parsed(parser, arguments)
     if options.texts is not None and not options.texts.is_file():
@@ -112,16 +103,14 @@ def forgetting_command(arguments: Sequence[str]) -> int:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"randlora {command}", description=description, epilog="RUN … may be followed by a task and its settings, as "
-        "task=cifar10 data_root=FOLDER, in place of the runs' own.",
-    )  # fmt: skip
+    epilog = (
+        "The runs may be followed by a task and its settings, as task=cifar10 data_root=FOLDER, in place of theirs."
+    )
+    parser = argparse.ArgumentParser(prog=f"randlora {command}", description=description, epilog=epilog)
     parser.add_argument("given", nargs="+", metavar="RUN", help=RUN)
     parser.add_argument("--any-base", action="store_true", help="on other weights than the runs'")
     parser.add_argument("--into", type=Path, help="a .jsonl or .csv file; without it, CSV on the screen")
-    parser.add_argument(
-        "--figure", type=Path, action="append", default=[], help="such as figure.svg; may be given again"
-    )
+    parser.add_argument("--figure", type=Path, action="append", default=[], help="such as figure.svg")
     return parser
 
 
@@ -136,7 +125,7 @@ def _sample(options: argparse.Namespace) -> Sample:
 
 
 def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with `runs`, `overrides` and `base`; what cannot be written is refused before anything is computed."""
+    """The options, with `runs`, `overrides` and `base`; files that could not be written are refused."""
     options = parser.parse_args(arguments)
     options.overrides = [text for text in options.given if "=" in text and not Path(text).exists()]
     options.runs = [Path(text) for text in options.given if text not in options.overrides]

@@ -206,7 +206,7 @@ def _alternate(pair: _Pair, target: Tensor, fit: Fit, generator: torch.Generator
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The normal equations (…, n, n) with (…, n); a trace of the diagonal is added where unknowns are not told apart."""
+    """Normal equations (…, n, n) with (…, n), and a trace on the diagonal for unknowns that are not told apart."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     small = 1e-11 * diagonal.mean(-1, keepdim=True) + 1e-300
     return torch.linalg.solve(matrix + torch.diag_embed(small.expand_as(diagonal)), right)
@@ -390,13 +390,13 @@ def _descent(update: Update, weight: Tensor, target: Tensor) -> Solver:
         def closure() -> Tensor:
             optimiser.zero_grad()
             loss = squares()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         before, number, settled = float("inf"), 0, False
         while number < fit.rounds and not settled:
             number += 1
-            optimiser.step(closure)  # type: ignore[arg-type]
+            optimiser.step(closure)
             error = squares().item()
             settled = before - error <= fit.tolerance * error
             before = error

@@ -96,7 +96,7 @@ def _scored(subject: Trained, overrides: Sequence[str], texts: Sequence[str] | N
     experiment = subject.experiment
     if subject.bound.head is not None:
         raise SettingsError(
-            f"task {experiment.task.name} puts a head on {experiment.model.name}, which is trained for that task alone: "
+            f"task {experiment.task.name} puts a head on {experiment.model.name}, trained for that task alone: "
             "there is no score before training; choose runs of a model without a head, such as CLIP or a language model"
         )
     if not overrides:

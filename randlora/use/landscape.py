@@ -54,7 +54,7 @@ class Plane(NamedTuple):
 
     @classmethod
     def through(cls, b: float, c: float, product: float) -> Plane:
-        """By Gram and Schmidt, from ‖b - a‖², ‖c - a‖² and their inner product; SettingsError where they are in line."""
+        """By Gram and Schmidt, from ‖b - a‖², ‖c - a‖² and their inner product; SettingsError if in line."""
         side = b**0.5
         x = product / side if side else 0.0
         height = c - x * x
@@ -94,8 +94,8 @@ def landscape(
         overrides: A task and settings in place of the runs' own.
 
     Returns:
-        Rows with ``model``, ``task`` and ``part``: ``model`` with ``run``, its place ``x``, ``y`` and ``loss``; ``line``
-        with ``run`` (from), ``to``, ``t`` from 0 to 1 and ``loss``; ``plane`` with ``x``, ``y`` and ``loss``. Places are
+        Rows with ``model``, ``task``, ``loss`` and ``part``: ``model`` with ``run`` and its place ``x``, ``y``,
+        ``line`` with ``run`` (from), ``to`` and ``t`` from 0 to 1, and ``plane`` with ``x`` and ``y``. Places are
         distances between weights, in an orthonormal frame.
 
     Raises:
