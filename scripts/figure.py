@@ -1,6 +1,7 @@
-"""A figure of results: the score against the number of trained parameters.
+"""A figure of results: the score against the number of trained parameters; or that of an analysis, of its table.
 
 python scripts/figure.py experiments/image_protocol --only collection=records --out accuracy.svg
+python scripts/figure.py experiments/analyses/cka.jsonl --out cka.svg
 
 One panel per task, model and budget, four in a row; a point per method, its mean over seeds and sample deviation; the
 dashed line is the score before training.
@@ -9,14 +10,18 @@ dashed line is the score before training.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from randlora.errors import exit_code
+from randlora.errors import SettingsError, exit_code
 from randlora.records import read
+from randlora.studies.collect import RESULTS
 from randlora.studies.figures import draw
 from randlora.studies.groups import select
+from randlora.use import figures as analysis
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help="runs that have one of the values")
     parser.add_argument("--out", type=Path, required=True, help="such as figure.svg or figure.png")
     options = parser.parse_args(arguments)
-    draw(select(read(options.root), options.only), options.out)
+    if options.root.suffix == ".jsonl" and options.root.name != RESULTS:
+        analysis.draw(rows(options.root), options.out)
+    else:
+        draw(select(read(options.root), options.only), options.out)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """A table that a command such as `randlora cka` has kept; SettingsError where it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}; give what `--into` has written") from error
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_methods_that_reach_every_matrix_of_a_rank_find_the_nearest(method: Meth
 
 def test_blocks_of_melora_are_decomposed_each() -> None:
     weight, target = matrix(24, 16), matrix(24, 16, seed=1)
-    fitted = nearest(weight, target, MELoRA(groups=2, rank=2), Fit(tolerance=1e-7, rounds=2000, restarts=2))
+    fitted = nearest(weight, target, MELoRA(parts=2, rank=2), Fit(tolerance=1e-7, rounds=2000, restarts=2))
     blocks = [target[:12, :8], target[12:, 8:]]
     best = sum((truncated(block, 2) - block).square().sum() - block.square().sum() for block in blocks)
     expected = (target.square().sum() + best).sqrt() / target.norm()
@@ -254,7 +254,8 @@ def test_blocks_of_melora_are_decomposed_each() -> None:
 
 FOUND_AGAIN = [
     RandLoRA(rank=3), RandLoRA(rank=3, basis="kronecker"), RandLoRA(rank=4, num_bases=3),
-    RandLoRAa(rank=5, num_bases=3), VeRA(rank=30), NoLA(rank=1, num_bases=6), NoLA(num_bases=10, start="ones"), DoRA(rank=1),
+    RandLoRAa(rank=5, num_bases=3), VeRA(rank=30), NoLA(rank=1, num_bases=6), NoLA(num_bases=10, start="ones"),
+    DoRA(rank=1),
 ]  # fmt: skip
 
 
