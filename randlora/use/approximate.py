@@ -323,7 +323,7 @@ class _NoLA(_Pair):
         products = x @ x.T
         if self.free_B:
             return _solve(products, x @ self.T.T).T
-        matrix = (self.bank_B @ products).flatten(1) @ self.bank_B.flatten(1).T
+        matrix = (self.bank_B.flatten(0, 1) @ products).view(self.n, -1) @ self.bank_B.flatten(1).T
         beta = _solve(matrix, self.bank_B.flatten(1) @ (self.T @ x.T).flatten())
         return torch.einsum("n,ndr->dr", beta, self.bank_B)
 
