@@ -392,18 +392,23 @@ def test_a_language_model_is_asked_about_sentences(monkeypatch: pytest.MonkeyPat
 
 
 def test_clip_is_scored_on_another_task(runs: list[Path], tmp_path: Path, program: Callable) -> None:
-    """On the runs' data by another name: before, it is the record's zero-shot score; norms are the merged weights'."""
+    """On their own data by another name; open_clip's features say the score before, the merged weights the norms."""
     into = tmp_path / "forgotten.jsonl"
     other = ["task=digits", "task.name=other", "task.test_size=16"]
     assert program(REPOSITORY / "train.py", "forgetting", *runs[1:], *other, "--into", into) == FINISHED
     rows = [json.loads(line) for line in into.read_text().splitlines()]
     assert [row["run"] for row in rows] == ["lora", "randlora"]
     assert {(row["on"], row["metric"]) for row in rows} == {("other", "accuracy")}
-    zero_shot = Result.read(runs[1] / "result.json").metrics["zero_shot/accuracy"]
+    subject, plain = Trained.load(runs[1]), Trained.before(runs[1], True, other)
+    clip, images = plain.backbone.module, batches(plain, Sample("test"))
+    with torch.no_grad():
+        names = plain.experiment.task.names()
+        texts = clip.encode_text(plain.backbone.tokenizer()([f"An image of {name}" for name in names]))
+        likest = [(clip.encode_image(batch["image"]) @ nn.functional.normalize(texts).T).argmax(-1) for batch in images]
+    right = torch.cat(likest) == torch.cat([batch["label"] for batch in images])
     for row in rows:
-        assert row["before"] == zero_shot  # of the same sixteen images
+        assert row["before"] == right.float().mean().item()
         assert row["change"] == row["after"] - row["before"]
-    subject, plain = Trained.load(runs[1]), Trained.before(runs[1])
     names = [f"{name}.weight" for name in adapted_layers(subject.backbone.module)]
     merged, unfused = randlora.merge(subject.backbone.module).state_dict(), plain.backbone.module.state_dict()
     names = [name.replace("in_proj.weight", "in_proj_weight") for name in names]
