@@ -33,6 +33,7 @@ from randlora.use.retention import SENTENCES
 from randlora.use.sample import BASE, Sample, asked, batches
 from randlora.use.trained import Trained
 
+BF16 = ("task=digits", "task.test_size=16", "task.validation_size=8", "shots=1", "trainer.precision=bf16")
 SHORT = ("trainer.batch_size=8", "task.test_size=16", "task.validation_size=8", "shots=1", "predictions=false")
 
 
@@ -212,6 +213,20 @@ def test_two_runs_have_a_line_and_a_head_is_interpolated(with_head: Path) -> Non
         logits = [2 * subject.bound.model(batch["image"]) for batch in examples]
     expected = nn.functional.cross_entropy(torch.cat(logits), torch.cat([batch["label"] for batch in examples]))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_autocast_sees_the_weights_of_every_point(runs: list[Path]) -> None:
+    """It keeps weights in bfloat16 while it is on; each corner's loss is that of a model that is asked by itself."""
+    alone = []
+    for folder in runs[1:]:  # which have trained nothing but what autocast keeps
+        subject = Trained.load(folder, data=True, overrides=BF16)
+        examples = batches(subject, Sample("test"))
+        with asked(subject) as model:
+            alone.append(subject.experiment.task.loss(model, examples[0]).item())
+    rows = landscape(runs[1:], Grid(steps=2), Sample("test"), overrides=BF16)
+    corners = [row["loss"] for row in rows if row["part"] == "model"]
+    assert corners == pytest.approx(alone, rel=1e-5)
+    assert abs(corners[0] - corners[1]) > 1e-3
 
 
 # Approximation

@@ -178,6 +178,7 @@ class Surface:
         """At Σ shares[i] · model i; the shares add up to 1. To be called inside `asked`."""
         for place, own in self.parts:
             place.copy_(_combined(own, shares))
+        torch.clear_autocast_cache()  # which has the weights of the point before in bfloat16
         self.model.train().eval()  # so that features kept from other weights are made again
         total, count = 0.0, 0
         for batch in self.examples:
@@ -215,8 +216,8 @@ def _of_head(name: str) -> str:
 
 
 def _combined(own: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Σ shares[i] · own[i]; a model itself where its share is 1 and the others' 0."""
-    sum_ = torch.zeros_like(own[0])
+    """Σ shares[i] · own[i], summed in float32; a model itself where its share is 1 and the others' 0."""
+    sum_ = torch.zeros_like(own[0], dtype=torch.float32)
     for tensor, share in zip(own, shares, strict=True):
         if share:
             sum_.add_(tensor, alpha=share)
