@@ -46,6 +46,7 @@ def _draw_cka(rows: Rows, paths: Sequence[Path]) -> None:
         axis.set(
             title=f"{model}, {task}", xlabel="layer, from the input on", ylabel=f"CKA with {against}", ylim=(None, 1.01)
         )
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     save(figure, *paths)
