@@ -1,7 +1,8 @@
-"""A figure of results: the score against the number of trained parameters, or against the learning rate.
+"""A figure of results: the score against the number of trained parameters or the learning rate; or of an analysis.
 
 python scripts/figure.py experiments/image_protocol --only collection=records --out accuracy.svg
 python scripts/figure.py experiments/halving --rates --out rates.svg
+python scripts/figure.py experiments/analyses/cka.jsonl --out cka.svg
 
 One panel per task, model and budget, four in a row; a point per method, its mean over seeds and sample deviation; the
 dashed line is the score before training. With --rates a panel per method of a cell that has several learning rates: the
@@ -11,16 +12,20 @@ validation score against the rate, faint before a run's end, and a ring round th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from randlora.errors import SettingsError, exit_code
 from randlora.records import read
 from randlora.studies.arms import arms, load
+from randlora.studies.collect import RESULTS
 from randlora.studies.figures import draw, draw_rates
 from randlora.studies.groups import select
 from randlora.studies.rates import tried
+from randlora.use import figures as analysis
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,8 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not points:
             raise SettingsError(f"{options.root}: no method has finished runs of several learning rates")
         draw_rates(points, options.out)
-        return
-    draw(select(read(options.root), options.only), options.out)
+    elif options.root.suffix == ".jsonl" and options.root.name != RESULTS:
+        analysis.draw(rows(options.root), options.out)
+    else:
+        draw(select(read(options.root), options.only), options.out)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """A table that a command such as `randlora cka` has kept; SettingsError where it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}; give what `--into` has written") from error
 
 
 if __name__ == "__main__":

@@ -148,17 +148,13 @@ def draw_rates(points: Mapping[str, Sequence[Tried]], *paths: Path) -> None:
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize="small")
-    _write(figure, paths)
+    save(figure, *paths)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, four in a row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
     columns, rows = min(ACROSS, count), -(-count // ACROSS)
-    figure = Figure(figsize=(max(5.0, 3.1 * columns), 3.0 * rows + 0.2), layout="constrained")
+    figure = blank(max(5.0, 3.1 * columns), 3.0 * rows + 0.2)
     axes = list(chain(*figure.subplots(rows, columns, squeeze=False)))
     for axis in axes[count:]:
         axis.remove()
@@ -171,10 +167,20 @@ def _finish(figure: Figure, columns: int, paths: Sequence[Path]) -> None:
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 3), frameon=False
     )
-    _write(figure, paths)
+    save(figure, *paths)
 
 
-def _write(figure: Figure, paths: Sequence[Path]) -> None:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure, in inches; SettingsError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("figures need the package matplotlib: pip install 'randlora[figures]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, *paths: Path) -> None:
+    """Writes a figure to every one of the paths; SettingsError for a file that cannot be written."""
     from matplotlib import rc_context
 
     for path in paths:

@@ -32,7 +32,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--into", type=Path, help="a .jsonl or .csv file; without it, JSON lines on the screen")
     parser.add_argument("--batch", type=count, default=64, help="inputs at a time")
     options = parser.parse_args(arguments)
-    _check_into(options.into, (".jsonl", ".csv"))
+    check_into(options.into, (".jsonl", ".csv"))
     rows = predict(_trained(options), options.inputs, options.batch)
     try:
         if options.into:
@@ -114,7 +114,7 @@ def spectra_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--likeness", type=float, default=0.5, help="the cosine below which a direction is an intruder")
     parser.add_argument("--into", type=Path, help="a .csv file, in place of the screen")
     options = parser.parse_args(arguments)
-    _check_into(options.into, (".csv",))
+    check_into(options.into, (".csv",))
     look = Look(options.directions, options.likeness)
     rows = [dataclasses.asdict(site) for site in spectra(_trained(options).backbone.module, look)]
     sites = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
@@ -134,12 +134,12 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _check_into(path: Path | None, endings: Sequence[str]) -> None:
+def check_into(path: Path | None, endings: Sequence[str], option: str = "--into") -> None:
     """Raises SettingsError, before anything is computed, for a file that could not be written."""
     if path is not None and path.suffix not in endings:
-        raise SettingsError(f"--into {path}: name a {' or a '.join(endings)} file")
+        raise SettingsError(f"{option} {path}: name a {' or a '.join(endings)} file")
     if path is not None and not path.parent.is_dir():
-        raise SettingsError(f"--into {path}: there is no folder {path.parent}; make it, or name another")
+        raise SettingsError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
 
 
 def _trained(options: argparse.Namespace) -> Trained:

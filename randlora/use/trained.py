@@ -57,6 +57,15 @@ class Trained:
         bound.model.eval()
         return cls(experiment, backbone, bound)
 
+    @classmethod
+    def before(cls, run: Path, data: bool = False, overrides: Sequence[str] = ()) -> Trained:
+        """The run's model before training, without updates; a head is not trained. Arguments as of `load`."""
+        experiment = experiment_of(run, overrides, data)
+        backbone = experiment.model.load()
+        bound = experiment.task.bind(backbone)
+        bound.model.eval()
+        return cls(experiment, backbone, bound)
+
 
 def experiment_of(run: Path | str, overrides: Sequence[str] = (), data: bool = True) -> Experiment:
     """The objects of a finished run, or of another task on its model; see `Trained.load`."""
