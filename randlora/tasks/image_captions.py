@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -12,6 +13,7 @@ from annotated_types import Len
 from torch import Tensor, nn
 
 from randlora.data.loader import Item
+from randlora.errors import SettingsError
 from randlora.models.base import Backbone
 from randlora.tasks.base import Batch, Bound
 from randlora.tasks.image_classification import ClipClassifier, ImageClassification, ImageEncoder
@@ -22,7 +24,7 @@ class ImageCaptions(ImageClassification):
     """As ImageClassification, trained with the symmetric contrastive loss over the pairs of a batch.
 
     A caption is one of `captions`, drawn per example, with {name} filled in, and {kind}, the everyday word that
-    `kinds_of` lists the class under. Every pair in a batch whose caption is true of the image is a positive (UniCL,
+    `kinds_of` lists the class under, by its name or a pattern such as ``*letter*``. Every pair in a batch whose caption is true of the image is a positive (UniCL,
     Yang et al. 2022, arXiv 2204.03610): pairs of one class, or of one kind where the caption names the kind alone.
     Scored by zero-shot classification.
     """
@@ -51,9 +53,17 @@ class ImageCaptions(ImageClassification):
         return PairEncoder(images, torch.stack(tokens), general, kinds)
 
     def _kind_of(self) -> dict[str, str]:
-        """Every class's kind; the name itself where none is given."""
-        given = {name: kind for kind, names in self.kinds_of.items() for name in names}
-        return {name: given.get(name, name) for name in self.names()}
+        """Every class's kind; the name itself where none is given. SettingsError for a kind of unknown classes."""
+        kinds = {name: name for name in self.names()}
+        for kind, patterns in self.kinds_of.items():
+            for pattern in patterns:
+                matching = fnmatch.filter(kinds, pattern)
+                if not matching:
+                    raise SettingsError(
+                        f"task.kinds_of.{kind}: {pattern!r} is no class of {self.name}; its classes are {next(iter(kinds))}, …"
+                    )
+                kinds |= dict.fromkeys(matching, kind)
+        return kinds
 
     def sample(self, backbone: Backbone, size: int) -> Batch:
         assert backbone.tokenizer is not None
