@@ -20,13 +20,13 @@ from randlora.data.images import rgb
 from randlora.data.loader import Split
 from randlora.errors import FINISHED, SettingsError
 from randlora.models.base import Backbone, Pixels
-from randlora.records.result import Headline, Result
+from randlora.records.result import NO_MODEL, Headline, Result
 from randlora.records.signature import signature
 from randlora.records.versions import commit, versions
 from randlora.tasks import ImageClassification, TextClassification
 from randlora.tasks.base import Budget, Splits, Task
 
-MODEL, MAJORITY, PIXELS, WORDS = "none", "majority", "pixels", "words"
+MAJORITY, PIXELS, WORDS = "majority", "pixels", "words"
 SIDE = 32  # to which larger images, and those of several sizes, are made smaller
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C, chosen on the validation split
 
@@ -137,11 +137,11 @@ def _result(
     given: Mapping[str, Any], task: Task, method: str, estimator: Any, metrics: Mapping[str, float], splits: Splits
 ) -> Result:
     config = {name: given[name] for name in ("task", "seed", "shots", "fraction", "run_root", "data_root")}
-    config |= {"model": {"name": MODEL}, "method": {"name": method}}
+    config |= {"model": {"name": NO_MODEL}, "method": {"name": method}}
     size = sum(np.size(getattr(estimator, name, ())) for name in ("coef_", "intercept_"))
     return Result(
         task=task.name,
-        model=MODEL,
+        model=NO_MODEL,
         method=method,
         shots=given["shots"],
         fraction=given["fraction"],

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from randlora.records import Result
 from randlora.records.metrics import Row
-from randlora.studies.arms import SEARCHED, Arm, Part, flat_settings, text
+from randlora.studies.arms import SEARCHED, Arm, Part, baselines, flat_settings, text
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
 from randlora.studies.comparisons import Compared, ranking
@@ -107,6 +107,12 @@ def _data(
         "settings": _settings([result for part in parts for result in part.results]),
         "curves": {address: curve for address, curve in curves.items() if curve},
         "arms": [_arm(name, arm, ids, cost) for name, of_part in of_parts.items() for arm in of_part],
+        "levels": [
+            {"part": name, "cell": _cell(where), "label": arm.label, "level": arm.mean, "shown": f"{arm.mean:.1f}"}
+            for name, of_part in of_parts.items()
+            for where in dict.fromkeys(arm.where for arm in of_part if not arm.is_baseline)
+            for arm in baselines(where, of_part)
+        ],
         "rates": [row for name, of_part in of_parts.items() for arm in of_part for row in _rates(name, arm, ids)],
         "differences": [
             {
