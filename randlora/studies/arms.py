@@ -21,7 +21,7 @@ from randlora.studies.groups import Cell, by_settings, cell, percent, select
 
 # What a search tries for every method. Settings that differ in anything else are arms of their own.
 SEARCHED = ("trainer.learning_rate", "trainer.head_learning_rate", "method.alpha", "method.d_initial", "method.scale")
-LINEAR_PROBE = "linearprobe"  # the frozen model's features with a trained head
+PROBES = ("linearprobe", "features")  # a trained head, or scikit-learn's, on the frozen model's features
 _OF_A_RUN = ("seed", "run_root", "data_root", "predictions", "tags", "shots", "fraction")
 
 
@@ -65,7 +65,7 @@ class Arm(NamedTuple):
     @property
     def is_baseline(self) -> bool:
         """Whether nothing of a pretrained model is updated: a linear probe, or what needs no such model."""
-        return self.where.model == NO_MODEL or self.method == LINEAR_PROBE
+        return self.where.model == NO_MODEL or self.method in PROBES
 
     @property
     def mean(self) -> float:

@@ -22,7 +22,7 @@ COLOURS = {
     # They are eight; these are of Paul Tol's muted scheme.
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
-    "pixels": "#AA3377", "words": "#AA3377", "majority": "#BBBBBB",  # without a pretrained model
+    "pixels": "#AA3377", "words": "#AA3377", "majority": "#BBBBBB", "features": "#666666",  # without fine-tuning
 }  # fmt: skip
 OTHER_COLOUR = "#F0E442"  # of a method of one's own
 MARKERS = ("o", "s", "D", "^", "v", "P", ">", "<")  # begun at another place by each method
