@@ -22,7 +22,7 @@ COLOURS = {
     # They are eight; these are of Paul Tol's muted scheme.
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
-    "pixels": "#AA3377", "words": "#AA3377", "majority": "#BBBBBB", "features": "#666666",  # without fine-tuning
+    "pixels": "#AA3377", "words": "#6B3FA0", "majority": "#BBBBBB", "features": "#666666",  # without fine-tuning
 }  # fmt: skip
 OTHER_COLOUR = "#F0E442"  # of a method of one's own
 MARKERS = ("o", "s", "D", "^", "v", "P", ">", "<")  # begun at another place by each method
@@ -99,14 +99,14 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
         for point in points:
             colour, mark = marks[point.label]
             axis.errorbar(
-                point.parameters, point.mean, point.deviation, fmt=MARKERS[mark], capsize=3, label=point.label,
+                max(point.parameters, 1), point.mean, point.deviation, fmt=MARKERS[mark], capsize=3, label=point.label,
                 color=colour,
             )  # fmt: skip
         if (before := example[panel].before) is not None:
             axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
         for arm in beside.get(panel, ()):
             axis.axhline(arm.mean, linestyle="--", color=marks[arm.label][0], linewidth=1.5, label=arm.label)
-        counts, seeds = ([point[field] for point in points] for field in (2, 5))
+        counts, seeds = ([max(point[field], 1) for point in points] for field in (2, 5))
         n = " to ".join(map(str, dict.fromkeys((min(seeds), max(seeds)))))
         axis.set(
             title=f"{panel.task}, {panel.model}\n{panel.budget}, n = {n}", xlabel="trained parameters",
