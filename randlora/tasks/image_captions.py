@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -24,7 +23,7 @@ class ImageCaptions(ImageClassification):
     """As ImageClassification, trained with the symmetric contrastive loss over the pairs of a batch.
 
     A caption is one of `captions`, drawn per example, with {name} filled in, and {kind}, the everyday word that
-    `kinds_of` lists the class under, by its name or a pattern such as ``*letter*``. Every pair in a batch whose caption is true of the image is a positive (UniCL,
+    `kinds_of` lists the class under. Every pair in a batch whose caption is true of the image is a positive (UniCL,
     Yang et al. 2022, arXiv 2204.03610): pairs of one class, or of one kind where the caption names the kind alone.
     Scored by zero-shot classification.
     """
@@ -53,17 +52,15 @@ class ImageCaptions(ImageClassification):
         return PairEncoder(images, torch.stack(tokens), general, kinds)
 
     def _kind_of(self) -> dict[str, str]:
-        """Every class's kind; the name itself where none is given. SettingsError for a kind of unknown classes."""
+        """Every class's kind; the name itself where none is given. SettingsError for a kind of an unknown class."""
         kinds = {name: name for name in self.names()}
-        for kind, patterns in self.kinds_of.items():
-            for pattern in patterns:
-                matching = fnmatch.filter(kinds, pattern)
-                if not matching:
-                    raise SettingsError(
-                        f"task.kinds_of.{kind}: {pattern!r} is no class of {self.name}; its classes are {next(iter(kinds))}, …"
-                    )
-                kinds |= dict.fromkeys(matching, kind)
-        return kinds
+        given = {name: kind for kind, names in self.kinds_of.items() for name in names}
+        unknown = next((name for name in given if name not in kinds), None)
+        if unknown is not None:
+            raise SettingsError(
+                f"task.kinds_of.{given[unknown]}: {unknown!r} is no class of {self.name}, whose first is {next(iter(kinds))!r}"
+            )
+        return kinds | given
 
     def sample(self, backbone: Backbone, size: int) -> Batch:
         assert backbone.tokenizer is not None
@@ -75,7 +72,11 @@ class ImageCaptions(ImageClassification):
         return super().outputs(model.classifier, batch)  # type: ignore[arg-type]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch["image"], batch["tokens"]).float()  # (images, captions)
+        return self.contrast(model(batch["image"], batch["tokens"]).float(), batch)
+
+    @staticmethod
+    def contrast(logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of similarities of images and captions (B, B), given what the captions are true of."""
         same_class = batch["label"][:, None] == batch["label"]
         same_kind = batch["kind"][:, None] == batch["kind"]
         true = torch.where(batch["general"], same_kind, same_class).float()
@@ -84,10 +85,50 @@ class ImageCaptions(ImageClassification):
         return -(to_text + to_image).mean() / 2
 
 
+@dataclass(frozen=True)
+class LabelledCaptions(ImageCaptions):
+    """As ImageCaptions, while a linear head on the image features learns all classes by cross-entropy.
+
+    A small text tower tells apart few names; the head tells the image tower what the captions cannot. Scored by the
+    head, which is saved beside the parameters and is no part of the model.
+
+    Args:
+        uncaptioned: the names of sources, of a Union, whose images have no captions: the head alone learns them.
+    """
+
+    uncaptioned: Sequence[str] = ()
+
+    def bind(self, backbone: Backbone) -> Bound:
+        model = ContrastiveClip(ClipClassifier(backbone, self.names(), self.templates), self.class_count())
+        return Bound(model, model.head)
+
+    def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
+        encoder = super().encoder(backbone, training)
+        if isinstance(encoder, PairEncoder):
+            encoder.uncaptioned = tuple(self.uncaptioned)
+        return encoder
+
+    def sample(self, backbone: Backbone, size: int) -> Batch:
+        return {**super().sample(backbone, size), "captioned": torch.ones(size, dtype=torch.bool)}
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model.head(model.classifier.clip.encode_image(batch["image"])).float()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits, classes = model(batch["image"], batch["tokens"], classify=True)
+        loss = F.cross_entropy(classes.float(), batch["label"])
+        kept = batch["captioned"]
+        if kept.any():
+            names = {name: batch[name][kept] for name in ("label", "kind", "general")}
+            loss = loss + self.contrast(logits[kept][:, kept].float(), names)
+        return loss
+
+
 class PairEncoder(ImageEncoder):
     """An image with one of its class's captions: tokens (classes, captions, length), and what they speak of."""
 
     random = True  # the caption is drawn
+    uncaptioned: tuple[str, ...] = ()
 
     def __init__(self, images: ImageEncoder, tokens: Tensor, general: Tensor, kinds: Tensor):
         self.transform = images.transform
@@ -97,17 +138,26 @@ class PairEncoder(ImageEncoder):
         item = super().__call__(example)
         label, caption = item["label"], int(torch.randint(self.tokens.shape[1], ()))
         tokens, general = self.tokens[label, caption], self.general[caption]
-        return {**item, "tokens": tokens, "general": general, "kind": self.kinds[label]}
+        item |= {"tokens": tokens, "general": general, "kind": self.kinds[label]}
+        return {**item, "captioned": example.get("set") not in self.uncaptioned} if self.uncaptioned else item
 
 
 class ContrastiveClip(nn.Module):
-    """Compares every image of a batch with every caption of it; `classifier` is the same model as a classifier."""
+    """Compares every image of a batch with every caption of it; `classifier` is the same model as a classifier.
 
-    def __init__(self, classifier: ClipClassifier):
+    With a number of `classes` it has a linear head on the image embedding, for labels that need no caption.
+    """
+
+    def __init__(self, classifier: ClipClassifier, classes: int = 0):
         super().__init__()
         self.classifier = classifier
+        if classes:
+            device = next(classifier.parameters()).device
+            self.head = nn.Linear(int(classifier.clip.visual.output_dim), classes, device=device)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (B, B) of images (B, 3, size, size) and tokens (B, length)."""
+    def forward(self, images: Tensor, tokens: Tensor, classify: bool = False) -> Any:
+        """Logits (B, B) of images (B, 3, size, size) and tokens (B, length), and with `classify` the head's (B, classes)."""
         texts = F.normalize(self.classifier.clip.encode_text(tokens), dim=-1)
-        return self.classifier.similarity(self.classifier.image_features(images), texts)
+        embedded = self.classifier.clip.encode_image(images)
+        logits = self.classifier.similarity(F.normalize(embedded, dim=-1), texts)
+        return (logits, self.head(embedded)) if classify else logits
