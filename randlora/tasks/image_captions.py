@@ -99,8 +99,9 @@ class LabelledCaptions(ImageCaptions):
     uncaptioned: Sequence[str] = ()
 
     def bind(self, backbone: Backbone) -> Bound:
-        model = ContrastiveClip(ClipClassifier(backbone, self.names(), self.templates), self.class_count())
-        return Bound(model, model.head)
+        device = next(backbone.module.parameters()).device
+        head = nn.Linear(backbone.width, self.class_count(), device=device)
+        return Bound(ContrastiveClip(ClipClassifier(backbone, self.names(), self.templates), head), head)
 
     def encoder(self, backbone: Backbone, training: bool) -> ImageEncoder:
         encoder = super().encoder(backbone, training)
@@ -145,19 +146,16 @@ class PairEncoder(ImageEncoder):
 class ContrastiveClip(nn.Module):
     """Compares every image of a batch with every caption of it; `classifier` is the same model as a classifier.
 
-    With a number of `classes` it has a linear head on the image embedding, for labels that need no caption.
+    A `head` on the image embedding is for labels that need no caption.
     """
 
-    def __init__(self, classifier: ClipClassifier, classes: int = 0):
+    def __init__(self, classifier: ClipClassifier, head: nn.Linear | None = None):
         super().__init__()
-        self.classifier = classifier
-        if classes:
-            device = next(classifier.parameters()).device
-            self.head = nn.Linear(int(classifier.clip.visual.output_dim), classes, device=device)  # type: ignore[arg-type]
+        self.classifier, self.head = classifier, head
 
     def forward(self, images: Tensor, tokens: Tensor, classify: bool = False) -> Any:
         """Logits (B, B) of images (B, 3, size, size) and tokens (B, length), and with `classify` the head's (B, classes)."""
         texts = F.normalize(self.classifier.clip.encode_text(tokens), dim=-1)
         embedded = self.classifier.clip.encode_image(images)
         logits = self.classifier.similarity(F.normalize(embedded, dim=-1), texts)
-        return (logits, self.head(embedded)) if classify else logits
+        return logits if self.head is None or not classify else (logits, self.head(embedded))
