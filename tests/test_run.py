@@ -79,11 +79,11 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     code, experiment = start(tmp_path)
     assert code == FINISHED
     folder = experiment.folder
-    assert folder.parent == tmp_path / "digits" / "clip_tiny" / "randlora"
+    assert folder.parent == tmp_path / "digits" / "clip_tiny_v2" / "randlora"
     result = result_of(experiment)
     assert set(result) >= KEYS
     assert result["status"] == "finished"
-    assert [result[key] for key in ("task", "model", "method", "shots")] == ["digits", "clip_tiny", "randlora", 2]
+    assert [result[key] for key in ("task", "model", "method", "shots")] == ["digits", "clip_tiny_v2", "randlora", 2]
     assert result["headline"] == {"name": "test/accuracy", "value": result["metrics"]["test/accuracy"]}
     assert {"zero_shot/accuracy", "validation/accuracy", "test/accuracy"} <= set(result["metrics"])
     assert result["examples"] == {"train": 20, "validation": 10, "test": 10}
