@@ -35,7 +35,10 @@ def test_a_drawing_is_the_same_every_time_and_no_other() -> None:
     arrays = [np.asarray(table[7]["image"].resize((64, 64))) for table in (one, two, other)]
     assert np.array_equal(arrays[0], arrays[1])
     assert not np.array_equal(arrays[0], arrays[2])
-    assert np.array_equal(one.column("label")[:500], [one[i]["label"] for i in range(5)] + [*range(5, len(names)), *range(500 - len(names))])
+    assert np.array_equal(
+        one.column("label")[:500],
+        [one[i]["label"] for i in range(5)] + [*range(5, len(names)), *range(500 - len(names))],
+    )
 
 
 def test_a_class_is_a_shape() -> None:

@@ -431,14 +431,25 @@ def test_the_best_step_is_what_is_scored_and_recorded(tmp_path: Path) -> None:
     assert result["metrics"]["validation/loss"] == pytest.approx(min(losses.values()))
 
 
-def test_the_embedded_weights_are_as_many_as_their_card_says() -> None:
-    assert sum(p.numel() for p in OpenClip(name="clip_tiny").load().module.parameters()) == 6_065_985
+@pytest.mark.parametrize("pretrained", ["embedded", "embedded_v2"])
+def test_the_embedded_weights_are_as_many_as_their_card_says(pretrained: str) -> None:
+    module = OpenClip(name="clip_tiny", pretrained=pretrained).load().module
+    assert sum(p.numel() for p in module.parameters()) == 6_065_985
 
 
-@pytest.mark.parametrize(("task", "percent"), [("tiny_imagenet", 20.5), ("cifar10", 18.1)])
-def test_the_embedded_weights_score_what_their_card_says(task: str, percent: float, shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "task", "percent"),
+    [
+        ("clip_tiny", "tiny_imagenet", 20.5), ("clip_tiny", "cifar10", 18.1),
+        ("clip_tiny_v2", "tiny_imagenet", V2_TINY), ("clip_tiny_v2", "cifar10", V2_CIFAR),
+    ],
+)  # fmt: skip
+def test_the_embedded_weights_score_what_their_card_says(
+    model: str, task: str, percent: float, shared_data: Path
+) -> None:
     """Oracle: the card's zero-shot scores of 10,000 images, within three deviations of a subsample of 500."""
-    experiment = Experiment.from_config(settings(f"task={task}", f"data_root={shared_data}", "task.test_size=500"))
+    options = (f"model={model}", f"task={task}", f"data_root={shared_data}", "task.test_size=500")
+    experiment = Experiment.from_config(settings(*options))
     backbone = experiment.model.load()
     test = experiment.task.splits(backbone, experiment.budget).test
     scores = evaluate(experiment.task, experiment.task.bind(backbone).model, test, experiment.trainer.accelerator())

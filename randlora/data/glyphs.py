@@ -43,7 +43,7 @@ STROKES = ("futural", "futuram", "rowmans", "scripts", "scriptc", "cursive", "ti
 
 @dataclass(frozen=True)
 class Glyphs(Bounded, Source):
-    """Letters of ten scripts and symbols, each a class, in the fonts that come with matplotlib and in Hershey's strokes.
+    """Letters of seven scripts and symbols, each a class, in matplotlib's fonts and in Hershey's strokes.
 
     An image is a glyph in a random font, stroke width, warp, size, contrast and noise, of 8 to 64 pixels; image i of a
     split is the same everywhere that the fonts are. Digits are not drawn, nor letters that are written like one, such
