@@ -3,8 +3,8 @@
     python scripts/pretrain_clip_tiny.py data_root=FOLDER
     python scripts/pretrain_clip_tiny.py experiment=pretrain_clip_tiny_v2 data_root=FOLDER
 
-The first makes clip_tiny, the second, from that, clip_tiny_v2. Arguments are overrides of the experiment; FOLDER holds tiny_imagenet and cifar10. An interrupted
-pretraining goes on where it was; a finished one is only exported.
+The first makes clip_tiny, the second, from that, clip_tiny_v2. Arguments are overrides of the experiment; FOLDER holds
+tiny_imagenet and cifar10. An interrupted pretraining goes on where it was; a finished one is only exported.
 """
 
 from __future__ import annotations

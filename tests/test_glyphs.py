@@ -1,4 +1,4 @@
-"""Drawings of letters, and sources side by side. Oracles: Unicode's own data, scikit-learn, and the parts themselves."""
+"""Drawings of letters, and sources side by side. Oracles: Unicode's data, scikit-learn, and the parts themselves."""
 
 import unicodedata
 from pathlib import Path
@@ -83,5 +83,5 @@ def test_sources_that_share_a_class_or_name_none_are_refused(tmp_path: Path) -> 
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "train.csv").write_text("image,label\na.png,1\n")
     plain = Hub("plain", root=str(tmp_path), splits={"train": "train"})
-    with pytest.raises(SettingsError, match=r"sources.plain: the classes of this source have no names"):
+    with pytest.raises(SettingsError, match=r"sources.plain: this source's classes have no names"):
         Union({"plain": plain, "digits": Digits()}).open("train")

@@ -58,7 +58,8 @@ class ImageCaptions(ImageClassification):
         unknown = next((name for name in given if name not in kinds), None)
         if unknown is not None:
             raise SettingsError(
-                f"task.kinds_of.{given[unknown]}: {unknown!r} is no class of {self.name}, whose first is {next(iter(kinds))!r}"
+                f"task.kinds_of.{given[unknown]}: {unknown!r} is no class of {self.name}, "
+                f"whose first is {next(iter(kinds))!r}"
             )
         return kinds | given
 
@@ -154,7 +155,10 @@ class ContrastiveClip(nn.Module):
         self.classifier, self.head = classifier, head
 
     def forward(self, images: Tensor, tokens: Tensor, classify: bool = False) -> Any:
-        """Logits (B, B) of images (B, 3, size, size) and tokens (B, length), and with `classify` the head's (B, classes)."""
+        """Logits (B, B) of images (B, 3, size, size) and tokens (B, length).
+
+        With a head and `classify` also the head's (B, classes).
+        """
         texts = F.normalize(self.classifier.clip.encode_text(tokens), dim=-1)
         embedded = self.classifier.clip.encode_image(images)
         logits = self.classifier.similarity(F.normalize(embedded, dim=-1), texts)
