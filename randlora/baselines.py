@@ -106,6 +106,7 @@ def _best(
 
 def _features(task: ImageClassification, model: Model, budget: Budget) -> list[Data]:
     """Of train, validation and test, each image as it is scored: (N, width), of the frozen tower."""
+    torch.manual_seed(budget.seed)  # for weights that are random
     backbone = model.load()
     splits = task.splits(backbone, budget)
     classifier = task.bind(backbone).model.eval()
