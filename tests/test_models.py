@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import randlora
 from conftest import MODELS, settings, shared
@@ -20,7 +19,6 @@ from randlora.errors import SettingsError
 from randlora.methods import LoRA, RandLoRA
 from randlora.models import OpenClip, OpenClipVision, TimmTransformer
 from randlora.models.base import Pixels
-from randlora.models.open_clip import EMBEDDED
 
 CLIP = OpenClip(name="clip_tiny", architecture="clip_tiny", pretrained=None, targets={"all": ["*.attn.in_proj"]})
 
@@ -348,17 +346,3 @@ def test_to_add_a_known_model_takes_one_yaml(yaml: str, sites: int, tmp_path: Pa
     for backbone in (model.meta_model(), model.load()):
         report = randlora.adapt(backbone.module, RandLoRA(rank=4), model.patterns("all"))
         assert len(report.sites) == sites
-
-
-def test_the_second_embedded_model_is_its_file_and_the_firsts_token_embedding() -> None:
-    """Oracle: the two files, read by safetensors; every parameter comes from one of them, in float32."""
-    first, second = (load_file(EMBEDDED / f"{name}.safetensors") for name in ("clip_tiny", "clip_tiny_v2"))
-    state = build(settings("model=clip_tiny_v2")["model"]).load().module.state_dict()
-    assert first.keys() - second.keys() == {"token_embedding.weight"}
-    assert state.keys() == first.keys()
-    for name, tensor in state.items():
-        assert torch.equal(tensor, second.get(name, first[name]).float()), name
-    before = build(settings("model=clip_tiny")["model"]).load().module.state_dict()
-    assert all(torch.equal(before[name], tensor.float()) for name, tensor in first.items())
-    with pytest.raises(SettingsError, match="no weights for ViT-B-32 are embedded"):
-        OpenClip("x", architecture="ViT-B-32", pretrained="embedded_v2").load()

@@ -86,7 +86,7 @@ def test_four_files_and_an_override_set_the_learning_rate(tmp_path: Path) -> Non
     assert files == [
         Writer("trainer/default.yaml", 1e-3),
         Writer("method/lora.yaml", 1e-3),
-        Writer("rates/clip_tiny_v2_lora.yaml", 3e-3),
+        Writer("rates/clip_tiny_lora.yaml", 3e-3),
         Writer(files[3].source, 0.2),
     ]
     assert override == Writer(COMMAND_LINE, 0.3)
@@ -95,8 +95,8 @@ def test_four_files_and_an_override_set_the_learning_rate(tmp_path: Path) -> Non
     rows = {row.split()[0]: row.split(maxsplit=2) for row in composed.differences.splitlines()[1:]}
     assert rows["trainer.learning_rate"][1:] == [
         "0.3",
-        f"command line, over 0.2 in {files[3].source}, 0.003 in rates/clip_tiny_v2_lora.yaml, "
-        "0.001 in method/lora.yaml, 0.001 in trainer/default.yaml",
+        f"command line, over 0.2 in {files[3].source}, 0.003 in rates/clip_tiny_lora.yaml, 0.001 in method/lora.yaml, "
+        "0.001 in trainer/default.yaml",
     ]
     assert rows["trainer.epochs"][1] == "3"
     assert rows["method"][1:] == ["lora", f"{files[3].source}, over randlora in train.yaml"]

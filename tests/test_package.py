@@ -74,7 +74,7 @@ def test_a_dry_run_as_json_is_alone_on_stdout(run: Callable[..., str]) -> None:
 
 def test_five_steps_leave_a_record_in_the_current_folder(run: Callable[..., str], tmp_path: Path) -> None:
     run("randlora", "trainer.max_steps=5", "task.validation_size=10", "task.test_size=20")
-    (path,) = tmp_path.glob("runs/digits/clip_tiny_v2/randlora/*/result.json")
+    (path,) = tmp_path.glob("runs/digits/clip_tiny/randlora/*/result.json")
     result = json.loads(path.read_text())
     assert (result["status"], result["steps"]) == ("finished", 5)
     assert (path.parent / "adapter" / "adapter.safetensors").is_file()

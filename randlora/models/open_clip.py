@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.bounds import Share
 from randlora.errors import SettingsError
@@ -17,8 +17,6 @@ from randlora.models.base import Backbone, Model, Pixels
 
 WEIGHTS = "open_clip_model.safetensors"  # what open_clip looks for in a folder
 EMBEDDED = Path(__file__).parent / "clip_tiny"
-# The files of each; clip_tiny_v2's lacks what it shares with clip_tiny, its token embedding.
-EMBEDDED_WEIGHTS = {"embedded": ("clip_tiny",), "embedded_v2": ("clip_tiny", "clip_tiny_v2")}
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class OpenClip(Model):
 
     Args:
         architecture: a name that open_clip knows; clip_tiny, shipped here, is added to them.
-        pretrained: one of open_clip's tags for it, a checkpoint's path, ``embedded`` or ``embedded_v2`` for weights
-            shipped here (of architecture clip_tiny), or None for random weights drawn from torch's seed.
+        pretrained: one of open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or
+            None for random weights drawn from torch's seed.
         patch_dropout: the share of image patches left out while training (FLIP); None is the architecture's own.
     """
 
@@ -39,7 +37,7 @@ class OpenClip(Model):
     patch_dropout: Share | None = None
 
     def check(self) -> None:
-        if self.pretrained in EMBEDDED_WEIGHTS and self.architecture != "clip_tiny":
+        if self.pretrained == "embedded" and not self._embedded().is_file():
             raise SettingsError(f"no weights for {self.architecture} are embedded; give pretrained a tag or a path")
 
     def meta_model(self) -> Backbone:
@@ -50,12 +48,7 @@ class OpenClip(Model):
         import open_clip
 
         _add_architectures()
-        if self.pretrained in EMBEDDED_WEIGHTS:
-            self.check()
-            module = self._create(None, "cpu")
-            module.load_state_dict(embedded_weights(self.pretrained))
-            return self._backbone(module)
-        weights = self.pretrained
+        weights = str(self._embedded()) if self.pretrained == "embedded" else self.pretrained
         if weights is not None and not Path(weights).is_file():
             tags = open_clip.list_pretrained_tags_by_model(self.architecture)
             if weights not in tags:
@@ -100,6 +93,9 @@ class OpenClip(Model):
                 return module
         except (RuntimeError, OSError) as error:
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights!r}: {error}") from error
+
+    def _embedded(self) -> Path:
+        return EMBEDDED / f"{self.architecture}.safetensors"
 
     def _require_same_gelu(self, tag: str) -> None:
         """open_clip warns and computes the wrong thing when OpenAI's weights meet an exact GELU."""
@@ -151,16 +147,6 @@ class OpenClipVision(OpenClip):
         both = super()._backbone(module)
         tower = module.visual
         return Backbone(tower, self.kind, both.width, both.pixels, features=lambda tower, images: tower(images))  # type: ignore[arg-type]
-
-
-def embedded_weights(name: str) -> dict[str, Tensor]:
-    """The state of a clip_tiny by one of the names in `EMBEDDED_WEIGHTS`, float16."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in EMBEDDED_WEIGHTS[name]:
-        state |= load_file(EMBEDDED / f"{file}.safetensors")
-    return state
 
 
 def _add_architectures() -> None:
