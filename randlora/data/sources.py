@@ -322,15 +322,11 @@ class Union(Source):
         names = {name: source.class_names() for name, source in self.sources.items()}
         nameless = next((name for name, of_source in names.items() if of_source is None), None)
         if nameless is not None:
-            raise SettingsError(
-                f"task.source.sources.{nameless}: this source's classes have no names; leave it out"
-            )
+            raise SettingsError(f"task.source.sources.{nameless}: this source's classes have no names; leave it out")
         every = [name for of_source in names.values() for name in of_source or ()]
         twice = next((name for name, count in Counter(every).items() if count > 1), None)
         if twice is not None:
-            raise SettingsError(
-                f"task.source.sources: class {twice!r} is in two of {', '.join(names)}; rename one"
-            )
+            raise SettingsError(f"task.source.sources: class {twice!r} is in two of {', '.join(names)}; rename one")
         return {name: list(of_source or ()) for name, of_source in names.items()}
 
 
