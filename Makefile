@@ -5,8 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test faults lint format docs mutants offline clean
 
 demo: .venv/installed
-	$(BIN)/python train.py baselines run_root=runs/demo
-	$(BIN)/python train.py -m method=randlora,lora run_root=runs/demo
+	$(BIN)/python train.py baselines --features shots=16 run_root=runs/demo
+	$(BIN)/python train.py -m method=randlora,lora shots=16 run_root=runs/demo
 	$(BIN)/python scripts/table.py runs/demo
 
 test: .venv/installed-dev

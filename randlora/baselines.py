@@ -1,7 +1,8 @@
-"""What needs no pretrained model: the majority class, and a linear model of scikit-learn on pixels or word counts.
+"""What a reader tries first: the majority class, and a linear model on pixels, word counts or frozen features.
 
-They are recorded as runs are, as methods of the model ``none``, so that every table and figure has them beside the
-adapters. A score that does not beat them says nothing of fine-tuning.
+The linear models are scikit-learn's. They are recorded as runs are, without a pretrained model as methods of the model
+``none``, so that every table and figure has them beside the adapters. A score that does not beat them says nothing of
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from randlora.bounds import count
 from randlora.config import General, build, settings
 from randlora.data.images import rgb
-from randlora.data.loader import Split
+from randlora.data.loader import Split, evaluation_keys, loader
 from randlora.errors import FINISHED, SettingsError
-from randlora.models.base import Backbone, Pixels
-from randlora.records.result import Headline, Result
+from randlora.models.base import Backbone, Model, Pixels
+from randlora.records.result import NO_MODEL, Headline, Result
 from randlora.records.signature import signature
 from randlora.records.versions import commit, versions
 from randlora.tasks import ImageClassification, TextClassification
 from randlora.tasks.base import Budget, Splits, Task
+from randlora.tasks.image_classification import ImageClassifier
 
-MODEL, MAJORITY, PIXELS, WORDS = "none", "majority", "pixels", "words"
+MAJORITY, PIXELS, WORDS, FEATURES = "majority", "pixels", "words", "features"
 SIDE = 32  # to which larger images, and those of several sizes, are made smaller
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C, chosen on the validation split
 
@@ -47,36 +50,77 @@ class Data:
     labels: np.ndarray
 
 
-def baselines(config: Mapping[str, Any]) -> Iterator[Result]:
-    """Those of a run's task, budget and seed; its model and method take no part.
+def baselines(config: Mapping[str, Any], features: bool = False) -> Iterator[Result]:
+    """Those of a run's task, budget and seed; its method takes no part.
 
     Args:
         config: Settings of a run.
+        features: Whether to give, last, a linear model on the features of the frozen image tower of the run's model,
+            each scaled to unit variance: a linear probe whose optimum is found. The model takes no part in others.
 
     Raises:
-        SettingsError: The task's outputs are neither classes nor numbers, or its data are missing.
+        SettingsError: The task's outputs are neither classes nor numbers, its data are missing, or there are no
+            features of images.
     """
     general, task = General.from_config(config), build(config["task"])
     budget = Budget(general.seed, general.shots, general.fraction)
     if not isinstance(task, ImageClassification | TextClassification):
         raise SettingsError(f"task {task.name} is no classification: there is no baseline for it")
+    model = build(config["model"])
+    if features:
+        if not isinstance(task, ImageClassification):
+            raise SettingsError(f"task {task.name} has no images: --features is for tasks of image classification")
+        task.check_model(model)
+        model.check()
     nothing: Any = None  # the encoders are not used
     backbone = Backbone(nothing, "", 0, Pixels(SIDE, (0, 0, 0), (1, 1, 1)), tokenizer=lambda: nothing)
     task.check()
     splits = task.splits(backbone, budget)
     train, validation, test = _data(task, splits)
-    for method, candidates in (
-        (MAJORITY, [_majority(task)]),
-        (PIXELS if isinstance(task, ImageClassification) else WORDS, [_linear(task, c) for c in STRENGTHS]),
-    ):
-        tried = []
-        for estimator in candidates:
-            estimator.fit(train.features, train.labels)
-            tried.append((_scores(task, estimator, validation) if len(validation.labels) else {}, estimator))
-        chosen, estimator = max(tried, key=lambda scored: scored[0].get(task.headline, 0.0))
-        metrics = {f"validation/{name}": value for name, value in chosen.items()}
-        metrics |= {f"test/{name}": value for name, value in _scores(task, estimator, test).items()}
-        yield _result(config, task, method, estimator, metrics, splits)
+    linear = PIXELS if isinstance(task, ImageClassification) else WORDS
+    yield _best(config, task, MAJORITY, [_majority(task)], (train, validation, test), splits)
+    yield _best(config, task, linear, [_linear(task, c) for c in STRENGTHS], (train, validation, test), splits)
+    if features:
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        assert isinstance(task, ImageClassification)
+        candidates = [make_pipeline(StandardScaler(), _linear(task, c)) for c in STRENGTHS]
+        yield _best(config, task, FEATURES, candidates, _features(task, model, budget), splits)
+
+
+def _best(
+    config: Mapping[str, Any], task: Any, method: str, candidates: Sequence[Any], data: Sequence[Data], splits: Splits
+) -> Result:
+    """Of the candidates, fitted to the training split, the one with the best score on validation."""
+    train, validation, test = data
+    tried = []
+    for estimator in candidates:
+        estimator.fit(train.features, train.labels)
+        tried.append((_scores(task, estimator, validation) if len(validation.labels) else {}, estimator))
+    chosen, estimator = max(tried, key=lambda scored: scored[0].get(task.headline, 0.0))
+    metrics = {f"validation/{name}": value for name, value in chosen.items()}
+    metrics |= {f"test/{name}": value for name, value in _scores(task, estimator, test).items()}
+    return _result(config, task, method, estimator, metrics, splits)
+
+
+def _features(task: ImageClassification, model: Model, budget: Budget) -> list[Data]:
+    """Of train, validation and test, each image as it is scored: (N, width), of the frozen tower."""
+    torch.manual_seed(budget.seed)  # for weights that are random
+    backbone = model.load()
+    splits = task.splits(backbone, budget)
+    classifier = task.bind(backbone).model.eval()
+    assert isinstance(classifier, ImageClassifier)
+    parts = []
+    for split in (splits.train, splits.validation, splits.test):
+        plain = Split(split.table, split.rows, splits.test.encode, tolerance=split.tolerance)
+        features, labels = [np.zeros((0, backbone.width), dtype=np.float32)], [np.zeros(0, dtype=np.int64)]
+        with torch.inference_mode():
+            for (batch,) in loader(plain, evaluation_keys(range(len(plain)), 256), workers=0):
+                features.append(classifier.image_features(batch["image"]).float().numpy())
+                labels.append(batch["label"].numpy())
+        parts.append(Data(np.concatenate(features), np.concatenate(labels)))
+    return parts
 
 
 def _data(task: ImageClassification | TextClassification, splits: Splits) -> list[Data]:
@@ -137,11 +181,12 @@ def _result(
     given: Mapping[str, Any], task: Task, method: str, estimator: Any, metrics: Mapping[str, float], splits: Splits
 ) -> Result:
     config = {name: given[name] for name in ("task", "seed", "shots", "fraction", "run_root", "data_root")}
-    config |= {"model": {"name": MODEL}, "method": {"name": method}}
+    config |= {"model": given["model"] if method == FEATURES else {"name": NO_MODEL}, "method": {"name": method}}
+    estimator = estimator[-1] if method == FEATURES else estimator
     size = sum(np.size(getattr(estimator, name, ())) for name in ("coef_", "intercept_"))
     return Result(
         task=task.name,
-        model=MODEL,
+        model=config["model"]["name"],
         method=method,
         shots=given["shots"],
         fraction=given["fraction"],
@@ -161,17 +206,18 @@ def _result(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """randlora baselines task=… [KEY=VALUE …] [--seeds COUNT]"""
+    """randlora baselines task=… [KEY=VALUE …] [--seeds COUNT] [--features]"""
     parser = argparse.ArgumentParser(
-        prog="randlora baselines", description="Scores that need no pretrained model, recorded beside the runs'."
+        prog="randlora baselines", description="Scores that need no fine-tuning, recorded beside the runs'."
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of a run, such as task=cifar10 shots=16")
     parser.add_argument("--seeds", type=count, help="seeds 0, 1, … in place of the one in the settings")
+    parser.add_argument("--features", action="store_true", help="also a linear model on the frozen model's features")
     options = parser.parse_args(arguments)
     seeds = [[]] if options.seeds is None else [[f"seed={seed}"] for seed in range(options.seeds)]
     for seed in seeds:
         config = settings(*options.settings, *seed)
-        for result in baselines(config):
+        for result in baselines(config, options.features):
             names = result.task, result.model, result.method, result.signature
             folder = Path(config["run_root"]).joinpath(*names)
             folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from conftest import REPOSITORY, settings
 from randlora.baselines import baselines
 from randlora.data.subsets import few_shot, split_validation, validation_size_of
 from randlora.errors import FINISHED, WRONG_SETTINGS
+from randlora.experiment import Experiment
 from randlora.records import read
 from randlora.studies.collect import without_folders
 from randlora.studies.tables import over_seeds
@@ -82,3 +83,29 @@ def test_numbers_by_their_words(tmp_path: Path) -> None:
 def test_what_has_no_baseline_is_refused(program: Callable, capsys: pytest.CaptureFixture) -> None:
     assert program(REPOSITORY / "train.py", "baselines", "task=e2e_nlg", "data_root=.") == WRONG_SETTINGS
     assert "error: task e2e_nlg is no classification: there is no baseline for it" in capsys.readouterr().err
+
+
+def test_digits_by_the_frozen_features(tmp_path: Path, program: Callable, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: scikit-learn on what open_clip's encode_image gives, scaled by hand."""
+    import torch
+
+    options = ["task=digits", "shots=4", "task.validation_size=40", "task.test_size=60", f"run_root={tmp_path}"]
+    assert program(REPOSITORY / "train.py", "baselines", "--features", "model=clip_tiny", *options) == FINISHED
+    (result,) = [result for result in read(tmp_path) if result.method == "features"]
+    assert (result.model, result.trainable_parameters) == ("clip_tiny", 10 * 128 + 10)
+    experiment = Experiment.from_config(settings("model=clip_tiny", *options))
+    backbone = experiment.model.load()
+    splits = experiment.task.splits(backbone, experiment.budget)
+    encoded = []
+    for split in (splits.train, splits.validation, splits.test):
+        items = [split[i, 0] for i in range(len(split))]  # the digits have no augmentation
+        with torch.no_grad():
+            features = backbone.module.eval().encode_image(torch.stack([item["image"] for item in items]))
+        encoded.append((torch.nn.functional.normalize(features, dim=-1).double().numpy(), [i["label"] for i in items]))
+    centre, scale = encoded[0][0].mean(0), encoded[0][0].std(0)
+    (x, y), *others = [((features - centre) / scale, labels) for features, labels in encoded]
+    models = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)]
+    best = max(models, key=lambda model: model.score(*others[0]))
+    assert result.metrics["validation/accuracy"] == pytest.approx(best.score(*others[0]))
+    assert result.metrics["test/accuracy"] == pytest.approx(best.score(*others[1]), abs=0.02)
+    assert program(REPOSITORY / "train.py", "baselines", "--features", "task=mrpc", "data_root=.") == WRONG_SETTINGS

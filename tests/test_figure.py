@@ -12,8 +12,10 @@ import pytest
 from conftest import REPOSITORY
 from randlora.errors import SettingsError
 from randlora.records import Headline, Result, read
+from randlora.studies.arms import arms, baselines
 from randlora.studies.figures import COLOURS, draw, panels
 from randlora.studies.groups import Cell, select
+from randlora.studies.layouts import grids
 
 STUDY = REPOSITORY / "experiments" / "image_protocol"
 CELL = Cell("clip_tiny", "cifar10", 16, None)
@@ -26,7 +28,7 @@ def results() -> list[Result]:
 
 def test_points_are_the_results_means(results: list[Result]) -> None:
     """Oracle: statistics over the scores of the runs, method by method."""
-    points = {point.method: point for point in panels(results)[CELL]}
+    points = {point.method: point for point in panels(arms(results))[CELL]}
     assert sorted(points) == ["full", "lora", "nola", "randlora", "vera"]
     for method, point in points.items():
         scores = [
@@ -88,3 +90,36 @@ def test_every_method_has_a_colour_of_its_own() -> None:
     methods = {path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml")}
     assert methods <= COLOURS.keys()
     assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_baselines_are_levels_of_the_panels(tmp_path: Path) -> None:
+    """Oracle: the means, written out; a line across the panel has the same height at both ends."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'randlora[figures]'")
+    runs = [
+        replace(results_of("lora", "tiny", 0.8), trainable_parameters=100),
+        results_of("pixels", "none", 0.7),
+        results_of("linearprobe", "tiny_vision", 0.6),
+        results_of("features", "tiny", 0.65),
+        results_of("pixels", "none", 0.5, task="other"),
+    ]
+    of_arms = arms(runs)
+    (updated,) = [arm for arm in of_arms if not arm.is_baseline]
+    beside = baselines(updated.where, of_arms)
+    assert sorted((arm.label, round(arm.mean, 6)) for arm in beside) == [
+        ("features", 65.0), ("linearprobe", 60.0), ("pixels", 70.0),
+    ]  # fmt: skip
+    draw(runs, tmp_path / "one.svg")
+    text = (tmp_path / "one.svg").read_text()
+    assert text.count("digits, tiny\n") + text.count("digits, tiny<") >= 1
+    assert "other, none" in text  # with nothing beside it, a panel of its own
+    assert "digits, none" not in text
+    (grid,) = [grid for grid in grids("runs", of_arms, {}) if grid.model == "tiny"]
+    assert [line.label for line in grid.lines] == ["features", "linearprobe", "lora", "pixels"]
+
+
+def results_of(method: str, model: str, score: float, task: str = "digits") -> Result:
+    return Result(
+        task=task, model=model, method=method, shots=4, fraction=None, seed=0, signature=f"{method}{task}",
+        headline=Headline("test/accuracy", score), config={"task": {"name": task}, "model": {"name": model}},
+        status="finished", metrics={"test/accuracy": score}, trainable_parameters=0,
+    )  # fmt: skip

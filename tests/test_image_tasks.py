@@ -10,7 +10,7 @@ from torch import nn
 from randlora.data.sources import Digits
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
-from randlora.tasks import ImageCaptions, ImageClassification
+from randlora.tasks import ImageCaptions, ImageClassification, LabelledCaptions
 from randlora.tasks.image_classification import ClipClassifier
 
 
@@ -221,3 +221,40 @@ def test_images_and_captions_are_compared_pair_by_pair_and_scored_by_class() -> 
     plain = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"])
     batch = {"image": images, "label": labels}
     assert pairs.predict(model, batch) == plain.predict(plain.bind(backbone).model, batch)
+
+
+def test_a_head_learns_what_has_no_caption() -> None:
+    """Oracle: torch's cross-entropy of a linear map of the embedding, and the loss of the captioned pairs alone."""
+    pairs, backbone = captioned()
+    both = LabelledCaptions(
+        "t", Digits(), {}, class_names=NAMES, templates=["x {}"], captions=CAPTIONS, kinds_of=pairs.kinds_of,
+        uncaptioned=["drawings"],
+    )  # fmt: skip
+    bound = both.bind(backbone)
+    model, head = bound.model, bound.head
+    assert isinstance(head, torch.nn.Linear)
+    assert head is model.head
+    image = Image.new("RGB", (2, 2))
+    encoder = both.encoder(backbone, training=True)
+    flags = [encoder({"image": image, "label": 1, "set": name})["captioned"] for name in ("photos", "drawings")]
+    assert flags == [True, False]
+    batch = {
+        "image": torch.randn(4, 4), "tokens": torch.randn(4, 3), "label": torch.tensor([0, 1, 3, 2]),
+        "kind": torch.tensor([0, 1, 1, 2]), "general": torch.tensor([False, True, False, False]),
+        "captioned": torch.tensor([True, True, True, False]),
+    }  # fmt: skip
+    embedded = backbone.module.encode_image(batch["image"])  # type: ignore[operator]
+    logits = embedded @ head.weight.T + head.bias
+    captions = ImageCaptions.loss(pairs, model, {name: tensor[:3] for name, tensor in batch.items()})
+    expected = F.cross_entropy(logits, batch["label"]) + captions
+    assert both.loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    none = batch | {"captioned": torch.zeros(4, dtype=torch.bool)}
+    assert both.loss(model, none).item() == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
+    assert both.predict(model, batch)["predicted"] == logits.argmax(1).tolist()
+
+
+def test_a_kind_of_an_unknown_class_is_refused() -> None:
+    _, backbone = captioned()
+    pairs = ImageCaptions("t", Digits(), {}, class_names=NAMES, kinds_of={"fish": ["b", "trout"]})
+    with pytest.raises(SettingsError, match=r"task\.kinds_of\.fish: 'trout' is no class of t, whose first is 'a'"):
+        pairs.encoder(backbone, training=True)

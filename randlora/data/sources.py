@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -289,6 +290,44 @@ class Joined:
 
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([table.column(name) for table in self.tables])
+
+
+@dataclass(frozen=True)
+class Union(Source):
+    """Several sources of one column layout as one: the classes of the second are counted after those of the first.
+
+    Args:
+        sources: by name; each names its own classes, and no name is in two of them.
+    """
+
+    sources: Mapping[str, Source]
+
+    def check(self) -> None:
+        for source in self.sources.values():
+            source.check()
+
+    def class_names(self) -> list[str]:
+        return [name for names in self._names().values() for name in names]
+
+    def open(self, split: str) -> Table:
+        first, tables = 0, {}
+        for name, names in self._names().items():
+            labels = {label: first + label for label in range(len(names))}
+            tables[name] = Relabelled(self.sources[name].open(split), labels)
+            first += len(names)
+        return Joined(tables)
+
+    def _names(self) -> dict[str, list[str]]:
+        """SettingsError for a source whose classes have no names."""
+        names = {name: source.class_names() for name, source in self.sources.items()}
+        nameless = next((name for name, of_source in names.items() if of_source is None), None)
+        if nameless is not None:
+            raise SettingsError(f"task.source.sources.{nameless}: this source's classes have no names; leave it out")
+        every = [name for of_source in names.values() for name in of_source or ()]
+        twice = next((name for name, count in Counter(every).items() if count > 1), None)
+        if twice is not None:
+            raise SettingsError(f"task.source.sources: class {twice!r} is in two of {', '.join(names)}; rename one")
+        return {name: list(of_source or ()) for name, of_source in names.items()}
 
 
 @dataclass(frozen=True)

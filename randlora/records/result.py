@@ -14,6 +14,7 @@ from randlora.integrity import Damaged, digest, sha256, sync, write_json
 
 SCHEMA = 2  # 1: records before November 2026, without names and budget at the top level
 STATUSES = ("finished", "failed", "diverged", "out_of_memory", "interrupted", "paused")
+NO_MODEL = "none"  # what records call the model of a score that needs no pretrained one
 # What records call the methods whose class is named otherwise; all others are their class in lower case.
 METHOD_NAMES = {"FullFineTuning": "full", "RandLoRAa": "randlora_a"}
 

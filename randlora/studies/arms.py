@@ -14,12 +14,14 @@ from randlora.errors import SettingsError
 from randlora.records import Result, read
 from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
+from randlora.records.result import NO_MODEL
 from randlora.records.signature import modern
 from randlora.studies.collect import RESULTS, read_curves, without_folders
 from randlora.studies.groups import Cell, by_settings, cell, percent, select
 
 # What a search tries for every method. Settings that differ in anything else are arms of their own.
 SEARCHED = ("trainer.learning_rate", "trainer.head_learning_rate", "method.alpha", "method.d_initial", "method.scale")
+PROBES = ("linearprobe", "features")  # a trained head, or scikit-learn's, on the frozen model's features
 _OF_A_RUN = ("seed", "run_root", "data_root", "predictions", "tags", "shots", "fraction")
 
 
@@ -60,6 +62,11 @@ class Arm(NamedTuple):
     def scores(self) -> dict[int, float]:
         """The headline, per cent, by seed."""
         return {run.seed: percent(run) for run in self.runs}
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing of a pretrained model is updated: a linear probe, or what needs no such model."""
+        return self.where.model == NO_MODEL or self.method in PROBES
 
     @property
     def mean(self) -> float:
@@ -127,6 +134,15 @@ def arms(results: Sequence[Result]) -> list[Arm]:
         runs.sort(key=lambda run: run.seed)
         methods.setdefault((cell(runs[0]), runs[0].method, runs[0].task_version), []).append(runs)
     return [arm for (where, method, _), groups in methods.items() for arm in _of_method(where, method, groups)]
+
+
+def baselines(where: Cell, of_arms: Sequence[Arm]) -> list[Arm]:
+    """Of the arms, the baselines that a cell's methods have to surpass.
+
+    They have its task and budget, and no model, the cell's own, or the image tower of the cell's CLIP.
+    """
+    cells = [where._replace(model=model) for model in dict.fromkeys((NO_MODEL, where.model, f"{where.model}_vision"))]
+    return [arm for arm in of_arms if arm.is_baseline and arm.where in cells]
 
 
 def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> list[Arm]:

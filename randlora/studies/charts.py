@@ -72,13 +72,15 @@ def charts() -> dict[str, Spec]:
 def _pareto() -> Spec:
     scale = {"type": "log", "nice": False, "padding": 24}
     x = {"field": "$x", "type": "quantitative", "title": "$x_title", "scale": scale, "axis": {"format": "~s"}}
+    costly: list[Spec] = [{"filter": "datum['$x'] > 0"}]
     front = [
+        *costly,
         {"window": [{"op": "max", "field": "mean", "as": "front"}], "sort": [{"field": "$x"}], "frame": [None, 0]},
         {"filter": "datum.mean >= datum.front"},
     ]
     return _chart(
-        "Scores of methods against a cost; a grey line joins the methods that none with less cost surpasses.",
-        transform=[{"filter": "datum['$x'] > 0"}],
+        "Scores of methods against a cost; a grey line joins the methods that none with less cost surpasses. "
+        "Dashed lines are scores without an update.",
         encoding={"x": x},
         layer=[
             {
@@ -96,10 +98,22 @@ def _pareto() -> Spec:
                 "encoding": {"y": {"field": "mean", **_SCORE}},
             },
             {
+                "transform": [{"filter": "isValid(datum.level)"}],
+                "mark": {"type": "rule", "strokeDash": [8, 4], "strokeWidth": 1.5},
+                "encoding": {
+                    "x": None,
+                    "y": {"field": "level", **_SCORE},
+                    "color": _COLOUR,
+                    "tooltip": _tooltip(("label", "method"), ("shown", "score, %")),
+                },
+            },
+            {
+                "transform": costly,
                 "mark": {"type": "rule", "strokeWidth": 1.5},
                 "encoding": {"y": {"field": "low", **_SCORE}, "y2": {"field": "high"}, "color": _COLOUR},
             },
             {
+                "transform": costly,
                 "mark": _POINT,
                 "encoding": {"y": {"field": "mean", **_SCORE}, "color": _COLOUR, "shape": _SHAPE, "tooltip": _ARM},
             },

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from randlora.errors import SettingsError
 from randlora.records import Result
-from randlora.studies.arms import arms
+from randlora.studies.arms import Arm, arms, baselines
 from randlora.studies.groups import Cell, cell, finished
 from randlora.studies.rates import Tried
 
@@ -24,6 +24,7 @@ COLOURS = {
     # They are eight; these are of Paul Tol's muted scheme.
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
+    "pixels": "#AA3377", "words": "#6B3FA0", "majority": "#BBBBBB", "features": "#666666",  # without fine-tuning
 }  # fmt: skip
 OTHER_COLOUR = "#F0E442"  # of a method of one's own
 MARKERS = ("o", "s", "D", "^", "v", "P", ">", "<")  # begun at another place by each method
@@ -44,10 +45,10 @@ class Point(NamedTuple):
     seeds: int
 
 
-def panels(results: Sequence[Result]) -> dict[Cell, list[Point]]:
+def panels(of_arms: Sequence[Arm]) -> dict[Cell, list[Point]]:
     """The points of each cell, by task and model and in the order of the budget's size."""
     points: dict[Cell, list[Point]] = {}
-    for arm in arms(results):
+    for arm in of_arms:
         parameters = arm.runs[0].trainable_parameters or 0
         point = Point(arm.method, arm.label, parameters, arm.mean, arm.deviation or 0.0, len(arm.runs))
         points.setdefault(arm.where, []).append(point)
@@ -73,25 +74,33 @@ def draw(results: Sequence[Result], *paths: Path) -> None:
     """Writes the figure to every one of the paths; the ending decides the format.
 
     A panel per task, model and budget, four in a row, those of a task and model in one scale; a point per method, its
-    mean over n seeds and sample deviation; the dashed line is the score before training.
+    mean over n seeds and sample deviation. Dashed lines are scores to surpass: a thin grey one before training, thick
+    ones in colour without a pretrained model and of a linear probe (see `randlora.studies.arms.baselines`).
     """
     results = finished(results)
-    shown, example = panels(results), {cell(result): result for result in results}
+    of_arms = arms(results)
+    updated = {arm.where for arm in of_arms if not arm.is_baseline}
+    beside = {where: baselines(where, of_arms) for where in updated}
+    levels = {id(arm) for of_cell in beside.values() for arm in of_cell}
+    shown = panels([arm for arm in of_arms if id(arm) not in levels])
+    example = {cell(result): result for result in results}
     columns = min(ACROSS, len(shown))
     figure, axes = _panels(len(shown))
-    marks = looks({point.label: point.method for points in shown.values() for point in points})
+    marks = looks({arm.label: arm.method for arm in of_arms})
     alike: dict[tuple[str, str], list[Axes]] = {}
     for axis, (panel, points) in zip(axes, shown.items(), strict=False):
         alike.setdefault((panel.task, panel.model), []).append(axis)
         for point in points:
             colour, mark = marks[point.label]
             axis.errorbar(
-                point.parameters, point.mean, point.deviation, fmt=MARKERS[mark], capsize=3, label=point.label,
+                max(point.parameters, 1), point.mean, point.deviation, fmt=MARKERS[mark], capsize=3, label=point.label,
                 color=colour,
             )  # fmt: skip
         if (before := example[panel].before) is not None:
             axis.axhline(100 * before, linestyle="--", color="#999999", linewidth=1)
-        counts, seeds = ([point[field] for point in points] for field in (2, 5))
+        for arm in beside.get(panel, ()):
+            axis.axhline(arm.mean, linestyle="--", color=marks[arm.label][0], linewidth=1.5, label=arm.label)
+        counts, seeds = ([max(point[field], 1) for point in points] for field in (2, 5))
         n = " to ".join(map(str, dict.fromkeys((min(seeds), max(seeds)))))
         axis.set(
             title=f"{panel.task}, {panel.model}\n{panel.budget}, n = {n}", xlabel="trained parameters",

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from randlora.studies.arms import Arm
+from randlora.studies.arms import Arm, baselines
 from randlora.studies.published import Scores, beside
 from randlora.studies.tables import markdown
 
@@ -79,9 +79,16 @@ class Grid(NamedTuple):
 
 
 def grids(part: str, arms: Sequence[Arm], published: Scores) -> list[Grid]:
-    """The tables of a part, one per model."""
-    models = dict.fromkeys(arm.where.model for arm in arms)
-    return [_grid(part, model, [arm for arm in arms if arm.where.model == model], published) for model in models]
+    """The tables of a part, one per model, with the baselines of its cells; these alone where there is nothing else."""
+    models = dict.fromkeys(arm.where.model for arm in arms if not arm.is_baseline)
+    models = models or dict.fromkeys(arm.where.model for arm in arms)
+    return [_grid(part, model, _with_baselines(model, arms), published) for model in models]
+
+
+def _with_baselines(model: str, arms: Sequence[Arm]) -> list[Arm]:
+    own = [arm for arm in arms if arm.where.model == model]
+    beside = {id(arm): arm for where in dict.fromkeys(arm.where for arm in own) for arm in baselines(where, arms)}
+    return [*own, *(arm for arm in beside.values() if arm.where.model != model)]
 
 
 def _grid(part: str, model: str, arms: Sequence[Arm], published: Scores) -> Grid:

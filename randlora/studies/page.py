@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from randlora.records import Result
 from randlora.records.metrics import Row
-from randlora.studies.arms import Arm, Part, flat_settings
+from randlora.studies.arms import Arm, Part, baselines, flat_settings
 from randlora.studies.charts import SHAPES, charts
 from randlora.studies.commands import Commands
 from randlora.studies.comparisons import Compared, ranking
@@ -108,6 +108,12 @@ def _data(
         "settings": _settings([result for part in parts for result in part.results]),
         "curves": {address: curve for address, curve in curves.items() if curve},
         "arms": [_arm(name, arm, ids, cost) for name, of_part in of_parts.items() for arm in of_part],
+        "levels": [
+            {"part": name, "cell": _cell(where), "label": arm.label, "level": arm.mean, "shown": f"{arm.mean:.1f}"}
+            for name, of_part in of_parts.items()
+            for where in dict.fromkeys(arm.where for arm in of_part if not arm.is_baseline)
+            for arm in baselines(where, of_part)
+        ],
         "rates": [
             row for part in parts for arm in of_parts[part.name] for row in _rates(part.name, arm, ids, part.curves)
         ],

@@ -3,7 +3,7 @@
 from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.tasks.commonsense import Commonsense
 from randlora.tasks.data_to_text import DataToText
-from randlora.tasks.image_captions import ImageCaptions
+from randlora.tasks.image_captions import ImageCaptions, LabelledCaptions
 from randlora.tasks.image_classification import ImageClassification
 from randlora.tasks.text_classification import TextClassification
 
@@ -14,6 +14,7 @@ __all__ = [
     "DataToText",
     "ImageCaptions",
     "ImageClassification",
+    "LabelledCaptions",
     "Splits",
     "Task",
     "TextClassification",

@@ -62,7 +62,8 @@ function drawPareto() {
   offer("pareto", "x", costs, costs.map((cost) => COSTS[cost]));
   const cost = chosen("pareto", "x");
   const shown = rows.filter((row) => row.cell === chosen("pareto", "cell") && row[cost] > 0);
-  draw("pareto", shown, { $x: cost, $x_title: COSTS[cost], $y_title: `${shown[0]?.metric}, %` });
+  const levels = ofPart(data.levels).filter((row) => row.cell === chosen("pareto", "cell"));
+  draw("pareto", [...shown, ...levels], { $x: cost, $x_title: COSTS[cost], $y_title: `${shown[0]?.metric}, %` });
 }
 
 function drawBudgets() {
