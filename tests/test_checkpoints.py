@@ -132,7 +132,11 @@ def test_the_latest_is_the_newest_that_is_whole(two: tuple[Path, list[torch.Tens
     assert latest(folder) == newer
     cut(newer / TENSORS)
     assert latest(folder) == older
-    cut(older / STATE)
+    older.rename(folder / "step_9999999")
+    shutil.copytree(folder / "step_9999999", folder / "step_10000000")
+    assert latest(folder) == folder / "step_10000000"
+    for path in folder.iterdir():
+        cut(path / STATE)
     assert latest(folder) is None
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import settings, task
 from letters import WORDS, Letters
@@ -244,6 +245,21 @@ def test_batched_generation_equals_one_by_one(language_model: Backbone, beams: i
         alone = language_model.module.generate(**asked, num_beams=beams, max_new_tokens=12, do_sample=False)
         expected = Letters().batch_decode(alone[:, ids.shape[1] :])
         assert Letters().batch_decode(made[None]) == expected
+
+
+def test_texts_that_begin_later_in_a_batch_have_their_own_positions(language_model: Backbone) -> None:
+    """Oracle: each text alone, by a model that adds an embedding for each position; padding on the left has none."""
+    torch.manual_seed(0)
+    size = {"vocab_size": language_model.module.config.vocab_size, "n_positions": 512}
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, **size)).eval()
+    commonsense, backbone = task("arc_easy"), replace(language_model, module=gpt2)
+    encoder, model = commonsense.encoder(backbone, training=False), commonsense.bind(backbone).model
+    items = [encoder(row) for row in ROWS]
+    assert len({len(item["input_ids"]) for item in items}) > 1
+    with torch.no_grad():
+        together = model.logits(encoder.collate(items)["inputs"], keep=1)[:, -1]
+        alone = [gpt2(torch.tensor([item["input_ids"]])).logits[0, -1] for item in items]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-6)
 
 
 def test_the_validation_loss_is_over_the_labelled_tokens_of_all_examples(language_model: Backbone) -> None:
