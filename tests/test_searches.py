@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -245,11 +246,13 @@ def searched(root: Path, *overrides: str, kills: int = 0) -> int:
 
     def struck(record: Record, step: int, *rest: Any) -> None:
         progress(record, step, *rest)
-        attempt = len([*root.glob(f"struck_*_{record.folder.name}")])
-        done = len([*root.glob("struck_*")])
-        if done < kills and Random(f"{record.folder.name} {step} {attempt}").random() < 0.15:
-            (root / f"struck_{done}_{record.folder.name}").touch()
-            os.kill(os.getppid() if done % 5 == 1 else os.getpid(), signal.SIGKILL)
+        struck = [path.read_text() for path in root.glob("struck_*")]
+        rate, attempt = record.config["trainer"]["learning_rate"], struck.count(record.folder.name)
+        if len(struck) < kills and Random(f"{rate} {step} {attempt}").random() < (0.1 if TRIALS else 0.3):
+            with suppress(FileExistsError), (root / f"struck_{len(struck)}").open("x") as file:
+                file.write(record.folder.name)
+                file.flush()
+                os.kill(os.getppid() if len(struck) % 5 == 1 else os.getpid(), signal.SIGKILL)
 
     Record.progress = struck  # type: ignore[method-assign]
     sys.argv = ["randlora", "-m", *OWN_RATE, f"run_root={root}", "trainer.save_every=2", *overrides]

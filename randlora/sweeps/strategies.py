@@ -362,7 +362,7 @@ class TPE(Strategy):
             key: optuna.distributions.FloatDistribution(*ends, log=True) for key, ends in self._bounds(arm).items()
         }
         for values, value in zip(trials, known, strict=True):
-            study.add_trial(optuna_trial(values, space, value))
+            study.add_trial(_optuna_trial(values, space, value))
         return {key: rounded(value) for key, value in study.ask(space).params.items()}
 
     def _edges(self, arm: Arm, values: Values) -> dict[str, str]:
@@ -389,16 +389,12 @@ def require_optuna() -> Any:
     return optuna
 
 
-def optuna_trial(
-    values: Values, space: Mapping[str, Any], value: float | None, intermediate: Mapping[int, float] | None = None
-) -> Any:
+def _optuna_trial(values: Values, space: Mapping[str, Any], value: float | None) -> Any:
     """A trial as Optuna has it: complete, or running where it has no value yet."""
     import optuna
 
     state = optuna.trial.TrialState.RUNNING if value is None else optuna.trial.TrialState.COMPLETE
-    return optuna.trial.create_trial(
-        state=state, params=dict(values), distributions=dict(space), value=value, intermediate_values=intermediate
-    )
+    return optuna.trial.create_trial(state=state, params=dict(values), distributions=dict(space), value=value)
 
 
 def _around(count: int) -> tuple[int, int]:
