@@ -30,6 +30,7 @@ import table  # noqa: E402
 
 # Tables that no command prints; each has a test of its own below.
 BY_HAND = {
+    "analyses": ["model", "matrix"],
     "faults": ["program"],
     "image_protocol": ["where"],
     "mutants": ["room"],
@@ -191,6 +192,30 @@ def test_table_of_faults() -> None:
     assert f"All of our own {len(ours)} trials, with {struck:,} faults in {attempts:,} attempts" in page
 
 
+def test_tables_of_analyses() -> None:
+    """Means over layers and sites, and errors, of the kept tables; words name what the tables do."""
+    folder = STUDIES / "analyses"
+    kept = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    changed = {(row["model"], row["run"]): row["change"] for row in kept["forgetting"]}
+    for model, run, *texts in rows_of("analyses", "model"):
+        (own,) = [row for row in kept["spectra"] if (row["model"], row["run"]) == (model, run)]
+        alike = [row["cka"] for row in kept["cka"] if (row["model"], row["run"]) == (model, run)]
+        models = {(row["model"], row["run"]): row["loss"] for row in kept["landscape"] if row["part"] == "model"}
+        last = alike[-len(alike) // 3 :]
+        assert texts == [
+            f"{own['full']:.2f}", f"{own['stable_rank']:.1f}", f"{own['relative_norm']:.3f}", f"{own['intruders']:.1f}",
+            *([f"{statistics.mean(alike):.3f}", f"{statistics.mean(last):.3f}"] if alike else ["", ""]),
+            f"{models[model, run]:.2f}", f"{100 * changed[model, run]:+.1f}" if (model, run) in changed else "",
+        ]  # fmt: skip
+    for of, budget, *texts in rows_of("analyses", "matrix"):
+        assert texts == [
+            f"{row['error']:.3f}" + ("" if row["settled"] else " *")
+            for row in kept["approximate"] if (row["of"], str(row["budget"])) == (of, budget)
+        ]  # fmt: skip
+    base = [row["cka"] for row in kept["cka"] if (row["model"], row["run"]) == ("clip_tiny", "base")]
+    assert min(base) == pytest.approx(0.44, abs=0.005)
+
+
 def test_table_of_baselines() -> None:
     assert tables_of((STUDIES / "baselines" / "README.md").read_text()) == [over_seeds(read(STUDIES / "baselines"))]
 
@@ -243,4 +268,4 @@ def test_evidence_is_few_files() -> None:
     """A study is a page, its results, its curves and its figures; single records are collected."""
     names = [path.name for page in PAGES if page.parent.name != "published" for path in page.parent.iterdir()]
     assert not {"result.json", "metrics.jsonl"}.intersection(names)
-    assert len(names) < 50
+    assert len(names) < 60
