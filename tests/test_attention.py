@@ -27,6 +27,16 @@ def pair(**options):  # type: ignore[no-untyped-def]
     return original[0], unfused[0]
 
 
+def test_a_mask_takes_the_precision_of_the_model() -> None:
+    """Oracle: the same attention without a mask, for one that hides nothing."""
+    _, unfused = pair(batch_first=True)
+    unfused, x = unfused.bfloat16(), values(BATCH, LENGTH, WIDTH).bfloat16()
+    for need in (True, False):
+        output, _ = unfused(x, x, x, attn_mask=torch.zeros(LENGTH, LENGTH), need_weights=need)
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output, unfused(x, x, x, need_weights=need)[0])
+
+
 def masks() -> dict:
     causal = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), 1)
     added = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(causal, float("-inf"))

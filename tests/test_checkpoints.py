@@ -126,6 +126,13 @@ def test_cut_lost_and_exchanged_files_are_named(
     assert same(reader.bits(), bits)
 
 
+def test_a_folder_of_folders_is_made(tmp_path: Path) -> None:
+    reader = Reader(tmp_path / "a" / "b")
+    assert reader.resume().step == 0
+    reader.save(1)
+    assert names(tmp_path / "a" / "b") == ["step_0000001"]
+
+
 def test_the_latest_is_the_newest_that_is_whole(two: tuple[Path, list[torch.Tensor]]) -> None:
     folder, _ = two
     older, newer = sorted(folder.iterdir())

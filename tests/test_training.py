@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages, Source
+from randlora.data.subsets import subsample
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
@@ -38,7 +39,7 @@ from randlora.methods import (
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
-from randlora.training.evaluate import prefixed
+from randlora.training.evaluate import evaluate, prefixed
 from randlora.training.loop import Loop
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
@@ -532,6 +533,27 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
         net[0].base.weight[0, 0] = float("nan")
     with pytest.raises(Diverged, match=r"step 0: the loss is nan .* learning rate 0.05; last good checkpoint: none"):
         fit(net, tmp_path)
+
+
+def test_a_training_says_what_the_watch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossWatch, "add", lambda watch, loss: "it rises")
+    observer = Quiet()
+    fit(model(), tmp_path, observer, max_steps=2)
+    assert observer.said == ["step 1: it rises", "step 2: it rises"]
+
+
+def test_the_rows_that_are_tested_are_drawn_by_the_tasks_name() -> None:
+    """Oracle: the sample of that name alone."""
+    table, few = splits().test.table, replace(TASK, test_size=3)
+    assert few.test_rows(table).tolist() == subsample(len(table), 3, few.name).tolist()
+    assert few.test_rows(table).tolist() != subsample(len(table), 3, "another").tolist()
+
+
+def test_a_split_without_examples_has_no_scores() -> None:
+    data = splits()
+    empty = Split(data.test.table, data.test.rows[:0], Pixels8())
+    bound = Bound(model())
+    assert evaluate(TASK, bound.model, empty, trainer_of().accelerator()) == {}
 
 
 def test_a_loss_above_its_start_is_said_aloud_once() -> None:
