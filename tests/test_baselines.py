@@ -98,10 +98,11 @@ def test_digits_by_the_frozen_features(tmp_path: Path, program: Callable, capsys
     splits = experiment.task.splits(backbone, experiment.budget)
     encoded = []
     for split in (splits.train, splits.validation, splits.test):
-        items = [split[i, 0] for i in range(len(split))]  # the digits have no augmentation
+        items = [splits.test.encode(split.table[int(row)]) for row in split.rows]  # without augmentation
         with torch.no_grad():
             features = backbone.module.eval().encode_image(torch.stack([item["image"] for item in items]))
-        encoded.append((torch.nn.functional.normalize(features, dim=-1).double().numpy(), [i["label"] for i in items]))
+        unit = torch.nn.functional.normalize(features, dim=-1).double().numpy()
+        encoded.append((unit, [item["label"] for item in items]))
     centre, scale = encoded[0][0].mean(0), encoded[0][0].std(0)
     (x, y), *others = [((features - centre) / scale, labels) for features, labels in encoded]
     models = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)]

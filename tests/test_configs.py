@@ -205,3 +205,13 @@ def test_rates_belong_to_a_model_and_a_method(pair: str) -> None:
     assert method in options("method")
     rate = OmegaConf.load(REPOSITORY / "configs" / "rates" / f"{pair}.yaml").trainer.learning_rate
     assert settings(f"model={model}", f"method={method}")["trainer"]["learning_rate"] == rate
+
+
+def test_few_digits_are_trained_longer_than_all_of_them() -> None:
+    """Oracle: the records in experiments/embedded_model and, without shots, in experiments/digits_methods."""
+    for options, expected in (([], (6, 32, "none")), (["shots=16"], (40, 16, "clip"))):
+        config = settings("task=digits", *options)
+        trainer = config["trainer"]
+        assert (trainer["epochs"], trainer["batch_size"], config["task"]["augmentation"]) == expected
+    few = Experiment.from_config(settings("task=digits", "shots=16", "dry_run=true"))
+    assert few.trainer.steps(few.task.training_size(few.budget)) == 400

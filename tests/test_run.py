@@ -249,14 +249,14 @@ def test_a_frozen_text_tower_is_encoded_once(tmp_path: Path, monkeypatch: pytest
 
 
 FROZEN_TOWERS = [
-    ("model=clip_tiny_vision", "method=linearprobe"),
-    ("model=clip_tiny", "targets=text"),
+    ("model=clip_tiny_vision", "method=linearprobe", "task.augmentation=none"),
+    ("model=clip_tiny", "targets=text", "task.augmentation=none"),
 ]
 
 
 @pytest.mark.parametrize("overrides", FROZEN_TOWERS)
 def test_behind_a_frozen_tower_every_image_is_decoded_once(
-    overrides: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run with nothing kept, whose scores are the same."""
     decoded: list[int] = []
@@ -272,7 +272,7 @@ def test_behind_a_frozen_tower_every_image_is_decoded_once(
 
 @pytest.mark.parametrize("overrides", FROZEN_TOWERS)
 def test_damaged_images_do_not_shorten_a_run(
-    overrides: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the dry run, which knows nothing of damage; 20 images in batches of 1, three of them unreadable."""
     read, digits = ArrayImages.__getitem__, 1797 - 397

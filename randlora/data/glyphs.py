@@ -112,7 +112,7 @@ class GlyphImages:
         return {name: value for name, value in vars(self).items() if name != "fonts"}
 
     @cached_property
-    def fonts(self) -> Mapping[str, Sequence[ImageFont.FreeTypeFont | Sequence[Sequence[tuple[float, float]]]]]:
+    def fonts(self) -> Mapping[str, Sequence[ImageFont.FreeTypeFont | list[np.ndarray]]]:
         """What can draw each glyph: font files and, for Latin letters, lists of strokes."""
         fonts: dict[str, list[Any]] = {glyph: [] for glyph in self.glyphs}
         for font, known in _font_files():
