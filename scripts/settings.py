@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+import randlora.data.glyphs
 import randlora.experiment
 import randlora.records.tensorboard
 import randlora.records.wandb
