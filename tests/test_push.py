@@ -141,9 +141,10 @@ def test_a_run_that_was_pushed_is_the_same_elsewhere(
     (tmp_path / "README.md").write_bytes(hub.files["README.md"])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.to_dict() == {"library_name": "peft", "license": "mit", "tags": ["randlora", "lora"]}
-    score, other = (100 * result.metrics["test/accuracy"] for result in (first, second))
+    score, other = (result.metrics["test/accuracy"] for result in (first, second))
     mean, deviation = (score + other) / 2, abs(score - other) / 2**0.5
-    assert f"| test/accuracy | {score:.2f} | {mean:.2f} ± {deviation:.2f} | 2 |" in card.text
+    assert f"| test/accuracy | {score:.4f} | {mean:.4f} ± {deviation:.4f} | 2 |" in card.text
+    assert f"| test/loss | {first.metrics['test/loss']:.4f} |" in card.text
     assert "trainer.max_steps=3" in card.text
     assert "* Licence: mit" in card.text
 

@@ -70,8 +70,8 @@ def card(result: Result, seeds: list[Result], repository: str, licence: str | No
     )  # fmt: skip
     rows = []
     for name in sorted(result.metrics):
-        scores = [100 * seed.metrics[name] for seed in seeds if name in seed.metrics]
-        rows.append(f"| {name} | {100 * result.metrics[name]:.2f} | {spread(scores, '.2f', '.2f')} | {len(scores)} |")
+        scores = [seed.metrics[name] for seed in seeds if name in seed.metrics]
+        rows.append(f"| {name} | {result.metrics[name]:.4f} | {spread(scores, '.4f', '.4f')} | {len(scores)} |")
     budget = {"images per class": result.shots, "part of the training set": result.fraction, **(result.examples or {})}
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -81,7 +81,7 @@ def card(result: Result, seeds: list[Result], repository: str, licence: str | No
         "* Base: " + (f"`{base}`" if base else f"the weights that randlora's `model={result.model}` loads"),
         "* Data: " + ", ".join([f"`{result.task}`", *(f"{key} {n:,}" for key, n in budget.items() if n is not None)]),
         "* Licence: " + (licence or "not stated; that of the base and of the data apply"),
-        "## Scores, per cent",
+        "## Scores",
         "\n".join(["| score | this run | mean ± deviation | seeds |", "|---|--:|--:|--:|", *rows]),
         "The deviation is over seeds (subsample, order of the data, starting values); the test examples are the same.",
         "## Made by",
