@@ -278,6 +278,17 @@ def test_vision_transformers_interpolate_to_the_image_size(kind: str, monkeypatc
     assert backbone.features(backbone.module, torch.randn(2, 3, 32, 32)).shape == (2, backbone.width)
 
 
+def test_a_clip_interpolates_its_positions_to_the_image_size() -> None:
+    """Oracle: torch's own bicubic interpolation of the stored ones, with antialiasing as open_clip has it."""
+    stored = OpenClip("clip_tiny").load().module.visual.positional_embedding
+    other = OpenClip("clip_tiny", image_size=32).load()
+    grid = stored[1:].T.reshape(1, -1, 8, 8)
+    smaller = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic", antialias=True).flatten(2)[0].T
+    torch.testing.assert_close(other.module.visual.positional_embedding, torch.cat([stored[:1], smaller]))
+    assert other.pixels is not None
+    assert other.pixels.size == 32
+
+
 def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:
     model = build(settings("model=vit_s14", f"data_root={tmp_path}", "model.weights=nothing_here")["model"])
     with pytest.raises(SettingsError, match="the weights of vit_s14 are in none of nothing_here"):

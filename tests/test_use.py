@@ -126,12 +126,14 @@ def test_what_cannot_be_predicted_is_refused(
         assert re.search(said, lines[-1]), lines
 
 
-def test_open_clip_reads_what_was_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [None, 40])
+def test_open_clip_reads_what_was_merged(size: int | None, tmp_path: Path) -> None:
     import open_clip
 
-    backbone = OpenClip("clip_tiny").load()
-    subject = trained(OpenClip("clip_tiny"), backbone, ["*.c_fc", "*.in_proj"])
-    images, texts = torch.rand(3, 3, 64, 64), backbone.tokenizer()(["a photo of a one", "two"])
+    model = OpenClip("clip_tiny", image_size=size)
+    backbone = model.load()
+    subject = trained(model, backbone, ["*.c_fc", "*.in_proj"])
+    images, texts = torch.rand(3, 3, size or 64, size or 64), backbone.tokenizer()(["a photo of a one", "two"])
     with torch.no_grad():
         expected = backbone.module.encode_image(images), backbone.module.encode_text(texts)
     assert merge(subject, tmp_path / "whole") == f"{tmp_path / 'whole'}: a plain checkpoint"

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from randlora.bounds import Share
+from randlora.bounds import ImageSize, Share
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Model, Pixels
 
@@ -28,6 +28,8 @@ class OpenClip(Model):
         pretrained: one of open_clip's tags for it, a checkpoint's path, ``embedded`` for the weights shipped here, or
             None for random weights drawn from torch's seed.
         patch_dropout: the share of image patches left out while training (FLIP); None is the architecture's own.
+        image_size: the side of the images in pixels, to which position embeddings are interpolated; None is the
+            architecture's own.
     """
 
     kind: ClassVar[str] = "clip"
@@ -35,6 +37,7 @@ class OpenClip(Model):
     architecture: str | None = "clip_tiny"
     pretrained: str | None = "embedded"
     patch_dropout: Share | None = None
+    image_size: ImageSize | None = None
 
     def check(self) -> None:
         if self.pretrained == "embedded" and not self._embedded().is_file():
@@ -42,7 +45,7 @@ class OpenClip(Model):
 
     def meta_model(self) -> Backbone:
         with torch.device("meta"):
-            return self._backbone(self._create(None, "meta"))
+            return self._backbone(self._create(self.image_size, None, "meta"))
 
     def load(self) -> Backbone:
         import open_clip
@@ -57,7 +60,10 @@ class OpenClip(Model):
                     f"which has {', '.join(tags) or 'none'}"
                 )
             self._require_same_gelu(weights)
-        return self._backbone(self._create(weights, "cpu"))
+        module = self._create(self.image_size if weights is None else None, weights, "cpu")
+        if weights is not None and self.image_size is not None:
+            module = self._resized(module)
+        return self._backbone(module)
 
     def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
         """As open_clip does for the hub: `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
@@ -67,14 +73,25 @@ class OpenClip(Model):
 
         module = self._both_towers(backbone)
         save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS)
-        save_config_for_hf(module, folder / "open_clip_config.json", open_clip.get_model_config(self.architecture))
+        config = open_clip.get_model_config(self.architecture)
+        config["vision_cfg"]["image_size"] = backbone.pixels.size
+        save_config_for_hf(module, folder / "open_clip_config.json", config)
         return head is None
 
     def _both_towers(self, backbone: Backbone) -> nn.Module:
         """The whole CLIP."""
         return backbone.module
 
-    def _create(self, weights: str | None, device: str) -> nn.Module:
+    def _resized(self, module: nn.Module) -> nn.Module:
+        """The model for images of another size, here rather than as it loads: open_clip cannot do it in half precision."""
+        from open_clip.model import resize_pos_embed
+
+        resized, state = self._create(self.image_size, None, "cpu"), module.state_dict()
+        resize_pos_embed(state, resized)
+        resized.load_state_dict(state)
+        return resized
+
+    def _create(self, image_size: int | None, weights: str | None, device: str) -> nn.Module:
         import open_clip
 
         _add_architectures()
@@ -87,12 +104,16 @@ class OpenClip(Model):
                     pretrained=weights,
                     pretrained_text=False,
                     force_patch_dropout=self.patch_dropout,
+                    force_image_size=image_size,
                     device=device,
                 )
-                module.set_grad_checkpointing(self.gradient_checkpointing)
-                return module
         except (RuntimeError, OSError) as error:
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights!r}: {error}") from error
+        patch = max(getattr(module.visual, "patch_size", (1, 1)))
+        if image_size is not None and image_size < patch:
+            raise SettingsError(f"model.image_size={image_size}: a patch of {self.architecture} is {patch} pixels wide")
+        module.set_grad_checkpointing(self.gradient_checkpointing)
+        return module
 
     def _embedded(self) -> Path:
         return EMBEDDED / f"{self.architecture}.safetensors"
@@ -135,7 +156,11 @@ class OpenClipVision(OpenClip):
     kind: ClassVar[str] = "vision"
 
     def _both_towers(self, backbone: Backbone) -> nn.Module:
-        both = OpenClip(self.name, self.architecture, self.targets, pretrained=self.pretrained).load().module
+        both = (
+            OpenClip(self.name, self.architecture, self.targets, pretrained=self.pretrained, image_size=self.image_size)
+            .load()
+            .module
+        )
         both.visual = backbone.module
         return both
 

@@ -15,7 +15,9 @@ EXCLUDED_FROM_HASH = {
     "predictions",
 }  # fmt: skip
 # Settings that came later, with the value that means what was done before: then they are left out of the hash.
-CAME_LATER = {"trainer.select": "last", "trainer.sampling": "permutation", "trainer.compile": False}
+CAME_LATER = {
+    "trainer.select": "last", "trainer.sampling": "permutation", "trainer.compile": False, "model.image_size": None,
+}  # fmt: skip
 
 
 def signature(config: Mapping[str, Any], task_version: int = 1) -> str:
@@ -45,7 +47,7 @@ def modern(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     trainer = {key: value for key, value in config.get("trainer", {}).items() if key != "stop_at"}
     adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
-    later = {key.partition(".")[2]: value for key, value in CAME_LATER.items()}
+    later = {key.partition(".")[2]: value for key, value in CAME_LATER.items() if key.startswith("trainer.")}
     return {"optimizer": adamw, "predictions": True, "retry": False, **config, "trainer": later | trainer, "logger": {}}
 
 
