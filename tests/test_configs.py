@@ -14,6 +14,7 @@ from conftest import REPOSITORY, settings
 from randlora.config import build
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
+from randlora.plan import counts
 from randlora.records.logger import Logger
 from randlora.records.signature import modern, signature
 
@@ -83,10 +84,14 @@ def test_every_run_of_a_sweep_composes(sweep: str) -> None:
     runs = BasicSweeper.split_arguments(
         OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in swept.items()]), 999
     )
-    assert len(runs[0]) in (15, 22, 30, 44, 88)
-    experiments = {"glue": ["experiment=glue/roberta_base_lora"], "related": []}  # the latter is of experiments
+    assert len(runs[0]) in (10, 15, 22, 30, 44, 88)
+    experiments = {
+        "glue": ["experiment=glue/roberta_base_lora"],
+        "related": [],
+        "rank": [],
+    }  # the latter two are of experiments
     experiment = experiments.get(sweep, ["experiment=clip_b32/lora"])
-    for run in runs[0][:: len(runs[0]) // 11]:
+    for run in runs[0][:: len(runs[0]) // 10]:
         Experiment.from_config(settings(*experiment, f"sweep={sweep}", *run, "dry_run=true"))
 
 
@@ -215,3 +220,15 @@ def test_few_digits_are_trained_longer_than_all_of_them() -> None:
         assert (trainer["epochs"], trainer["batch_size"], config["task"]["augmentation"]) == expected
     few = Experiment.from_config(settings("task=digits", "shots=16", "dry_run=true"))
     assert few.trainer.steps(few.task.training_size(few.budget)) == 400
+
+
+@pytest.mark.parametrize("arm", [option for option in options("experiment") if option.startswith("rank/")])
+def test_arms_of_rank_have_the_parameters_and_the_rank_of_their_names(arm: str) -> None:
+    """Eighteen matrices of 192 rows or columns: a LoRA of rank r, or RandLoRA's n · (192 + r) and rank min(n · r, 192)."""
+    method = settings(f"experiment={arm}")["method"]
+    rank, bases = method["rank"], method.get("num_bases")
+    thousands, reached = map(int, re.fullmatch(r"rank/(\d+)k_rank(\d+)", arm).groups())  # type: ignore[union-attr]
+    assert reached == (rank if bases is None else min(rank * bases, 192))
+    count = sum(6 * (rank * (192 + long) if bases is None else bases * (192 + rank)) for long in (576, 768, 768))
+    assert counts(Experiment.from_config(settings(f"experiment={arm}")))["trainable_parameters"] == count
+    assert abs(count / 1000 / thousands - 1) < 0.05

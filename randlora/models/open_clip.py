@@ -83,7 +83,7 @@ class OpenClip(Model):
         return backbone.module
 
     def _resized(self, module: nn.Module) -> nn.Module:
-        """The model for images of another size, here rather than as it loads: open_clip cannot do it in half precision."""
+        """The model for images of another size. As it loads weights, open_clip cannot do it in half precision."""
         from open_clip.model import resize_pos_embed
 
         resized, state = self._create(self.image_size, None, "cpu"), module.state_dict()
