@@ -319,7 +319,7 @@ def test_many_unknowns_are_left_to_descent(monkeypatch: pytest.MonkeyPatch) -> N
     weight, target = matrix(12, 8), matrix(12, 8, seed=1)
     fit = Fit(tolerance=1e-7, rounds=1000, restarts=3)
     solved = nearest(weight, target, VeRA(rank=20), fit)
-    monkeypatch.setattr("randlora.use.approximate.UNKNOWNS", 10)
+    monkeypatch.setattr("randlora.use.solvers.UNKNOWNS", 10)
     descended = nearest(weight, target, VeRA(rank=20), fit)
     near, nearer = ((one.delta - target).norm().item() for one in (descended, solved))
     assert near == pytest.approx(nearer, rel=0.02)
