@@ -276,6 +276,8 @@ def test_vision_transformers_interpolate_to_the_image_size(kind: str, monkeypatc
     backbone = model.load()
     assert backbone.features is not None
     assert backbone.features(backbone.module, torch.randn(2, 3, 32, 32)).shape == (2, backbone.width)
+    with pytest.raises(SettingsError, match="image_size=7: a patch of x is 8 pixels wide"):
+        VisionTransformer("x", image_size=7).meta_model()
 
 
 def test_a_clip_interpolates_its_positions_to_the_image_size() -> None:
@@ -287,6 +289,10 @@ def test_a_clip_interpolates_its_positions_to_the_image_size() -> None:
     torch.testing.assert_close(other.module.visual.positional_embedding, torch.cat([stored[:1], smaller]))
     assert other.pixels is not None
     assert other.pixels.size == 32
+    with pytest.raises(SettingsError, match="image_size=7: a patch of clip_tiny is 8 pixels wide"):
+        OpenClip("clip_tiny", image_size=7).meta_model()
+    with pytest.raises(SettingsError, match="image_size=13: a patch of vit_small_patch14_dinov2 is 14 pixels wide"):
+        TimmTransformer("x", "vit_small_patch14_dinov2", pretrained=None, image_size=13).meta_model()
 
 
 def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:

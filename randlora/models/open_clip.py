@@ -13,7 +13,7 @@ from torch import nn
 
 from randlora.bounds import ImageSize, Share
 from randlora.errors import SettingsError
-from randlora.models.base import Backbone, Model, Pixels
+from randlora.models.base import Backbone, Model, Pixels, require_a_patch
 
 WEIGHTS = "open_clip_model.safetensors"  # what open_clip looks for in a folder
 EMBEDDED = Path(__file__).parent / "clip_tiny"
@@ -109,9 +109,8 @@ class OpenClip(Model):
                 )
         except (RuntimeError, OSError) as error:
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights!r}: {error}") from error
-        patch = max(getattr(module.visual, "patch_size", (1, 1)))
-        if image_size is not None and image_size < patch:
-            raise SettingsError(f"model.image_size={image_size}: a patch of {self.architecture} is {patch} pixels wide")
+        if image_size is not None:
+            require_a_patch(image_size, max(getattr(module.visual, "patch_size", (1, 1))), self.architecture)
         module.set_grad_checkpointing(self.gradient_checkpointing)
         return module
 

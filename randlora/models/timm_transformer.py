@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from randlora.bounds import ImageSize
 from randlora.errors import SettingsError
-from randlora.models.base import Backbone, Model, Pixels
+from randlora.models.base import Backbone, Model, Pixels, require_a_patch
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class TimmTransformer(Model):
             raise SettingsError(f"cannot load {self.architecture} with pretrained={weights}: {reason}") from error
 
     def _backbone(self, module: Any) -> Backbone:
+        require_a_patch(self.image_size, max(module.patch_embed.patch_size), self.architecture)
         known = module.pretrained_cfg
         return Backbone(
             module=module,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from randlora.bounds import Colours, ImageSize
-from randlora.models.base import Backbone, Pixels
+from randlora.models.base import Backbone, Pixels, require_a_patch
 from randlora.models.pretrained import Pretrained, named_outputs
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class VisionTransformer(Pretrained):
         return whole.to(module.dtype)
 
     def _backbone(self, module: Any) -> Backbone:
+        require_a_patch(self.image_size, module.config.patch_size, self.name)
         options = {}
         if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
             options["interpolate_pos_encoding"] = True  # ViT asks for it; DINOv2 always does
