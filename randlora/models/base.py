@@ -156,6 +156,4 @@ def package_file(location: str, install: str) -> Path:
 def require_a_patch(image_size: int, patch: int, architecture: str | None) -> None:
     """Raises SettingsError where an image, `image_size` pixels wide, is smaller than a patch."""
     if image_size < patch:
-        raise SettingsError(
-            f"model.image_size={image_size}: a patch of {architecture} is {patch} pixels wide, and an image has one or more"
-        )
+        raise SettingsError(f"model.image_size={image_size}: a patch of {architecture} is {patch} pixels wide")
