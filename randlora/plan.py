@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -136,20 +137,26 @@ def memory_plan(experiment: Experiment) -> dict[str, int] | None:
 
 def _shapes(experiment: Experiment, description: Model) -> tuple[nn.Module, list[int]]:
     """The adapted model, without values, and the bytes of every storage that its loss keeps for backward."""
+    with step_without_values(replace(experiment, model=description)) as (model, loss):
+        return model, saved(model, loss)
+
+
+@contextmanager
+def step_without_values(experiment: Experiment) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """The adapted model and the loss of a micro-batch of the longest examples, on tensors that have only a shape."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     trainer, task = experiment.trainer, experiment.task
     assert isinstance(task, KnownShapes)
-    size = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
-    planned = replace(experiment, task=task.planned(size), method=experiment.method.grown())
-    backbone = description.meta_model()
+    planned = replace(experiment, task=task.planned(trainer.micro), method=experiment.method.grown())
+    backbone = experiment.model.meta_model()
     planned.adapt(backbone)
     model = planned.bind(backbone).model.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _leave_meta(model)
-        batch = task.sample(backbone, size)
+        batch = task.sample(backbone, trainer.micro)
         with autocast("cpu", trainer.precision):
-            return model, saved(model, lambda: planned.task.loss(model, batch))
+            yield model, lambda: planned.task.loss(model, batch)
 
 
 def _leave_meta(model: nn.Module) -> None:
