@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -397,3 +397,28 @@ def test_a_run_that_ends_while_it_evaluates_goes_on_with_the_evaluation(
     assert results[0]["metrics"] == results[1]["metrics"]
     for folder in (untouched.folder, experiment.folder):
         assert not (folder / "checkpoints").exists()
+
+
+def test_a_manifest_without_the_tensors_is_passed_over(tmp_path: Path) -> None:
+    reader = Reader(tmp_path)
+    reader.save(3)
+    (tmp_path / "step_0000003" / TENSORS).unlink()
+    seal(tmp_path / "step_0000003", (STATE,))
+    said: list[str] = []
+    assert reader.checkpoints.resume(lambda names: reader.tensors, said.append) == State()
+    assert said[0].endswith(f"{MANIFEST} does not list {TENSORS}")
+
+
+def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the_start(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight])
+    checkpoints = Checkpoints(tmp_path, {}, keep_last=2)
+    checkpoints.save(State(3), Tensors({"a": weight}, optimizer))
+    asked: list[list[str]] = []
+
+    def larger(names: Collection[str]) -> Tensors:
+        asked.append([*names])
+        return Tensors({"a": torch.zeros(3)}, optimizer)
+
+    assert checkpoints.resume(larger, lambda text: None).step == 0
+    assert asked == [["a"], []]

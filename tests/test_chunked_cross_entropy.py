@@ -123,3 +123,9 @@ def test_an_updated_head_is_asked_for_its_logits() -> None:
     torch.testing.assert_close(ours, lm(**inputs, labels=ids).loss, rtol=1e-5, atol=1e-6)
     ours.backward()
     assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_one_token_is_its_own_mean() -> None:
+    """Oracle: torch's cross_entropy."""
+    head, hidden, target = nn.Linear(WIDTH, WORDS), torch.randn(1, WIDTH), torch.tensor([3])
+    torch.testing.assert_close(chunked_cross_entropy(hidden, head, target), F.cross_entropy(head(hidden), target))

@@ -138,6 +138,7 @@ def test_the_rows_of_a_bounded_mixture_are_those_of_each_set_alone() -> None:
     mix = replace(task("commonsense_mix"), test_size=7)
     rows, starts = mix.test_rows(Joined(parts)).tolist(), {"boolq": 0, "piqa": 30, "arc_easy": 60}
     assert rows == [starts[name] + row for name, size in sizes.items() for row in subsample(size, 7, name)]
+    assert mix.test_rows(parts["piqa"]).tolist() == subsample(30, 7, mix.name).tolist()  # of one set, as any task
     first, second = rows[:7], [row - 30 for row in rows[7:14]]
     assert first != second  # drawn by the set's name
 

@@ -165,3 +165,10 @@ def test_the_beam_search_is_that_of_loras_authors() -> None:
     assert asked == {"inputs": inputs, "pad": 0, "num_beams": 10, "max_new_tokens": 64, "length_penalty": 0.8}
     task("e2e_nlg", "no_repeat_ngram=0").predict(Model(), batch)  # type: ignore[arg-type]
     assert asked["logits_processor"] is None
+
+
+@pytest.mark.parametrize("metric", ["bleu", "nist", "rouge_l", "cider"])
+def test_every_text_has_references(metric: str) -> None:
+    for texts in (MADE[:-1], [*MADE, "One more."]):
+        with pytest.raises(ValueError, match=r"zip\(\) argument|differ in length"):
+            getattr(text_metrics, metric)(texts, REFERENCES)

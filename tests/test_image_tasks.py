@@ -1,5 +1,8 @@
 """Images with names: CLIP as a classifier, and its contrastive loss."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +84,10 @@ def test_the_loss_within_the_batch_is_over_its_classes() -> None:
     assert whole.loss(classifier, batch).item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     # As published: image i against the texts of all images, its target the first of its class; up to a constant.
     few = F.cross_entropy(logits[:, labels], torch.tensor([0, 1, 0, 0, 1])) - labels.bincount()[labels].log().mean()
-    assert within.loss(within.bind(backbone).model, batch).item() == pytest.approx(few.item(), rel=1e-5)
+    bound = within.bind(backbone).model
+    assert within.loss(bound, batch).item() == pytest.approx(few.item(), rel=1e-5)
+    cached = {"features": bound.image_features(images), "label": labels}  # type: ignore[operator]
+    assert within.loss(bound, cached).item() == pytest.approx(few.item(), rel=1e-5)
 
 
 def test_the_published_scale_is_not_exponentiated() -> None:
@@ -248,6 +254,9 @@ def test_a_head_learns_what_has_no_caption() -> None:
     captions = ImageCaptions.loss(pairs, model, {name: tensor[:3] for name, tensor in batch.items()})
     expected = F.cross_entropy(logits, batch["label"]) + captions
     assert both.loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    sample = both.sample(replace(backbone, pixels=Pixels(6, (0, 0, 0), (1, 1, 1))), 2)
+    assert sample["image"].shape == (2, 3, 6, 6)
+    assert sample["captioned"].tolist() == [True, True]
     none = batch | {"captioned": torch.zeros(4, dtype=torch.bool)}
     assert both.loss(model, none).item() == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
     assert both.predict(model, batch)["predicted"] == logits.argmax(1).tolist()
@@ -258,3 +267,33 @@ def test_a_kind_of_an_unknown_class_is_refused() -> None:
     pairs = ImageCaptions("t", Digits(), {}, class_names=NAMES, kinds_of={"fish": ["b", "trout"]})
     with pytest.raises(SettingsError, match=r"task\.kinds_of\.fish: 'trout' is no class of t, whose first is 'a'"):
         pairs.encoder(backbone, training=True)
+
+
+class PatchDropout(nn.Module):
+    """As open_clip's, which says how much it drops by `prob`."""
+
+    def __init__(self, prob: float):
+        super().__init__()
+        self.prob = prob
+
+
+@pytest.mark.parametrize(
+    ("part", "still"),
+    [
+        (nn.Identity(), True), (nn.Dropout(0.0), True), (nn.Dropout(0.1), False), (PatchDropout(0.5), False),
+        (PatchDropout(0.0), True), (nn.Linear(2, 2), True),
+    ],
+)  # fmt: skip
+def test_features_are_cached_of_a_frozen_tower_that_draws_nothing(part: nn.Module, still: bool) -> None:
+    backbone = towers()
+    clip: Any = backbone.module
+    clip.visual = nn.Sequential(nn.Linear(4, 8), part).requires_grad_(False)
+    bound = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"]).bind(backbone).model
+    task = ImageClassification("t", Digits(), {}, class_names=NAMES, templates=["x {}"])
+    frozen, batch = task.frozen_part(bound), {"image": torch.randn(3, 4), "label": torch.arange(3)}
+    assert (frozen is not None) == still
+    if frozen is not None:
+        assert frozen(batch)["label"] is batch["label"]
+        torch.testing.assert_close(frozen(batch)["features"], F.normalize(clip.image(batch["image"]), dim=-1))
+    next(clip.visual.parameters()).requires_grad_(True)
+    assert task.frozen_part(bound) is None

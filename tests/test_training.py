@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
 from randlora.adapters.core import require_adaptation
@@ -36,9 +37,10 @@ from randlora.methods import (
     SoRA,
     VeRA,
 )
+from randlora.rng import integer
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Splits, Task
-from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint
+from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint, loop, watch
 from randlora.training.evaluate import evaluate, prefixed
 from randlora.training.loop import Loop
 from randlora.training.out_of_memory import out_of_memory
@@ -747,3 +749,95 @@ def test_sampling_with_replacement_draws_every_position_anew() -> None:
     assert (rows[:1000] != rows[1000:]).any()
     late = [key for step in training_keys(1000, 50, range(30, 40), seed=3, replacement=True) for key in step]
     assert late == keys[1500:]  # so that a resumed run draws the same
+
+
+def test_an_optimiser_has_no_settings_that_are_the_trainers() -> None:
+    for name in ("params", "lr", "weight_decay", "beta"):
+        with pytest.raises(SettingsError, match=rf"optimizer.{name}: torch.optim.AdamW has betas, eps, amsgrad, "):
+            Optimizer("AdamW", **{name: 1})
+
+
+def test_the_head_is_a_group_of_its_own() -> None:
+    net, head = model(LoRA(rank=2)), nn.Linear(4, 3)
+    adaptation = require_adaptation(net)
+    for given, rate in ((None, 0.05), (0.2, 0.2)):
+        settings = trainer_of(head_learning_rate=given, weight_decay=0.3)
+        *groups, last = settings.parameter_groups(adaptation, head)
+        assert last == {"params": [*head.parameters()], "lr": rate, "weight_decay": 0.3}
+        assert groups == [*settings.parameter_groups(adaptation, None)]
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.3)] * len(groups)
+
+
+def test_the_noise_of_a_step_is_seeded_by_its_purpose_the_seed_and_the_step(tmp_path: Path) -> None:
+    """Oracle: randlora.rng's function of the three; of other purposes it is another number."""
+    net, seeds = model(), []
+    net.register_forward_hook(lambda *_: seeds.append(torch.initial_seed()) if net.training else None)
+    fit(net, tmp_path, max_steps=3)
+    assert seeds == [integer("noise", 1, step, 0) for step in range(3)]
+
+
+def test_a_training_that_pauses_has_its_scores_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """At its own step, asked again, past the step that is asked for, and after it."""
+    whole, parts, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
+    fit(whole, tmp_path / "whole")
+    paused = fit(parts, tmp_path / "parts", observer, stop_at=6)
+    (scored,) = [metrics for metrics in observer.metrics if "validation/accuracy" in metrics]
+    assert paused.paused == {key: scored[key] for key in ("validation/accuracy", "validation/count")}
+    assert (paused.steps, scored["step"]) == (6, 6)
+    assert paused.seconds_per_step == pytest.approx(paused.train_seconds / 6)
+    for stop_at in (6, 4):
+        again = fit(model(dropout=0.3), tmp_path / "parts", stop_at=stop_at)
+        assert (again.steps, again.paused, again.train_seconds) == (6, paused.paused, paused.train_seconds)
+    last = model(dropout=0.3)
+    assert fit(last, tmp_path / "parts").paused is None
+    assert torch.equal(flattened(last), flattened(whole))
+
+
+class CountScalars(TorchDispatchMode):
+    """Counts the numbers that are read from tensors one by one: float(), int(), bool(), item()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_waited_for_where_a_loss_is_logged_scored_or_kept_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same training on the CPU, which reads every loss; here the CPU stands for a device that is slow."""
+    plain, seen = model(), Quiet()
+    about = {"log_every": 5, "evaluate_every": 8, "save_every": 7, "max_steps": 12}
+    plainly = Optimizer("SGD", momentum=0.9)  # AdamW counts its steps on the CPU, and reads that
+    fit(plain, tmp_path / "plain", seen, optimizer=plainly, **about)
+    monkeypatch.setattr(loop, "_waits", lambda device: True)
+    reads, scalars = [], CountScalars()
+    number, step = watch._numbers, loop.Loop.step
+    monkeypatch.setattr(watch, "_numbers", lambda values: reads.append(len(values)) or number(values))
+
+    def counted(self, at):  # type: ignore[no-untyped-def]
+        with scalars:
+            return step(self, at)
+
+    monkeypatch.setattr(loop.Loop, "step", counted)
+    waiting, observer = model(), Quiet()
+    fit(waiting, tmp_path / "waiting", observer, optimizer=plainly, **about)
+    assert reads[::2] == [1, 4, 2, 1, 2, 2]  # after steps 1, 5, 7, 8, 10 and 12
+    assert scalars.count == 0
+    assert observer.metrics == seen.metrics
+    assert torch.equal(flattened(waiting), flattened(plain))
+
+
+def test_a_loss_that_is_read_late_names_the_step_that_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of what came after it is kept."""
+    monkeypatch.setattr(loop, "_waits", lambda device: True)
+    step = loop.Loop.gradients
+    monkeypatch.setattr(
+        loop.Loop, "gradients", lambda self, *about: step(self, *about) * (float("nan") if about[1].number == 5 else 1)
+    )
+    with pytest.raises(Diverged, match=r"step 5: the loss is nan .* last good checkpoint: .*step_0000004"):
+        fit(model(), tmp_path, save_every=4, max_steps=12)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000004"]

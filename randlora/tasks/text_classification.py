@@ -131,7 +131,7 @@ class TextClassification(Classifies, KnownShapes, Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, list]:
         outputs = self.outputs(model, batch)
-        predicted = outputs.argmax(-1) if self.classifies else outputs.squeeze(-1)
+        predicted = outputs.argmax(-1) if self.classifies else outputs[:, 0]
         losses = self._losses(outputs, batch["label"])
         return {"predicted": predicted.tolist(), "label": batch["label"].tolist(), "loss": losses.tolist()}
 
@@ -145,7 +145,7 @@ class TextClassification(Classifies, KnownShapes, Task):
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         if self.classifies:
             return F.cross_entropy(outputs.float(), labels.long(), reduction="none")
-        return F.mse_loss(outputs.float().squeeze(-1), labels, reduction="none")
+        return F.mse_loss(outputs.float()[:, 0], labels, reduction="none")
 
 
 class TextEncoder(TokenEncoder):

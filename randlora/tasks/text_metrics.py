@@ -34,6 +34,8 @@ def bleu(generated: Texts, references: References) -> float:
     """Corpus BLEU-4, lower case, mteval-13a's tokens, of 100."""
     from sacrebleu import corpus_bleu
 
+    if len(generated) != len(references):  # sacrebleu leaves out what has no partner
+        raise ValueError(f"there are {len(references)} lists of references: {len(generated)} texts differ in length")
     most = max(map(len, references))
     columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     return corpus_bleu(list(generated), columns, lowercase=True).score  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from randlora.training.outcome import Diverged, Fit
 from randlora.training.precision import attention_rule, autocast
 from randlora.training.processes import summed
 from randlora.training.settings import Observer, Settings
-from randlora.training.watch import LossWatch
+from randlora.training.watch import Losses, LossWatch, StepLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 class Loop:
     """One training: the settings, and what changes while it goes."""
+
+    stopping: bool  # whether to stop after this step, and whether to save, as all processes know it
+    save_due: bool
 
     def __init__(
         self, settings: Settings, task: Task, bound: Bound, splits: Splits, seed: int, folder: Path, observer: Observer,
@@ -68,9 +71,9 @@ class Loop:
                 "task.validation_size"
             )
         self.scores: dict[str, float] = {}  # the last ones of the validation set
-        self.watch = LossWatch()
-        self.stopping = False  # as all processes know it
-        self.saved_at, self.save_due = time.monotonic(), False
+        self.last_loss = math.nan  # of a training step
+        self.losses, self.watch = Losses(), LossWatch()
+        self.saved_at = time.monotonic()
 
     def assemble(self, known: Mapping[Tensor, Any] | None = None) -> None:
         """An optimiser and processes for what is trained now; given an earlier optimiser's state, it is kept."""
@@ -123,9 +126,10 @@ class Loop:
         pauses = settings.stop_at is not None
         for step in range(start, self.until):
             began, done, at = time.perf_counter(), step + 1, self.at(step)
-            loss, norm = self.step(at)
+            read = self.step(at)
             seconds += time.perf_counter() - began
-            self._report(done, loss, norm, at.rate)
+            self._report(read)
+            self.observer.progress(done, self.steps, f"loss {self.last_loss:.3f}")
             scored, last = False, done == self.until
             with suppress(Interrupted):  # it is then scored again when the run goes on
                 if self._due(settings.evaluate_every, done) or (last and (self.best or pauses)):
@@ -133,6 +137,7 @@ class Loop:
                 scored = True
             stopping = not scored or self.stopping or (STOP.came and self.accelerator.num_processes == 1)
             if stopping or self.save_due or last or self._due(settings.save_every, done):
+                self._report(self.read())  # a signal may have come after the step
                 self._save(State(done, seconds, self.best, scored, self.observer.logged()))
             if stopping:
                 raise Interrupted(f"stopped by {STOP.reason} at step {done} of {self.steps}; the same command goes on")
@@ -186,8 +191,8 @@ class Loop:
         self.observer.say(f"selected step {best.step} of {self.steps}, with a validation loss of {best.loss:.4g}")
         return best.step
 
-    def step(self, step: Step) -> tuple[float, float]:
-        """One optimiser step; returns the mean loss and the norm of the gradient before clipping."""
+    def step(self, step: Step) -> list[StepLoss]:
+        """One optimiser step; returns the losses that were read in it, of this step and of those before it."""
         self.model.train()
         # The noise of a step depends on the step, so that a resumed run draws what an unbroken one draws.
         torch.manual_seed(integer("noise", self.seed, step.number, self.accelerator.process_index))
@@ -210,8 +215,8 @@ class Loop:
         self.fed = self.batches(step.number)
         return self.step(step)
 
-    def gradients(self, batches: list[dict[str, Any]], step: Step) -> float:
-        """Puts a step's gradients at the trained tensors; returns this process's part of the mean loss."""
+    def gradients(self, batches: list[dict[str, Any]], step: Step) -> Tensor:
+        """Puts a step's gradients at the trained tensors; returns this process's part of the mean loss, a scalar."""
         device, precision, world = self.accelerator.device, self.settings.precision, self.accelerator.num_processes
         micro = [to_device(batch, device) for batch in batches]
         weights = [terms(self.task, batch) for batch in micro]
@@ -231,27 +236,39 @@ class Loop:
                     penalty = self.adaptation.method.penalty(self.adaptation.updates.values()) if last else None
                     self.accelerator.backward(share if penalty is None else share + penalty)
                 mean += loss.detach() * (weight / total)
-        return float(mean)
+        return mean
 
-    def stepped(self, mean: float, step: Step) -> tuple[float, float]:
+    def stepped(self, mean: Tensor, step: Step) -> list[StepLoss]:
         """Takes the optimiser's step with the gradients that are there; see `step`."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.max_grad_norm or math.inf)
         late = time.monotonic() - self.saved_at > 60 * (self.settings.save_minutes or math.inf)
-        value, stopping, saving = summed(self.accelerator, mean, STOP.came, late)
-        # Every process saves and stops after the same step.
-        size, self.stopping, self.save_due = float(norm), stopping > 0, saving > 0
-        if not (math.isfinite(value) and math.isfinite(size)):
-            raise Diverged(
-                f"step {step.number}: the loss is {value:.3g} and the gradient's norm {size:.3g} at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}; last good checkpoint: {latest(self.folder) or 'none'}"
-            )
+        loss: Tensor | float = mean
+        if self.accelerator.num_processes == 1:
+            self.stopping, self.save_due = STOP.came, late
+        else:  # every process saves and stops after the same step
+            loss, stopping, saving = summed(self.accelerator, float(mean), STOP.came, late)
+            self.stopping, self.save_due = stopping > 0, saving > 0
+        done = step.number + 1
+        self.losses.add(done, step.rate, loss, norm)
+        read = self.read() if self._reads(done) else []
         method, updates = self.adaptation.method, self.adaptation.updates.values()
         if method.after_backward(updates, step):
             self.assemble(self.optimizer.state)
         self.optimizer.step()
         method.after_step(updates, step)
         self.optimizer.zero_grad(set_to_none=True)
-        return value, size
+        return read
+
+    def read(self) -> list[StepLoss]:
+        """The losses of the steps since the last reading; Diverged at the first where it, or the norm, is no number."""
+        read = self.losses.read()
+        for step in read:
+            if not (math.isfinite(step.loss) and math.isfinite(step.norm)):
+                raise Diverged(
+                    f"step {step.done - 1}: the loss is {step.loss:.3g} and the gradient's norm {step.norm:.3g} at "
+                    f"learning rate {step.rate:.3g}; last good checkpoint: {latest(self.folder) or 'none'}"
+                )
+        return read
 
     def batches(self, start: int) -> Iterator[list[dict[str, Any]]]:
         """This process's micro-batches of every step from `start` to `until`."""
@@ -264,15 +281,41 @@ class Loop:
     def _due(self, every: int | None, done: int) -> bool:
         return every is not None and done % every == 0 and done < self.steps
 
-    def _report(self, done: int, loss: float, norm: float, rate: float) -> None:
-        if warning := self.watch.add(loss):
-            self.observer.say(f"step {done}: {warning}")
-        if done % self.settings.log_every == 0 or done in (1, self.steps):
-            self.observer.log({"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}, done)
-        self.observer.progress(done, self.steps, f"loss {loss:.3f}")
+    def _reads(self, done: int) -> bool:
+        """Whether losses are read in this step: always where that waits for nothing.
+
+        On a device those are read that are logged, and all of them before the model is scored or kept.
+        """
+        settings = self.settings
+        return (
+            not _waits(self.accelerator.device)
+            or self._logs(done)
+            or done == self.until
+            or self._due(settings.evaluate_every, done)
+            or self._due(settings.save_every, done)
+            or self.stopping
+            or self.save_due
+        )
+
+    def _logs(self, done: int) -> bool:
+        return done % self.settings.log_every == 0 or done in (1, self.steps)
+
+    def _report(self, read: Sequence[StepLoss]) -> None:
+        for step in read:
+            self.last_loss = step.loss
+            if warning := self.watch.add(step.loss):
+                self.observer.say(f"step {step.done}: {warning}")
+            if self._logs(step.done):
+                named = {"train/loss": step.loss, "train/learning_rate": step.rate, "train/gradient_norm": step.norm}
+                self.observer.log(named, step.done)
 
     def _save(self, state: State) -> None:
         if self.accelerator.is_main_process:
             self.checkpoints.save(state, self.tensors())
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether to read a number from the device waits for work that it has not done yet."""
+    return device.type != "cpu"
