@@ -185,21 +185,23 @@ def test_a_grid_finds_the_best_of_its_points_and_grows_for_all_arms(order: int) 
     assert full.edges == {RATE: "lower"}
 
 
-@pytest.mark.parametrize(("order", "best"), [(0, 1.0), (1, 3.0), (2, 1 / 3)])
-def test_halving_compares_what_its_definition_compares(order: int, best: float) -> None:
-    """Oracle: Jamieson and Talwalkar's loop, n / η^i trials of R η^(i - 2) steps each."""
-    score, strategy = hill(best), Halving(extend=0)
+@pytest.mark.parametrize(("order", "best", "last"), [(0, 1.0, 1), (1, 3.0, 1), (2, 1 / 3, 1), (0, 3.0, 3)])
+def test_halving_compares_what_its_definition_compares(order: int, best: float, last: int) -> None:
+    """Oracle: Jamieson and Talwalkar's loop, n / η^i trials of R η^(i - 2) steps each, and `last` at the least."""
+    score, strategy = hill(best), Halving(extend=0, finalists=last)
     courses, known = reach(score, strategy, ARMS, Random(order))
     for course in courses:
         kept, steps = [*course.trials], 0
-        for step, before, size in ((10, 0, 5), (30, 10, 1), (90, 30, 1)):
+        for step, before, size in ((10, 0, 5), (30, 10, last), (90, 30, 1)):
             steps += len(kept) * (step - before)
             kept = sorted(kept, key=lambda values: -score(course.arm, values, step))[:size]
         assert course.trials[course.chosen] == kept[0]
-        assert course.steps == steps == strategy.most_steps(90) == 15 * 10 + 5 * 20 + 60
-        assert sorted(step for label, _, step in known if label == course.arm.label) == [10] * 15 + [30] * 5 + [90]
+        assert course.steps == steps == strategy.most_steps(90) == 15 * 10 + 5 * 20 + last * 60
+        reached = sorted(step for label, _, step in known if label == course.arm.label)
+        assert reached == [10] * 15 + [30] * 5 + [90] * last
     assert Halving(min_steps=20).rungs(90) == [30, 90]
     assert Halving(eta=2).rungs(90) == [23, 45, 90]
+    assert [Halving().kept(trials, rung) for trials, rung in ((2, 1), (4, 2), (60, 2))] == [2, 3, 6]
     with pytest.raises(SettingsError, match=r"search.min_steps=31: a run has 90 steps.*nothing is left to promote"):
         Halving(min_steps=31).rungs(90)
     with pytest.raises(SettingsError, match=r"search.rates=400: with search.scales=3 makes 1,200 points"):
@@ -377,7 +379,8 @@ def test_a_search_says_what_it_cannot_search(
     assert "start it without torchrun" in capfd.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     size = "search.rates=2", "search.scales=2", "method=lora,full", "seed=0,1"
-    assert main("-m", "search=halving", "search.eta=2", *size, "dry_run=true", here) == FINISHED
+    once = "search.eta=2", "search.finalists=1"
+        assert main("-m", "search=halving", *once, *size, "dry_run=true", here) == FINISHED
     said = capfd.readouterr()
     # 4 trials for 3 steps, 2 for 2 more, 1 for 5 more; two seeds.
     assert "method=lora, method=full: 42 steps for each, compared after 3, 5, 10" in said.err

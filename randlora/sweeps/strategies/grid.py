@@ -166,14 +166,17 @@ class Halving(Grid):
     """A grid by successive halving: all trials for a few steps, the best of them for more, and so on.
 
     A trial that is promoted goes on from its checkpoint, the others stay paused. Every rung has `eta` times the steps
-    of the one before, and its share of the trials, 1 in `eta`, rounded down. Jamieson and Talwalkar, AISTATS 2016.
+    of the one before, and its share of the trials, 1 in `eta`, rounded down, but `finalists` at the least. Jamieson and
+    Talwalkar, AISTATS 2016, whose last rung may have a single trial.
 
     Args:
         eta: See above.
+        finalists: The fewest trials of a rung.
         min_steps: The fewest steps of the first rung; None: those of a whole run over the square of `eta`.
     """
 
     eta: Annotated[int, Ge(2), Le(100)] = 3
+    finalists: Count = 3
     min_steps: Count | None = None
 
     def rungs(self, steps: int) -> list[int]:
@@ -189,7 +192,7 @@ class Halving(Grid):
         return rungs
 
     def kept(self, trials: int, rung: int) -> int:
-        return max(1, trials // self.eta**rung)
+        return min(trials, max(self.finalists, trials // self.eta**rung))
 
 
 def _around(count: int) -> tuple[int, int]:
