@@ -380,7 +380,7 @@ def test_a_search_says_what_it_cannot_search(
     monkeypatch.delenv("WORLD_SIZE")
     size = "search.rates=2", "search.scales=2", "method=lora,full", "seed=0,1"
     once = "search.eta=2", "search.finalists=1"
-        assert main("-m", "search=halving", *once, *size, "dry_run=true", here) == FINISHED
+    assert main("-m", "search=halving", *once, *size, "dry_run=true", here) == FINISHED
     said = capfd.readouterr()
     # 4 trials for 3 steps, 2 for 2 more, 1 for 5 more; two seeds.
     assert "method=lora, method=full: 42 steps for each, compared after 3, 5, 10" in said.err
