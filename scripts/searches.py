@@ -2,9 +2,12 @@
 
 python scripts/searches.py experiments/halving/halving.json experiments/halving/grid.json
 
+python scripts/searches.py experiments/halving/halving.json experiments/halving/grid.json --finalists 3
+
 The files are search.json of two sweeps, the second of a search that gave every trial of the first a whole run. A row
 per method: the steps of both, the settings that each chose, the validation scores of whole runs with these, their
 difference over seeds with its standard error, and how many trials of the second are better than the first's choice.
+With --finalists, the choice is what a search by halving would have made, had so many of its best gone to the end.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from randlora.errors import SettingsError, exit_code
@@ -30,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", type=Path)
     parser.add_argument("full", type=Path)
+    parser.add_argument("--finalists", type=int, default=0, help="of the last comparison but one; 0: as it was")
     options = parser.parse_args(arguments)
     full = {(finding.cell, finding.label): finding for finding in read(options.full)}
     rows = []
@@ -38,10 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SettingsError(
                 f"{options.full}: has no {finding.label} on {finding.cell}; give the full search of both"
             )
-        rows.append(row(finding, full[finding.cell, finding.label]))
+        whole = full[finding.cell, finding.label]
+        rows.append(row(with_finalists(finding, whole, options.finalists) if options.finalists else finding, whole))
     if not rows:
         raise SettingsError(f"{options.search}: there is no search; give the search.json of a sweep")
     print(markdown(NAMES, rows))
+
+
+def with_finalists(finding: Finding, full: Finding, count: int) -> Finding:
+    """The search with the best `count` of its last comparison but one at the end, with the scores of the full one."""
+    if len(finding.rungs) < 2:
+        raise SettingsError("--finalists: this search compares its trials once; give one by halving")
+    before, last = map(str, finding.rungs[-2:])
+    there = [trial.scores.get(before) or -math.inf for trial in finding.trials]
+    best = sorted(range(len(there)), key=lambda number: -there[number])[:count]
+    final = {words(trial): trial.scores.get(last) or -math.inf for trial in full.trials}
+    chosen = max(best, key=lambda number: final[words(finding.trials[number])])
+    went = sum(last in trial.scores for trial in finding.trials)
+    more = (count - went) * (finding.rungs[-1] - finding.rungs[-2]) * finding.seeds
+    return replace(finding, chosen=chosen, steps=finding.steps + more)
 
 
 def row(finding: Finding, full: Finding) -> list[str]:
