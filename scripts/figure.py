@@ -12,14 +12,13 @@ validation score against the rate, faint before a run's end, and a ring round th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from randlora.errors import SettingsError, exit_code
 from randlora.records import read
+from randlora.studies.analyses import read_rows
 from randlora.studies.arms import arms, load
 from randlora.studies.collect import RESULTS
 from randlora.studies.figures import draw, draw_rates
@@ -46,17 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SettingsError(f"{options.root}: no method has finished runs of several learning rates")
         draw_rates(points, options.out)
     elif options.root.suffix == ".jsonl" and options.root.name != RESULTS:
-        analysis.draw(rows(options.root), options.out)
+        analysis.draw(read_rows(options.root), options.out)
     else:
         draw(select(read(options.root), options.only), options.out)
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """A table that a command such as `randlora cka` has kept; SettingsError where it cannot be read."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}; give what `--into` has written") from error
 
 
 if __name__ == "__main__":

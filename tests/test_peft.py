@@ -168,6 +168,27 @@ def test_we_read_what_peft_writes(name: str, tmp_path: Path) -> None:
     assert_same(again, theirs)
 
 
+def test_files_without_repeated_bases(tmp_path: Path) -> None:
+    """As PEFT writes them after 0.21 (its pull request 3714): the bases once, at the model; so do we.
+
+    The installed PEFT is the oracle for the outputs; the file is its own without what is repeated at every site.
+    """
+    theirs = peft.get_peft_model(Net(16), CONFIGS["randlora"]())
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    once = {
+        name: tensor for name, tensor in tensors.items() if not re.match(r"base_model\.model\..*randlora_[AB]$", name)
+    }
+    assert {name for name in once if name.endswith(("_A", "_B"))} == {"base_model.randlora_A", "base_model.randlora_B"}
+    save_file(once, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    ours = Net(16)
+    randlora.from_peft(ours, tmp_path)
+    assert_same(ours, theirs)
+    randlora.to_peft(ours, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == once.keys()
+
+
 def test_bases_that_no_seed_gives_are_kept(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(Net(16), CONFIGS["randlora"]())
     randomise(theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
@@ -439,6 +440,34 @@ def test_charts_draw_a_mark_for_every_row(name: str) -> None:
     drawing = vl_convert.vegalite_to_svg(spec)
     points = {"pareto": 3, "budgets": 3, "rates": 3 + 1, "curves": 3, "differences": 3, "ranks": 3}
     assert drawing.count('aria-roledescription="point"') == points[name]
+
+
+def test_analyses_beside_the_records_have_a_place(tmp_path: Path) -> None:
+    """Means worked out by hand; the page stays whole, with the figure in it and described."""
+    runs = write(small(), tmp_path / "runs")
+    rows = [
+        {"model": "m", "task": "dtd", "layer": str(layer), "run": name, "against": "full", "cka": value}
+        for name, values in {"lora": (0.5, 0.75), "</td>": (1.0, 0.5)}.items()
+        for layer, value in enumerate(values)
+    ]
+    (runs / "cka.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = load([runs])
+    assert [analysis.lines() for part in parts for analysis in part.analyses] == [
+        [["m", "dtd", "lora", "full", "0.625"], ["m", "dtd", "</td>", "full", "0.75"]]
+    ]
+    report.report(parts, tmp_path / "report", "randlora", {})
+    assert "| m | dtd | lora | full | 0.625 |" in (tmp_path / "report" / "tables.md").read_text()
+    text = (tmp_path / "report" / "index.html").read_text()
+    page = Outline(re.sub(r"(<img[^>]*)>", r"\1></img>", text))
+    assert page.open == []
+    assert page.unlabelled == []
+    assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    (alt, image) = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)">', text)[0]
+    assert alt.startswith("Linear CKA")
+    assert base64.b64decode(image) == (tmp_path / "report" / "figures" / "runs_cka.svg").read_bytes()
+    (runs / "cka.jsonl").write_text('{"model": "m"}\n')
+    with pytest.raises(SettingsError, match=r"cka.jsonl has rows without against"):
+        load([runs])
 
 
 def test_a_marker_in_print_is_a_shape_on_the_page() -> None:

@@ -16,6 +16,7 @@ from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.result import NO_MODEL
 from randlora.records.signature import modern
+from randlora.studies.analyses import Analysis, analyses
 from randlora.studies.collect import RESULTS, read_curves, without_folders
 from randlora.studies.groups import Cell, by_settings, cell, percent, select
 
@@ -33,11 +34,13 @@ class Part:
         name: The study's name, with that of the collection unless it is ``records``; ``runs`` of a folder of runs.
         results: Finished or not.
         curves: What was logged while they trained, by signature.
+        analyses: Of runs of the study, with its first part.
     """
 
     name: str
     results: Sequence[Result]
     curves: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    analyses: Sequence[Analysis] = ()
 
 
 class Arm(NamedTuple):
@@ -87,7 +90,7 @@ def load(paths: Sequence[Path], only: Sequence[str] = ()) -> list[Part]:
         only: Conditions ``KEY=VALUE,VALUE…`` that the runs meet.
 
     Raises:
-        SettingsError: There are no results, one cannot be read, or two studies have the same name.
+        SettingsError: There are no results, one or an analysis cannot be read, or two studies have the same name.
     """
     by_part: dict[tuple[str, str], list[Result]] = {}
     folders: dict[str, Path] = {}
@@ -101,12 +104,14 @@ def load(paths: Sequence[Path], only: Sequence[str] = ()) -> list[Part]:
                 raise SettingsError(f"{folder} and {folders[study]} are studies of one name: report them one by one")
             by_part.setdefault((study, result.collection), []).append(without_folders(result))
     chosen = {id(result) for result in select([result for part in by_part.values() for result in part], only)}
-    parts = []
+    parts, shown = [], set()
     for (study, collection), results in sorted(by_part.items()):
         kept = [result for result in results if id(result) in chosen]
         name = study if collection in ("", "records") else f"{study}, {collection}"
         if kept:
-            parts.append(Part(name, kept, _curves(folders[study], collection, kept)))
+            found = [] if study in shown else analyses(folders[study])
+            shown.add(study)
+            parts.append(Part(name, kept, _curves(folders[study], collection, kept), found))
     return parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def page(
     compared: Mapping[str, Compared],
     reference: str,
     cost: bool = True,
+    pictures: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """The page's text.
 
@@ -46,6 +48,7 @@ def page(
         compared: The comparisons of each part, by its name.
         reference: The method that differences are first shown with.
         cost: Whether to give times and memory.
+        pictures: The figures of each part's analyses, as SVG, by the part's name and the analysis's.
     """
     import jinja2
     import vl_convert
@@ -60,6 +63,11 @@ def page(
         summary=_summary(parts),
         parts=parts,
         layouts=layouts,
+        pictures={
+            (part, name): b64encode(svg.encode()).decode()
+            for part, of_part in (pictures or {}).items()
+            for name, svg in of_part.items()
+        },
         address=lambda arm: "|".join(quote(content["ids"][id(run)], safe="") for run in arm.runs),
         # An element of script ends at the first "</script", whatever it is in.
         data=json.dumps(_rounded(content["data"]), separators=(",", ":")).replace("<", "\\u003c"),

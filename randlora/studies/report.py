@@ -89,7 +89,9 @@ def report(parts: Sequence[Part], folder: Path, reference: str, published: Score
             _section(part, of_parts[part.name], layouts[part.name], compared[part.name], reference) for part in parts
         ]
         write(folder / "tables.md", "\n\n".join(["# Tables", *sections]) + "\n")
-        write(folder / "index.html", page(_title(parts), parts, of_parts, layouts, compared, reference, cost))
+        pictures = {part.name: _pictures(part, folder / "figures") for part in parts}
+        title = _title(parts)
+        write(folder / "index.html", page(title, parts, of_parts, layouts, compared, reference, cost, pictures))
         drawn.result()
 
 
@@ -104,6 +106,19 @@ def _figures(of_parts: Mapping[str, Sequence[Arm]], folder: Path) -> None:
         counts = Counter(arm.where for arm in of_part)
         if runs := [run for arm in of_part if counts[arm.where] > 1 for run in arm.runs]:
             draw(runs, *(folder / f"{name.replace(', ', '_')}.{ending}" for ending in FORMATS))
+
+
+def _pictures(part: Part, folder: Path) -> dict[str, str]:
+    """The figures of a part's analyses, by name, as SVG for the page; they are written to `folder` in all formats."""
+    pictures = {}
+    for analysis in part.analyses:
+        if analysis.summary.figure:
+            from randlora.use.figures import draw as draw_analysis  # which imports torch
+
+            stem = f"{part.name.replace(', ', '_')}_{analysis.name}"
+            draw_analysis(analysis.rows, *(folder / f"{stem}.{ending}" for ending in FORMATS))
+            pictures[analysis.name] = (folder / f"{stem}.svg").read_text()
+    return pictures
 
 
 def _section(
@@ -126,6 +141,9 @@ def _section(
         )
         table = tables.markdown(["method", "average rank"], [(label, f"{average:.2f}") for label, average in rows])
         texts.append(f"{note}\n\n{table}")
+    for analysis in part.analyses:
+        table = tables.markdown(analysis.columns(), analysis.lines())
+        texts.append(f"{analysis.summary.caption} (`randlora {analysis.name}`).\n\n{table}")
     return "\n\n".join(texts)
 
 

@@ -19,6 +19,7 @@ from randlora.use.generate import Generation, chat_prompt, generate
 from randlora.use.merge import export, merge
 from randlora.use.predict import predict, table_of, written
 from randlora.use.push import push
+from randlora.use.sample import named
 from randlora.use.spectra import QUANTITIES, Look, spectra
 from randlora.use.trained import Trained
 
@@ -112,15 +113,23 @@ def spectra_command(arguments: Sequence[str]) -> int:
     parser = _parser("spectra", "Spectrum, rank, size and alignment of the update at every site, and their means.")
     parser.add_argument("--directions", type=count, default=8, help="how many singular directions count")
     parser.add_argument("--likeness", type=float, default=0.5, help="the cosine below which a direction is an intruder")
-    parser.add_argument("--into", type=Path, help="a .csv file, in place of the screen")
+    parser.add_argument(
+        "--into", type=Path, help="a .csv file, in place of the screen; a .jsonl file is given the means"
+    )
     options = parser.parse_args(arguments)
-    check_into(options.into, (".csv",))
+    check_into(options.into, (".csv", ".jsonl"))
     look = Look(options.directions, options.likeness)
-    rows = [dataclasses.asdict(site) for site in spectra(_trained(options).backbone.module, look)]
+    subject = _trained(options)
+    rows = [dataclasses.asdict(site) for site in spectra(subject.backbone.module, look)]
     sites = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
     mean = {name: statistics.mean(row[name] for row in rows) for name in QUANTITIES}
     table = table_of([*sites, {"site": "mean", "shape": "", **mean}])
-    if options.into:
+    if options.into and options.into.suffix == ".jsonl":
+        (run,) = named([options.run])
+        least = min(row["rank"] for row in rows)
+        about = {"model": subject.experiment.model.name, "run": run, "sites": len(rows), "least_rank": least}
+        write(options.into, written([about | mean], ".jsonl"))
+    elif options.into:
         write(options.into, table)
     else:
         print(table, end="")

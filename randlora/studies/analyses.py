@@ -1,0 +1,115 @@
+"""What analyses of a study's runs have found, from the tables that the commands have left beside its records."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from randlora.errors import SettingsError
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Summary(NamedTuple):
+    """How an analysis is shown.
+
+    Args:
+        caption: Of the table, and of the figure where there is one.
+        keys: The columns by which rows are grouped.
+        means: The columns of which a group's mean is given.
+        figure: Whether `randlora.use.figures.draw` has one.
+        only: The rows that count, as (column, value).
+    """
+
+    caption: str
+    keys: tuple[str, ...]
+    means: tuple[str, ...]
+    figure: bool = True
+    only: tuple[str, str] | None = None
+
+
+class Analysis(NamedTuple):
+    """A table that one of the commands has written.
+
+    Args:
+        name: Of the command, and of the file.
+        rows: As in the file.
+    """
+
+    name: str
+    rows: Rows
+
+    @property
+    def summary(self) -> Summary:
+        """How it is shown."""
+        return SUMMARIES[self.name]
+
+    def columns(self) -> list[str]:
+        """The names of the table's columns."""
+        return [name.replace("_", " ") for name in (*self.summary.keys, *self.summary.means)]
+
+    def lines(self) -> list[list[str]]:
+        """The table's cells: a line for each group of rows, in the order of the first of each."""
+        summary, groups = self.summary, {}  # type: ignore[var-annotated]
+        for row in self.rows:
+            if summary.only is None or row[summary.only[0]] == summary.only[1]:
+                groups.setdefault(tuple(row[key] for key in summary.keys), []).append(row)
+        return [
+            [*map(str, names), *(f"{statistics.mean(row[name] for row in group):.4g}" for name in summary.means)]
+            for names, group in groups.items()
+        ]
+
+
+SUMMARIES = {  # by command
+    "cka": Summary("Linear CKA of features, mean over layers", ("model", "task", "run", "against"), ("cka",)),
+    "landscape": Summary(
+        "Loss of the models in the landscape", ("model", "task", "run"), ("loss",), only=("part", "model")
+    ),
+    "approximate": Summary(
+        "Error of the nearest update, as a share of its norm, mean over sites",
+        ("model", "task", "of", "budget", "method"), ("error",),
+    ),
+    "forgetting": Summary(
+        "Scores on what was not trained on, before and after",
+        ("model", "task", "run", "on", "metric"), ("before", "after", "change", "relative_norm"),
+    ),
+    "spectra": Summary(
+        "Updates, means over sites", ("model", "run", "sites"),
+        ("rank", "full", "stable_rank", "effective_rank", "energy", "relative_norm", "alignment", "intruders"),
+        figure=False,
+    ),
+}  # fmt: skip
+
+
+def analyses(folder: Path) -> list[Analysis]:
+    """The analyses in a study's folder, or in one of runs: ``cka.jsonl`` and so on.
+
+    Raises:
+        SettingsError: A file cannot be read, or is not what its command writes.
+    """
+    found = []
+    for name, summary in SUMMARIES.items():
+        path = folder / f"{name}.jsonl"
+        if path.is_file() and (rows := read_rows(path)):
+            needed = {*summary.keys, *summary.means, *(summary.only or ())[:1]}
+            if missing := [column for column in sorted(needed) if any(column not in row for row in rows)]:
+                raise SettingsError(
+                    f"{path} has rows without {missing[0]}: give what `randlora {name} … --into {path.name}` has "
+                    "written, or give the file another name"
+                )
+            found.append(Analysis(name, rows))
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A table that a command such as `randlora cka` has kept; SettingsError where it cannot be read."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}; give what `--into` has written") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise SettingsError(f"{path} cannot be read: a line is no JSON object; give what `--into` has written")
+    return rows
