@@ -11,6 +11,7 @@ from scipy.stats import kstest, norm
 
 from randlora.bases import DenseBasis, KroneckerBasis, SparseMap, draw
 from randlora.bases.distributions import _log, _normal_quantile
+from randlora.bases.factory import draw_basis
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
 from randlora.bases.peft import randlora_bases, vera_bases
@@ -222,3 +223,10 @@ def test_pefts_bases_are_named_as_adapter_files_name_them(device: str) -> None:
     for bases in (randlora_bases, vera_bases):
         for pair in bases({"a": (6, 4), "b": (3, 8)}, 2, 0, torch.device(device)).values():
             assert [basis.name for basis in pair] == ["peft.A", "peft.B"]
+
+
+@pytest.mark.parametrize(("size", "root"), [(None, 8), (100, 10), (1, 2)])
+def test_very_sparse_matrices_go_by_the_root_of_the_smaller_side(size: int | None, root: int) -> None:
+    """The RandLoRA paper's: 1 and -1 with a probability of 1/√d each, of 64 × 2,000 an eighth each."""
+    basis = draw_basis("very_sparse", "b", 64, 2000, size=size, seed=0, device=torch.device("cpu"))
+    assert (basis(64, 2000).matrix(torch.float32) != 0).float().mean().item() == pytest.approx(2 / root, rel=0.05)

@@ -422,3 +422,15 @@ def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the
 
     assert checkpoints.resume(larger, lambda text: None).step == 0
     assert asked == [["a"], []]
+
+
+def test_a_parameters_name_may_have_a_slash(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], momentum=0.5)
+    weight.sum().backward()
+    optimizer.step()
+    checkpoints, kept = Checkpoints(tmp_path, {}, keep_last=2), {"blocks.a/b/c": weight}
+    checkpoints.save(State(3), Tensors(kept, optimizer))
+    other = torch.optim.SGD([weight], momentum=0.5)
+    assert checkpoints.resume(lambda names: Tensors(kept, other), lambda text: None).step == 3
+    assert other.state[weight]["momentum_buffer"].tolist() == [1, 1]

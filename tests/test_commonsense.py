@@ -15,7 +15,7 @@ from letters import WORDS, Letters
 from randlora.config import build
 from randlora.data.loader import Split
 from randlora.data.questions import question
-from randlora.data.sources import HubTable, Joined
+from randlora.data.sources import HubTable, Joined, Source, Table
 from randlora.data.subsets import subsample
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone
@@ -297,3 +297,18 @@ def test_answers_are_looked_for_in_what_the_model_writes(language_model: Backbon
     }  # fmt: skip
     assert asked == {"inputs": batch["inputs"], "pad": 0, "num_beams": 3, "max_new_tokens": 5}
     assert encoder(ROWS[0])["set"] == ""
+
+
+def test_a_mixture_looks_for_the_data_of_its_tests_too() -> None:
+    class Found(Source):
+        def open(self, split: str) -> Table:
+            raise NotImplementedError
+
+    class Missing(Found):
+        def check(self) -> None:
+            raise SettingsError("not there")
+
+    found = replace(task("commonsense_mix"), source=Found(), tests=None)
+    found.check()
+    with pytest.raises(SettingsError, match="not there"):
+        replace(found, tests=Missing()).check()

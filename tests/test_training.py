@@ -18,7 +18,7 @@ from randlora.adapters.core import require_adaptation
 from randlora.adapters.interface import Step
 from randlora.data.loader import Encoder, Split, loader, training_keys
 from randlora.data.sources import ArrayImages, Source
-from randlora.data.subsets import subsample
+from randlora.data.subsets import few_shot, split_validation, subsample
 from randlora.errors import SettingsError
 from randlora.methods import (
     DoRA,
@@ -39,7 +39,7 @@ from randlora.methods import (
 )
 from randlora.rng import integer
 from randlora.signals import StopRequest
-from randlora.tasks.base import Bound, Splits, Task
+from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint, loop, watch
 from randlora.training.evaluate import evaluate, prefixed
 from randlora.training.loop import Loop
@@ -752,6 +752,9 @@ def test_sampling_with_replacement_draws_every_position_anew() -> None:
 
 
 def test_an_optimiser_has_no_settings_that_are_the_trainers() -> None:
+    with pytest.raises(SettingsError, match=r"^optimizer.betas='none': "):
+        Optimizer("AdamW", betas="none")
+    assert Optimizer("AdamW", betas=[0.8, 0.9]).describe() == {"algorithm": "AdamW", "betas": (0.8, 0.9)}
     for name in ("params", "lr", "weight_decay", "beta"):
         with pytest.raises(SettingsError, match=rf"optimizer.{name}: torch.optim.AdamW has betas, eps, amsgrad, "):
             Optimizer("AdamW", **{name: 1})
@@ -841,3 +844,45 @@ def test_a_loss_that_is_read_late_names_the_step_that_was_lost(tmp_path: Path, m
     with pytest.raises(Diverged, match=r"step 5: the loss is nan .* last good checkpoint: .*step_0000004"):
         fit(model(), tmp_path, save_every=4, max_steps=12)
     assert [path.name for path in tmp_path.iterdir()] == ["step_0000004"]
+
+
+def test_the_best_step_is_of_the_labelled_validation_set_where_there_is_one(tmp_path: Path) -> None:
+    """Oracle: the loss of each step's parameters, by torch, on examples whose labels are turned round."""
+    data, net, observer = splits(), model(), Quiet()
+    table = data.validation.table
+    turned = ArrayImages(table.images, 3 - table.labels)  # type: ignore[attr-defined]
+    data = replace(data, labelled=Split(turned, data.validation.rows, Pixels8()))
+    about = {"evaluate_every": 3, "select": "best", "max_steps": 9}
+    result = fit(net, tmp_path, observer, data, **about)
+    losses = {row["step"]: row["validation/loss"] for row in observer.metrics if "validation/loss" in row}
+    assert result.selected_step == min(losses, key=losses.__getitem__)
+    batch = next(iter(loader(data.labelled, iter([[(i, i) for i in range(5)]]), 0)))[0]  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = F.cross_entropy(net.eval()(batch["image"]), batch["label"]).item()
+    assert min(losses.values()) == pytest.approx(expected, rel=0.01)  # Pixels8 adds a little noise
+
+
+class Shown(Source):
+    """A source of one table, for every split."""
+
+    def __init__(self, table: ArrayImages):
+        self.table = table
+
+    def open(self, split: str) -> ArrayImages:
+        return self.table
+
+
+class FourBars(Bars):
+    def class_count(self) -> int:
+        return 4
+
+
+def test_few_shots_are_drawn_by_the_seed() -> None:
+    """Oracle: few_shot with the budget's own numbers, of the rows that validation leaves."""
+    images, labels = np.zeros((40, 4, 4), np.uint8), np.arange(40) % 4
+    bars = FourBars("bars", Shown(ArrayImages(images, labels)), validation_size=4)
+    rows = {seed: bars.splits(None, Budget(seed, shots=2)).train.rows for seed in (0, 1)}  # type: ignore[arg-type]
+    left, _ = split_validation(40, 4, "bars")
+    for seed, drawn in rows.items():
+        assert drawn.tolist() == left[few_shot(labels[left], 2, seed)].tolist()
+    assert rows[0].tolist() != rows[1].tolist()
