@@ -225,10 +225,11 @@ def test_few_digits_are_trained_longer_than_all_of_them() -> None:
 @pytest.mark.parametrize("arm", [option for option in options("experiment") if option.startswith("rank/")])
 def test_arms_of_rank_have_the_parameters_and_the_rank_of_their_names(arm: str) -> None:
     """18 matrices of 192 rows or columns: a LoRA of rank r, or RandLoRA's n · (192 + r) and rank min(n · r, 192)."""
-    method = settings(f"experiment={arm}")["method"]
+    config = settings(f"experiment={arm}")
+    method = config["method"]
     rank, bases = method["rank"], method.get("num_bases")
     thousands, reached = map(int, re.fullmatch(r"rank/(\d+)k_rank(\d+)", arm).groups())  # type: ignore[union-attr]
     assert reached == (rank if bases is None else min(rank * bases, 192))
     count = sum(6 * (rank * (192 + long) if bases is None else bases * (192 + rank)) for long in (576, 768, 768))
-    assert counts(Experiment.from_config(settings(f"experiment={arm}")))["trainable_parameters"] == count
+    assert counts(Experiment.from_config(config))["trainable_parameters"] == count
     assert abs(count / 1000 / thousands - 1) < 0.05
