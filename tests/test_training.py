@@ -1,6 +1,8 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,8 +42,10 @@ from randlora.methods import (
 from randlora.rng import integer
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Budget, Splits, Task
+from randlora.tasks.mixins import UnequalExamples
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint, loop, watch
-from randlora.training.evaluate import evaluate, prefixed
+from randlora.training.best_step import BestStep
+from randlora.training.evaluate import evaluate, norms, prefixed
 from randlora.training.loop import Loop
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
@@ -487,6 +491,8 @@ TORCHS = sorted(
 def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
     """Oracle: the state of a step on real tensors."""
     parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(40, 3))]
+    if algorithm != "Muon":  # which takes matrices alone
+        parameters.append(nn.Parameter(torch.randn(6)))
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     theirs = getattr(torch.optim, algorithm)(parameters, lr=0.01)
@@ -494,6 +500,15 @@ def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
     kept = [value for state in theirs.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     expected = sum(value.nbytes for value in kept if value.dim())
     assert Optimizer(algorithm).state_bytes(parameters) == expected
+    assert Optimizer(algorithm).state_bytes([parameter.bfloat16() for parameter in parameters]) == expected
+
+
+def test_an_optimizers_bytes_of_a_single_number_and_groups_without_a_decay() -> None:
+    """Oracle: Adam's two float32 moments; torch's own default, no decay."""
+    number = nn.Parameter(torch.tensor(1.0))
+    assert Optimizer("AdamW").state_bytes([number]) == 8
+    (group,) = Optimizer("Rprop", etas=[0.4, 1.3]).over([{"params": [number], "lr": 0.2}]).param_groups
+    assert (group["params"], group["lr"], group["etas"]) == ([number], 0.2, (0.4, 1.3))
 
 
 @pytest.mark.parametrize(
@@ -537,6 +552,40 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
         fit(net, tmp_path)
 
 
+class Steep(torch.autograd.Function):
+    """Nothing, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * float("inf")
+
+
+@dataclass(frozen=True)
+class SteepBars(Bars):
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        return Steep.apply(super().loss(model, batch))
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_though_its_loss_is_one(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step 0: the loss is 1\.\d+ and the gradient's norm (nan|inf) at "):
+        fit(model(), tmp_path, task=SteepBars("bars", None))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Empty(Bars, UnequalExamples):
+    def terms(self, batch):  # type: ignore[no-untyped-def]
+        return 0
+
+
+def test_a_step_of_examples_without_a_term_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="^step 0: its examples have nothing to learn; are they cut too short"):
+        fit(model(), tmp_path, task=Empty("bars", None))  # type: ignore[arg-type]
+
+
 def test_a_training_says_what_the_watch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossWatch, "add", lambda watch, loss: "it rises")
     observer = Quiet()
@@ -549,6 +598,20 @@ def test_the_rows_that_are_tested_are_drawn_by_the_tasks_name() -> None:
     table, few = splits().test.table, replace(TASK, test_size=3)
     assert few.test_rows(table).tolist() == subsample(len(table), 3, few.name).tolist()
     assert few.test_rows(table).tolist() != subsample(len(table), 3, "another").tolist()
+
+
+def test_norms_of_updates_are_relative_to_the_frozen_weights() -> None:
+    """Oracle: LoRA's ΔW, 2 B A, by hand."""
+    net = model(LoRA(rank=2))
+    with torch.no_grad():
+        for update in require_adaptation(net).updates.values():
+            update.B.normal_()
+    ratios = [
+        float((2 * update.B @ update.A).detach().norm() / net.get_submodule(name).base.weight.norm())
+        for name, update in require_adaptation(net).updates.items()
+    ]
+    expected = {"update/relative_norm_mean": sum(ratios) / 2, "update/relative_norm_max": max(ratios)}
+    assert norms(net) == pytest.approx(expected)
 
 
 def test_a_split_without_examples_has_no_scores() -> None:
@@ -575,6 +638,34 @@ def test_a_training_is_as_long_as_its_epochs_or_as_asked(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("examples", "changes", "steps"),
+    [
+        (30, {"epochs": 2}, 8),  # 7.5, and the even one of 7 and 8
+        (30, {"epochs": 2.2}, 8),
+        (30, {"epochs": 2, "min_steps_per_epoch": 10}, 20),
+        (30, {"epochs": 2, "min_steps_per_epoch": 3}, 8),
+        (3, {"epochs": 0.1}, 1),
+        (30, {"epochs": 2, "max_steps": 5}, 5),
+        (30, {"max_steps": 5, "warmup": 5}, 5),
+        (30, {"max_steps": 5, "warmup": 0.99}, 5),
+        (2, {"epochs": 1, "batch_size": 1}, 2),
+        (10**8 - 1, {"epochs": 1, "batch_size": 1}, 10**8 - 1),
+        (10**8, {"epochs": 1, "batch_size": 1}, "trainer.epochs=1: makes 1e+08 steps of 100,000,000 examples, and a"),
+        (30, {"max_steps": 5, "warmup": 6}, "trainer.warmup=6: the run has 5 steps; give at most so many, or a part"),
+        (30, {"max_steps": 1, "warmup": 1.5}, "trainer.warmup=1.5: the run has 1 steps; give at most so many"),
+    ],
+)
+def test_lengths(examples: int, changes: dict, steps: int | str) -> None:
+    """Oracle: epochs · examples / 8 by hand, rounded; a length that cannot be is a sentence."""
+    trainer = trainer_of(**{"max_steps": None} | changes)
+    if isinstance(steps, int):
+        assert trainer.steps(examples) == steps
+    else:
+        with pytest.raises(SettingsError, match=f"^{re.escape(steps)}"):
+            trainer.steps(examples)
+
+
+@pytest.mark.parametrize(
     ("error", "is_one"),
     [
         (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried"), True),
@@ -598,6 +689,8 @@ def test_schedules() -> None:
     assert rate_factor(99, steps, "constant", 0.0, 0.0) == 1.0
     assert rate_factor(0, steps, "linear", 1, 0.0) == 1.0  # a warm-up of one step, not of all
     assert rate_factor(10, 10, "linear", 9, 0.25) == pytest.approx(0.25)
+    assert rate_factor(10, 10, "linear", 10, 0.25) == 1.0  # where the warm-up is all of it
+    assert [trainer_of(warmup=4).rate_factor(step, 20, born=6) for step in (6, 9, 10)] == [0.25, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -738,6 +831,53 @@ def test_a_best_step_is_refused_where_nothing_can_choose_it(tmp_path: Path) -> N
         select_best(model(), tmp_path, task=TASK)
 
 
+@dataclass(frozen=True)
+class Lost(Bars):
+    """Bars whose validation loss is not a number."""
+
+    def score(self, columns):  # type: ignore[no-untyped-def]
+        return {"loss": math.nan}
+
+
+def test_a_best_step_must_have_a_finite_loss_and_is_the_first_of_equals(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="^trainer.select=best: the validation loss was never finite"):
+        select_best(model(), tmp_path, task=Lost("bars", None))  # type: ignore[arg-type]
+    weight = nn.Parameter(torch.ones(2))
+    first = BestStep().or_now(3, {"loss": 0.5}, {"w": weight})
+    with torch.no_grad():
+        weight.zero_()
+    for loss in (0.5, math.nan, math.inf):
+        assert first.or_now(4, {"loss": loss}, {"w": weight}) is first
+    lower = first.or_now(5, {"loss": 0.4}, {"w": weight})
+    assert [(best.step, best.loss, best.parameters["w"].tolist()) for best in (first, lower)] == [
+        (3, 0.5, [1, 1]), (5, 0.4, [0, 0]),
+    ]  # fmt: skip
+    assert not first.parameters["w"].requires_grad
+
+
+def test_a_training_draws_with_replacement_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Oracle: the rows of `training_keys`, which a test of its own holds to what sampling is."""
+    for sampling in ("permutation", "replacement"):
+        Seen.rows.clear()
+        data = splits()
+        table = ArrayImages(data.train.table.images, np.arange(100))  # type: ignore[attr-defined]
+        data = replace(data, train=Split(table, data.train.rows, Pixels8()))
+        fit(model(), tmp_path / sampling, data=data, task=Seen("bars", None), sampling=sampling, max_steps=4)  # type: ignore[arg-type]
+        keys = training_keys(30, 8, range(4), seed=1, replacement=sampling == "replacement")
+        assert Seen.rows == [[row for row, _ in step] for step in keys]
+
+
+@dataclass(frozen=True)
+class Seen(Bars):
+    """Bars that notes the labels it is given, which are the rows here."""
+
+    rows: ClassVar[list[list[int]]] = []
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.rows.append(batch["label"].tolist())
+        return model(batch["image"]).square().mean()
+
+
 def test_sampling_with_replacement_draws_every_position_anew() -> None:
     """Oracle: of `count` draws a row is missing with probability (1 - 1/count)^count, about 1/e."""
     keys = [key for step in training_keys(1000, 50, range(40), seed=3, replacement=True) for key in step]
@@ -860,6 +1000,8 @@ def test_the_best_step_is_of_the_labelled_validation_set_where_there_is_one(tmp_
     with torch.no_grad():
         expected = F.cross_entropy(net.eval()(batch["image"]), batch["label"]).item()
     assert min(losses.values()) == pytest.approx(expected, rel=0.01)  # Pixels8 adds a little noise
+    fit(model(), tmp_path / "last", observer := Quiet(), data, **about | {"select": "last"})
+    assert not [row for row in observer.metrics if "validation/loss" in row]  # which nothing asks for
 
 
 class Shown(Source):
