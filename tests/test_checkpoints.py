@@ -188,7 +188,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
         (edited(lambda t: t.pop("trained/0.updates.0.A")), "lacks trained/0.updates.0.A"),
         (edited(lambda t: t.pop("best/3.updates.0.B")), "has 19 tensors, and 20 were written"),
         (edited(lambda t: t.pop("optimizer/exp_avg/0.updates.0.A")), "has 19 tensors, and 20 were written"),
-        (edited(lambda t: t.update({"optimizer/step/x": torch.zeros(1)})), "has optimizer/step/x, and this model has no"),
+        (edited(lambda t: t.update({"optimizer/step/x": torch.zeros(1)})), "has optimizer/step/x, and this model"),
         (edited(lambda t: t.update({"trained/x": torch.zeros(1)})), "has trained/x, and this model has no such tensor"),
         (edited(lambda t: t.update({"trained/0.updates.0.A": torch.zeros(3, 16)})), r"F32 \(3, 16\), and this model"),
         (edited(lambda t: t.update({k: v.half() for k, v in t.items()})), r"as F16 .* has it as F32"),

@@ -1,6 +1,5 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -582,7 +581,7 @@ class Empty(Bars, UnequalExamples):
 
 
 def test_a_step_of_examples_without_a_term_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="^step 0: its examples have nothing to learn; are they cut too short"):
+    with pytest.raises(SettingsError, match=r"^step 0: its examples have nothing to learn; are they cut too short"):
         fit(model(), tmp_path, task=Empty("bars", None))  # type: ignore[arg-type]
 
 
@@ -840,7 +839,7 @@ class Lost(Bars):
 
 
 def test_a_best_step_must_have_a_finite_loss_and_is_the_first_of_equals(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="^trainer.select=best: the validation loss was never finite"):
+    with pytest.raises(Diverged, match=r"^trainer.select=best: the validation loss was never finite"):
         select_best(model(), tmp_path, task=Lost("bars", None))  # type: ignore[arg-type]
     weight = nn.Parameter(torch.ones(2))
     first = BestStep().or_now(3, {"loss": 0.5}, {"w": weight})
