@@ -397,9 +397,7 @@ def test_what_the_main_process_does_is_done_once_and_told_to_all(monkeypatch: py
     assert processes.of_the_main_process(alone, 5) == 5  # type: ignore[arg-type]
 
 
-def test_processes_that_read_different_checkpoints_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_read_different_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("randlora.training.loop.summed", lambda accelerator, *values: [value + 1 for value in values])
     with pytest.raises(RuntimeError, match=r"^processes read different checkpoints in .*: do all see the same files"):
         train("lora", tmp_path)

@@ -288,6 +288,49 @@ class Never(Bars):
         raise self.error
 
 
+@dataclass(frozen=True)
+class Precise(Bars):
+    """Bars that notes the dtypes of its model's outputs and of attention on float32, in and out of training."""
+
+    seen: ClassVar[set[tuple]] = set()
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self._note(model, batch)
+        return super().loss(model, batch)
+
+    def predict(self, model, batch):  # type: ignore[no-untyped-def]
+        self._note(model, batch)
+        return super().predict(model, batch)
+
+    def _note(self, model, batch):  # type: ignore[no-untyped-def]
+        qkv = [torch.ones(1, 1, 2, 4)] * 3
+        self.seen.add((model.training, model(batch["image"]).dtype, F.scaled_dot_product_attention(*qkv).dtype))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_steps_and_scores_have_the_precision_that_is_asked_for(
+    precision: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Attention is in float32 on a CPU."""
+    Precise.seen.clear()
+    data, task = splits(), Precise("bars", None)  # type: ignore[arg-type]
+    about = {"max_steps": 2, "micro_batch_size": 4, "evaluate_every": 1, "select": "best", "precision": precision}
+    fit(model(), tmp_path, data=replace(data, labelled=data.train), task=task, **about)
+    assert Precise.seen == {(training, dtype, torch.float32) for training in (True, False)}
+
+
+def test_what_micro_batches_of_a_step_share_is_kept_between_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, cached = [], loop.cached
+    monkeypatch.setattr(loop, "cached", lambda net: kept.append(net) or cached(net))
+    net = model()
+    for size, count in ((8, 0), (7, 3), (4, 3)):
+        kept.clear()
+        fit(net, tmp_path / str(size), micro_batch_size=size, max_steps=3)
+        assert kept == [net] * count
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     first, second = model(dropout=0.3), model(dropout=0.3)
     fit(first, tmp_path / "a")
