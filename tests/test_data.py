@@ -270,7 +270,7 @@ def test_a_step_of_damaged_images_alone_stops_the_run_and_has_no_length(tmp_path
             return 1 + int(item["label"])
 
     split = Split(damaged(tmp_path, 4, broken=[1, 2]).open("train"), np.arange(4), Bright(), tolerance=1.0)
-    with pytest.raises(Unreadable, match="^a whole batch cannot be read, such as example 2$"):
+    with pytest.raises(Unreadable, match=r"^a whole batch cannot be read, such as example 2$"):
         list(loader(split, iter([[(2, 0), (1, 1)]]), 0, lambda text: None))
     assert split.by_length == [3, 0, 1, 2]
 

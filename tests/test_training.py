@@ -942,6 +942,14 @@ def test_an_optimiser_has_no_settings_that_are_the_trainers() -> None:
             Optimizer("AdamW", **{name: 1})
 
 
+@pytest.mark.parametrize("name", ["Adan", "lr_scheduler", "Parameter", 3, None])
+def test_an_optimiser_is_a_class_of_torch_optim(name: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, a module, and a class that is no optimiser are not."""
+    monkeypatch.setattr(torch.optim, "Parameter", nn.Parameter, raising=False)
+    with pytest.raises(SettingsError, match=rf"^optimizer.algorithm={name!r}: not a class of torch.optim, such as"):
+        Optimizer(name)  # type: ignore[arg-type]
+
+
 def test_the_head_is_a_group_of_its_own() -> None:
     net, head = model(LoRA(rank=2)), nn.Linear(4, 3)
     adaptation = require_adaptation(net)
