@@ -185,13 +185,13 @@ def test_every_method_learns(method: Method, tmp_path: Path) -> None:
 def test_a_run_reports(tmp_path: Path) -> None:
     observer = Quiet()
     net = model(LoRA(rank=3))
-    result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=50)
+    result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=30)
     metrics = scores(net)
     assert (metrics["validation/count"], metrics["test/count"]) == (5, 60)
     assert result.steps == 60
     assert 0 < result.seconds_per_step * 60 == pytest.approx(result.train_seconds)
-    (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)
-    assert midway["step"] == 50
+    (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)  # the end is scored by who asked
+    assert midway["step"] == 30
     assert midway["update/relative_norm_max"] >= midway["update/relative_norm_mean"] > 0
     assert {"train/loss", "train/learning_rate", "train/gradient_norm"} <= set(observer.metrics[0])
 
