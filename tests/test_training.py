@@ -1,10 +1,14 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
 import math
+import os
 import re
+import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import ClassVar
 
 import numpy as np
@@ -38,6 +42,7 @@ from randlora.methods import (
     SoRA,
     VeRA,
 )
+from randlora.records.metrics import Row
 from randlora.rng import integer
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Budget, Splits, Task
@@ -250,7 +255,7 @@ def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(tmp_path: Path
     Small.calls.clear()
     lowered, smaller, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
     task = Small("bars", None, error=error)  # type: ignore[arg-type]
-    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=1)
+    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=int(error is ERRORS[0]))
     assert Small.calls[:3] == [8, 4, 2]
     assert observer.said == [f"step 0: out of memory; from here on trainer.micro_batch_size={size}" for size in (4, 2)]
     assert result.micro_batch_size == 2
@@ -270,12 +275,15 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_of_the_middle(tmp_path: Pa
 
 
 def test_memory_that_runs_out_ends_a_run_that_may_not_lower_or_cannot(tmp_path: Path) -> None:
-    for error, changes in ((ERRORS[0], {}), (ERRORS[1], {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1})):
-        task = Never("bars", None, error=error)  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match="memory"):
-            fit(model(), tmp_path, task=task, **changes)
-    with pytest.raises(ZeroDivisionError):
-        fit(model(), tmp_path, task=Never("bars", None, error=ZeroDivisionError()), auto_batch=True)  # type: ignore[arg-type]
+    alone = {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1}
+    for error, changes in (
+        (ERRORS[0], {}), (ERRORS[1], alone), (ZeroDivisionError("memory"), {"auto_batch": True}),
+        (RuntimeError("no memory of it"), {"auto_batch": True}),
+    ):  # fmt: skip
+        task, observer = Never("bars", None, error=error), Quiet()  # type: ignore[arg-type]
+        with pytest.raises(type(error), match="memory"):
+            fit(model(), tmp_path, observer, task=task, **changes)
+        assert observer.said == []
 
 
 @dataclass(frozen=True)
@@ -345,9 +353,6 @@ class StopsAt(Quiet):
 
     def progress(self, step: int, steps: int, text: str) -> None:
         if step == self.at:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -569,9 +574,6 @@ def test_an_optimiser_is_tried_before_a_run(optimizer: Optimizer, decay: float, 
 
 
 def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
-    import os
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.came
@@ -851,6 +853,7 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> 
     assert torch.equal(flattened(net), parameters[best])
     assert fit(model(), tmp_path / "last").selected_step is None
     assert any(said.startswith(f"selected step {best} of 15") for said in observer.said)
+    assert [row["step"] for row in observer.metrics if "validation/loss" in row] == [*losses]
 
 
 @pytest.mark.parametrize("stop", [5, 13])
@@ -978,12 +981,129 @@ def test_a_training_that_pauses_has_its_scores_and_goes_on_to_the_same_bits(tmp_
     assert paused.paused == {key: scored[key] for key in ("validation/accuracy", "validation/count")}
     assert (paused.steps, scored["step"]) == (6, 6)
     assert paused.seconds_per_step == pytest.approx(paused.train_seconds / 6)
+    assert (paused.trainable_parameters, paused.micro_batch_size) == (len(flattened(parts)), None)
     for stop_at in (6, 4):
-        again = fit(model(dropout=0.3), tmp_path / "parts", stop_at=stop_at)
+        observer.metrics.clear()
+        again = fit(model(dropout=0.3), tmp_path / "parts", observer, stop_at=stop_at)
         assert (again.steps, again.paused, again.train_seconds) == (6, paused.paused, paused.train_seconds)
+        assert [metrics["step"] for metrics in observer.metrics] == [6]
     last = model(dropout=0.3)
-    assert fit(last, tmp_path / "parts").paused is None
+    observer.metrics.clear()
+    assert fit(last, tmp_path / "parts", observer).paused is None
+    assert not [metrics for metrics in observer.metrics if "validation/accuracy" in metrics]
     assert torch.equal(flattened(last), flattened(whole))
+
+
+class Logging(Quiet):
+    """Keeps what is logged in lines, as a record does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def begin(self, log: Sequence[str]) -> None:
+        self.lines = [*log]
+
+    def logged(self) -> Sequence[str]:
+        return self.lines
+
+    def log(self, metrics: dict, step: int) -> None:
+        super().log(metrics, step)
+        self.lines.append(Row(step, 0.0, metrics).line())
+
+
+def test_the_scores_of_a_pause_are_in_its_checkpoint(tmp_path: Path) -> None:
+    """Those of its own step alone, without scoring again."""
+    first, again = Logging(), Logging()
+    about = {"stop_at": 6, "evaluate_every": 3, "log_every": 1}
+    paused = fit(model(), tmp_path, first, **about)
+    assert [row["step"] for row in first.metrics if "validation/accuracy" in row] == [3, 6]
+    assert fit(model(), tmp_path, again, **about).paused == paused.paused
+    assert again.metrics == []
+    assert again.lines == first.lines
+
+
+def test_a_pause_needs_examples_to_be_scored_by_and_a_training_does_not(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^trainer.stop_at=2: there is no validation example to score a paused"):
+        fit(model(), tmp_path, data=splits(validation=0), stop_at=2)
+    assert fit(model(), tmp_path, data=splits(validation=0), max_steps=2).steps == 2
+
+
+def test_a_pause_tells_what_memory_has_left_of_the_micro_batch(tmp_path: Path) -> None:
+    Small.calls.clear()
+    paused = fit(model(), tmp_path, task=Small("bars", None), auto_batch=True, stop_at=1)  # type: ignore[arg-type]
+    assert (paused.steps, paused.micro_batch_size) == (1, 2)
+
+
+def test_steps_alone_run_compiled_and_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of compiled blocks, which have tests of their own, it is told when one is inside."""
+    inside, seen = [], []
+
+    class Blocks(nullcontext):
+        def __init__(self, net: nn.Module):
+            inside.append(net)
+
+        def __enter__(self) -> None:
+            inside.append("in")
+
+        def __exit__(self, *error: object) -> None:
+            inside.remove("in")
+
+    monkeypatch.setattr(loop, "CompiledBlocks", Blocks)
+    for asked in (False, True):
+        net = model()
+        net.register_forward_hook(lambda net, *_: seen.append((net.training, "in" in inside)))
+        fit(net, tmp_path / str(asked), compile=asked, max_steps=4, micro_batch_size=4, evaluate_every=2)
+        assert set(seen) == {(True, asked), (False, False)}
+        assert inside == [net] * asked
+        seen.clear()
+
+
+def test_the_seconds_of_a_training_are_those_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a second passes on with every look: a step is looked at when it begins and when it ends."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(looks)))
+    with pytest.raises(Interrupted):
+        fit(model(), tmp_path, StopsAt(3), max_steps=8)
+    result = fit(model(), tmp_path, max_steps=8)
+    assert (result.train_seconds, result.seconds_per_step) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("came", "late", "loss", "stopping", "saving"),
+    [(0, 0, 1.5, False, False), (1, 0, 1.5, True, False), (0, 1, 1.5, False, True), (2, 2, 1.5, True, True)],
+)
+def test_all_processes_stop_and_save_when_one_is_to(
+    came: int, late: int, loss: float, stopping: bool, saving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the same step, whose loss is the sum of their parts. The other process is sums that are made up."""
+    net, asked = model(), []
+    monkeypatch.setattr(loop, "summed", lambda accelerator, *values: asked.append(values) or [loss, came, late])
+    trainer = trainer_of()
+    one = Loop(trainer, TASK, Bound(net), splits(), 1, tmp_path, Quiet(), trainer.accelerator(), Optimizer())
+    part = net(torch.ones(2, 16)).square().mean()
+    part.backward()
+    monkeypatch.setattr(one, "accelerator", Namespace(num_processes=2, device=torch.device("cpu")))
+    (read,) = one.stepped(part.detach(), one.at(4))
+    assert asked == [(part.item(), False, False)]
+    assert (one.stopping, one.save_due) == (stopping, saving)
+    assert (read.done, read.loss, read.rate) == (5, loss, one.at(4).rate)
+
+
+def test_what_cannot_be_read_in_a_training_is_said(tmp_path: Path) -> None:
+    class Torn(ArrayImages):
+        def __getitem__(self, index: int) -> dict:
+            if index == 3:
+                raise OSError("cut")
+            return {**super().__getitem__(index)}
+
+    data, observer = splits(), Quiet()
+    table = Torn(data.train.table.images, data.train.table.labels)  # type: ignore[attr-defined]
+    data = replace(data, train=Split(table, data.train.rows, Pixels8(), augment_seed=0, tolerance=0.1))
+    fit(model(), tmp_path, observer, data, max_steps=4)
+    assert observer.said == ["example 3 cannot be read (OSError: cut) and is left out: 1 of 30 so far"]
 
 
 class CountScalars(TorchDispatchMode):
@@ -1009,19 +1129,56 @@ def test_a_device_is_waited_for_where_a_loss_is_logged_scored_or_kept_alone(
     monkeypatch.setattr(loop, "_waits", lambda device: True)
     reads, scalars = [], CountScalars()
     number, step = watch._numbers, loop.Loop.step
-    monkeypatch.setattr(watch, "_numbers", lambda values: reads.append(len(values)) or number(values))
+    inside = False  # a step, whose time is taken
+    monkeypatch.setattr(watch, "_numbers", lambda values: reads.append((len(values), inside)) or number(values))
 
     def counted(self, at):  # type: ignore[no-untyped-def]
+        nonlocal inside
+        inside = True
         with scalars:
-            return step(self, at)
+            read = step(self, at)
+        inside = False
+        return read
 
     monkeypatch.setattr(loop.Loop, "step", counted)
     waiting, observer = model(), Quiet()
     fit(waiting, tmp_path / "waiting", observer, optimizer=plainly, **about)
-    assert reads[::2] == [1, 4, 2, 1, 2, 2]  # after steps 1, 5, 7, 8, 10 and 12
+    assert reads[::2] == [(count, True) for count in (1, 4, 2, 1, 2, 2)]  # after steps 1, 5, 7, 8, 10 and 12
     assert scalars.count == 0
     assert observer.metrics == seen.metrics
     assert torch.equal(flattened(waiting), flattened(plain))
+
+    rest, last, whole = {"log_every": 9, "max_steps": 6, "save_minutes": None}, model(), model()
+    reads.clear()
+    with pytest.raises(Interrupted, match="step 4 of 6"):
+        fit(model(), tmp_path / "stopped", task=StopsIn("bars", None, calls=[], at=4), optimizer=plainly, **rest)  # type: ignore[arg-type]
+    assert reads[::2] == [(1, True), (3, True)]
+    fit(last, tmp_path / "stopped", optimizer=plainly, **rest)
+    fit(whole, tmp_path / "whole", optimizer=plainly, **rest)
+    assert torch.equal(flattened(last), flattened(whole))
+    reads.clear()
+    looks = iter(range(1000))  # a minute passes with each
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 60.0 * next(looks))
+    fit(model(), tmp_path / "timed", optimizer=plainly, **rest | {"save_minutes": 2})
+    assert reads[::2] == [(1, True), (2, True), (3, True)]  # after steps 1, 3 and 6
+
+
+def test_only_a_device_that_works_beside_this_process_is_waited_for() -> None:
+    assert [loop._waits(torch.device(name)) for name in ("cpu", "cuda", "cuda:1", "mps")] == [False, True, True, True]
+
+
+@dataclass(frozen=True)
+class StopsIn(Bars):
+    """Bars in whose step `at` a signal comes."""
+
+    calls: list[int] = field(default_factory=list)
+    at: int = 0
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.calls.append(1)
+        if len(self.calls) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(model, batch)
 
 
 def test_a_loss_that_is_read_late_names_the_step_that_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
