@@ -582,6 +582,22 @@ def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_validation_that_a_signal_to_another_process_ends_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No signal has come here; the checkpoint says that its step is not scored, and the next start scores it."""
+    net, resumed, observer = model(), model(), Quiet()
+
+    def ended(self, done):  # type: ignore[no-untyped-def]
+        raise Interrupted("stopped by a signal to another process")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 4 of 6"):
+        patch.setattr(Loop, "validate", ended)
+        fit(net, tmp_path, evaluate_every=4, max_steps=6)
+    fit(resumed, tmp_path, observer, evaluate_every=4, max_steps=6)
+    assert [row["step"] for row in observer.metrics if "validation/accuracy" in row] == [4]
+
+
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / ".draft_0000009").mkdir()
     (tmp_path / "step_0000009").mkdir()
@@ -656,6 +672,19 @@ def test_norms_of_updates_are_relative_to_the_frozen_weights() -> None:
     ]
     expected = {"update/relative_norm_mean": sum(ratios) / 2, "update/relative_norm_max": max(ratios)}
     assert norms(net) == pytest.approx(expected)
+
+
+def test_a_split_is_scored_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {}
+
+    def predictions(*given, **options):  # type: ignore[no-untyped-def]
+        asked.update(options, given=given)
+        return {"predicted": [1, 2], "label": [1, 3]}
+
+    monkeypatch.setattr("randlora.training.evaluate.predictions", predictions)
+    options = {"batch_size": 3, "workers": 2, "precision": "bf16", "say": print}
+    assert evaluate(TASK, "model", "split", "accelerator", **options) == {"accuracy": 0.5, "count": 2}  # type: ignore[arg-type]
+    assert asked == options | {"given": (TASK, "model", "split", "accelerator")}
 
 
 def test_a_split_without_examples_has_no_scores() -> None:
