@@ -591,9 +591,10 @@ def test_a_validation_that_a_signal_to_another_process_ends_is_made_up_for(
     def ended(self, done):  # type: ignore[no-untyped-def]
         raise Interrupted("stopped by a signal to another process")
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 4 of 6"):
+    with monkeypatch.context() as patch:
         patch.setattr(Loop, "validate", ended)
-        fit(net, tmp_path, evaluate_every=4, max_steps=6)
+        with pytest.raises(Interrupted, match="at step 4 of 6"):
+            fit(net, tmp_path, evaluate_every=4, max_steps=6)
     fit(resumed, tmp_path, observer, evaluate_every=4, max_steps=6)
     assert [row["step"] for row in observer.metrics if "validation/accuracy" in row] == [4]
 
