@@ -477,6 +477,7 @@ def test_a_manifest_without_the_tensors_is_passed_over(tmp_path: Path) -> None:
     said: list[str] = []
     assert reader.checkpoints.resume(lambda names: reader.tensors, said.append) == State()
     assert said[0].endswith(f"{MANIFEST} does not list {TENSORS}")
+    assert latest(tmp_path) is None
 
 
 def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the_start(tmp_path: Path) -> None:
@@ -492,6 +493,33 @@ def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the
 
     assert checkpoints.resume(larger, lambda text: None).step == 0
     assert asked == [["a"], []]
+
+
+def test_an_optimisers_state_goes_where_its_tensors_are_and_its_count_of_steps_stays(tmp_path: Path) -> None:
+    """As torch's optimisers have it; the meta device stands for one that is not the CPU."""
+    weight, elsewhere = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer, other = torch.optim.AdamW([weight]), torch.optim.AdamW([elsewhere])
+    weight.sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(tmp_path, {}, keep_last=1)
+    checkpoints.save(State(1), Tensors({"a": weight}, optimizer))
+    assert checkpoints.resume(lambda names: Tensors({"a": elsewhere}, other), lambda text: None).step == 1
+    devices = {key: value.device.type for key, value in other.state[elsewhere].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+def test_what_is_no_checkpoint_is_left_alone_and_what_was_half_removed_goes(
+    two: tuple[Path, list[torch.Tensor]],
+) -> None:
+    folder, _ = two
+    for name in ("step_by_step", ".draft_old_step_0000002"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    assert latest(folder) == folder / STEP_2
+    writer = Reader(folder)
+    writer.save(2)
+    assert names(folder) == ["step_0000001", STEP_2, "step_by_step"]
+    assert writer.resume().step == 2
 
 
 def test_a_parameters_name_may_have_a_slash(tmp_path: Path) -> None:

@@ -1265,3 +1265,16 @@ def test_few_shots_are_drawn_by_the_seed() -> None:
     for seed, drawn in rows.items():
         assert drawn.tolist() == left[few_shot(labels[left], 2, seed)].tolist()
     assert rows[0].tolist() != rows[1].tolist()
+
+
+class WithValidation(Shown):
+    def available(self) -> Sequence[str]:
+        return ["train", "validation", "test"]
+
+
+def test_of_a_validation_split_as_many_are_scored_as_is_asked() -> None:
+    """Oracle: subsample by the task's name; all of training is trained on."""
+    table = ArrayImages(np.zeros((40, 4, 4), np.uint8), np.arange(40) % 4)
+    parts = FourBars("bars", WithValidation(table), validation_size=7).splits(None, Budget(0))  # type: ignore[arg-type]
+    assert parts.validation.rows.tolist() == subsample(40, 7, "bars").tolist() != subsample(40, 7, "x").tolist()
+    assert parts.train.rows.tolist() == list(range(40))
