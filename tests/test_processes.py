@@ -295,6 +295,7 @@ def test_the_first_failure_of_all_processes_is_the_runs(monkeypatch: pytest.Monk
     assert peers(0, run="b").first(stopped) == stopped
     assert peers(0, world=1).first(failed) == failed
     assert peers(0, world=1).store is None
+    assert peers(0, world=2).store is store
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "FSDP"])
@@ -363,6 +364,11 @@ def test_numbers_are_summed_exactly_over_processes() -> None:
     accelerator, large = Joined(), 2**24 + 1
     assert processes.summed(accelerator, large, 0.5) == [2 * large + 1, 2.0]  # type: ignore[arg-type]
     assert len(accelerator.sent) == 1
+    far, devices = Joined(), []
+    far.device = torch.device("meta")
+    far.reduce = lambda value, reduction: devices.append(value.device.type) or torch.zeros(1)  # type: ignore[method-assign]
+    assert processes.summed(far, 1) == [0]  # type: ignore[arg-type]
+    assert devices == ["meta"]
     alone = Joined()
     alone.num_processes = 1
     assert processes.summed(alone, large, True) == [large, True]  # type: ignore[arg-type]

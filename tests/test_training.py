@@ -49,7 +49,7 @@ from randlora.tasks.base import Bound, Budget, Splits, Task
 from randlora.tasks.mixins import UnequalExamples
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint, loop, watch
 from randlora.training.best_step import BestStep
-from randlora.training.evaluate import evaluate, norms, prefixed
+from randlora.training.evaluate import evaluate, norms, prefixed, to_device
 from randlora.training.loop import Loop
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
@@ -553,7 +553,12 @@ def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
 def test_an_optimizers_bytes_of_a_single_number_and_groups_without_a_decay() -> None:
     """Oracle: Adam's two float32 moments; torch's own default, no decay."""
     number = nn.Parameter(torch.tensor(1.0))
-    assert Optimizer("AdamW").state_bytes([number]) == 8
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # which changes nothing: what is trained is float32
+    try:
+        assert Optimizer("AdamW").state_bytes([number]) == 8
+    finally:
+        torch.set_default_dtype(default)
     (group,) = Optimizer("Rprop", etas=[0.4, 1.3]).over([{"params": [number], "lr": 0.2}]).param_groups
     assert (group["params"], group["lr"], group["etas"]) == ([number], 0.2, (0.4, 1.3))
 
@@ -570,7 +575,8 @@ def test_an_optimizers_bytes_of_a_single_number_and_groups_without_a_decay() -> 
 def test_an_optimiser_is_tried_before_a_run(optimizer: Optimizer, decay: float, says: str) -> None:
     with pytest.raises(SettingsError, match=f"^{says}"):
         optimizer.check(decay)
-    Optimizer("Rprop").check(0.0)
+    for fine in ("Rprop", "Muon"):
+        Optimizer(fine).check(0.0)
 
 
 def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
@@ -686,6 +692,25 @@ def test_a_split_is_scored_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"batch_size": 3, "workers": 2, "precision": "bf16", "say": print}
     assert evaluate(TASK, "model", "split", "accelerator", **options) == {"accuracy": 0.5, "count": 2}  # type: ignore[arg-type]
     assert asked == options | {"given": (TASK, "model", "split", "accelerator")}
+    evaluate(TASK, "model", "split", "accelerator")  # type: ignore[arg-type]
+    usual = Trainer()
+    options = {"batch_size": usual.evaluation_batch_size, "workers": usual.workers, "precision": usual.precision}
+    assert asked == options | {"say": print, "given": (TASK, "model", "split", "accelerator")}
+
+
+class Moved(torch.Tensor):
+    """Tells where it goes, and how."""
+
+    def to(self, *where, **how):  # type: ignore[no-untyped-def]
+        return where, how
+
+
+def test_batches_go_to_their_device_without_waiting_for_it() -> None:
+    tensor, meta = torch.ones(2).as_subclass(Moved), torch.device("meta")
+    there = (meta,), {"non_blocking": True}
+    assert to_device(tensor, meta) == there
+    batch = {"inputs": {"ids": tensor}, "names": ["a"], "label": tensor}
+    assert to_device(batch, meta) == {"inputs": {"ids": there}, "names": ["a"], "label": there}
 
 
 def test_a_split_without_examples_has_no_scores() -> None:
@@ -1132,8 +1157,12 @@ def test_what_cannot_be_read_in_a_training_is_said(tmp_path: Path) -> None:
     data, observer = splits(), Quiet()
     table = Torn(data.train.table.images, data.train.table.labels)  # type: ignore[attr-defined]
     data = replace(data, train=Split(table, data.train.rows, Pixels8(), augment_seed=0, tolerance=0.1))
-    fit(model(), tmp_path, observer, data, max_steps=4)
-    assert observer.said == ["example 3 cannot be read (OSError: cut) and is left out: 1 of 30 so far"]
+    net, trainer, sentence = model(), trainer_of(), "example 3 cannot be read (OSError: cut) and is left out: 1 of 30"
+    fit(net, tmp_path, observer, data, max_steps=4)
+    assert observer.said == [f"{sentence} so far"]
+    scored = Split(table, data.train.rows, Pixels8(), tolerance=0.1)
+    assert trainer.evaluate(TASK, net, scored, observer, trainer.accelerator())["count"] == 29
+    assert observer.said == [f"{sentence} so far"] * 2
 
 
 class CountScalars(TorchDispatchMode):
@@ -1191,6 +1220,15 @@ def test_a_device_is_waited_for_where_a_loss_is_logged_scored_or_kept_alone(
     monkeypatch.setattr(loop.time, "monotonic", lambda: 60.0 * next(looks))
     fit(model(), tmp_path / "timed", optimizer=plainly, **rest | {"save_minutes": 2})
     assert reads[::2] == [(1, True), (2, True), (3, True)]  # after steps 1, 3 and 6
+
+
+def test_losses_are_read_as_precisely_as_they_are_known() -> None:
+    """Those of several processes are sums, Python's numbers; those of one are on its device, in float32."""
+    losses = watch.Losses()
+    losses.add(1, 0.1, 1 / 3, torch.tensor(2.0))
+    losses.add(2, 0.2, torch.tensor(0.5), torch.tensor(3.0))
+    assert losses.read() == [(1, 0.1, 1 / 3, 2.0), (2, 0.2, 0.5, 3.0)]
+    assert losses.read() == []
 
 
 def test_only_a_device_that_works_beside_this_process_is_waited_for() -> None:
