@@ -106,6 +106,15 @@ def test_every_architecture_has_its_own_loss(kind: str, plain: bool) -> None:
     ours = model(inputs, **learned(labels))
     theirs = lm(**inputs, labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    logits = lm(**inputs).logits[:, :-1]
+    smooth = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.3)
+    torch.testing.assert_close(model(inputs, **learned(ids), smoothing=0.3), smooth, rtol=1e-5, atol=1e-6)
+    alone = torch.full_like(ids, -100)
+    alone[2, 5] = 7
+    one = F.cross_entropy(logits[2, 4], torch.tensor(7))
+    torch.testing.assert_close(model(inputs, **learned(alone)), one, rtol=1e-5, atol=1e-6)
+    alone[2, 5] = -100
+    assert model(inputs, **learned(alone)).item() == 0
 
 
 def test_an_updated_head_is_asked_for_its_logits() -> None:

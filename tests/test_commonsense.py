@@ -216,6 +216,18 @@ def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Bac
     assert commonsense.loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_plan_is_of_the_longest_texts_all_of_them_learned(language_model: Backbone) -> None:
+    """Oracle: the batch of as many texts that are cut at that length."""
+    commonsense = task("arc_easy", "max_length=6")
+    encoder = commonsense.encoder(language_model, training=True)
+    batch, planned = encoder.collate([encoder(row) for row in ROWS]), commonsense.sample(language_model, 3)
+    for name in ("input_ids", "attention_mask"):
+        assert (planned["inputs"][name].shape, planned["inputs"][name].dtype) == ((3, 6), torch.int64)
+    assert torch.equal(planned["inputs"]["attention_mask"], batch["inputs"]["attention_mask"])
+    assert torch.equal(planned["positions"], batch["positions"])
+    assert (planned["targets"].shape, planned["targets"].dtype) == (batch["targets"].shape, torch.int64)
+
+
 @pytest.mark.parametrize("answers", [["answer1", "answer2", "answer3"], ["true", "false"]])
 def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[str]) -> None:
     """Oracle: each full text alone through the model, log-probabilities summed by hand."""

@@ -14,7 +14,7 @@ from randlora.config import build
 from randlora.data.images import AUGMENTATIONS, image_transform, rgb
 from randlora.data.loader import Encoder, Item, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
-from randlora.data.subsets import few_shot, fractional, split_validation, subsample
+from randlora.data.subsets import few_shot, fractional, split_validation, subsample, validation_size_of
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import Budget
@@ -86,12 +86,15 @@ def test_few_shot_is_balanced_seeded_and_nested() -> None:
     assert np.bincount(labels[four]).tolist() == [4] * 5
     assert set(two) < set(four)
     assert set(four) != set(few_shot(labels, 4, seed=1))
+    assert few_shot(labels, 20, seed=0).tolist() == list(range(100))
     with pytest.raises(SettingsError, match="class 0 has only 20"):
         few_shot(labels, 21, seed=0)
 
 
 def test_fractions_are_nested_and_validation_is_the_same_for_every_seed() -> None:
     assert set(fractional(100, 0.1, 0)) < set(fractional(100, 0.5, 0))
+    assert [len(fractional(100, share, 0)) for share in (0.001, 0.1, 1.0)] == [1, 10, 100]
+    assert [validation_size_of(count, 50) for count in (9, 10, 499, 500, 9000)] == [0, 1, 49, 50, 50]
     train, validation = split_validation(100, 10, "x")
     assert sorted([*train, *validation]) == list(range(100))
     assert subsample(5, None, "x").tolist() == list(range(5))
@@ -258,6 +261,18 @@ def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
         list(loader(Split(table, np.arange(10), Colour(), tolerance=0.1), evaluation_keys(range(10), 4), 0))
     with pytest.raises(Unreadable, match=r"task\.unreadable=0\.0"):
         list(loader(Split(table, np.arange(10), Colour()), evaluation_keys(range(10), 4), 0))
+
+
+def test_a_step_of_damaged_images_alone_stops_the_run_and_has_no_length(tmp_path: Path) -> None:
+    class Bright(Colour):
+        @staticmethod
+        def length(item) -> int:  # type: ignore[no-untyped-def]
+            return 1 + int(item["label"])
+
+    split = Split(damaged(tmp_path, 4, broken=[1, 2]).open("train"), np.arange(4), Bright(), tolerance=1.0)
+    with pytest.raises(Unreadable, match=r"^a whole batch cannot be read, such as example 2$"):
+        list(loader(split, iter([[(2, 0), (1, 1)]]), 0, lambda text: None))
+    assert split.by_length == [3, 0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,7 @@
 """Data to text: the metrics of the E2E challenge, the loss over references, the beam search."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_perfect_and_empty_texts() -> None:
     assert (perfect["bleu"], perfect["rouge_l"]) == (pytest.approx(100), pytest.approx(1))
     empty = text_metrics.scores(["", "", "", ""], REFERENCES)
     assert [empty[name] for name in ("bleu", "nist", "rouge_l", "cider")] == [0, 0, 0, 0]
+
+
+def test_texts_of_a_single_word() -> None:
+    """Oracle: the definitions by hand; a text of one word has no bigram."""
+    assert text_metrics.rouge_l(["pub"], [["pub"]]) == pytest.approx(1)
+    # Three words, two of which are "pub": log2(3/2) bits; half of them, being 2/3 as long as the references' mean.
+    assert text_metrics.nist(["pub"], [["pub", "the pub"]]) == pytest.approx(0.5 * math.log2(1.5))
+    # Of the first text one word of three matches, all of weight log 2; two bigrams less; unigrams are one in four.
+    expected = 10 * math.exp(-(2**2) / (2 * 6**2)) / math.sqrt(3) / 4 / 2
+    assert text_metrics.cider(["pub", "x"], [["pub is here"], ["y"]]) == pytest.approx(expected)
+    assert text_metrics.cider(["", "pub"], [["pub"], ["pub", ""]]) == 0  # a word of every text weighs nothing
 
 
 def test_meanings_are_scored_against_all_their_references(shared_data: Path, language_model: Backbone) -> None:

@@ -109,6 +109,34 @@ def test_texts_are_padded_and_masked() -> None:
         encoder({"sentence1": "a", "sentence2": "b", "label": -1})
 
 
+def test_texts_are_cut_and_a_plan_has_the_longest() -> None:
+    """Every field but the labels has its shape in a plan; token types are those of pairs, and filled with zeros."""
+
+    class Typed(Letters):
+        pad_token_id = 9
+
+        def __call__(self, text: str, second: str = "", **options) -> dict:  # type: ignore[no-untyped-def]
+            assert options["truncation"]
+            made = super().__call__(text, second, **options)
+            return made | {"token_type_ids": [1] * len(made["input_ids"])}
+
+    backbone = Backbone(nn.Module(), "text", 4, tokenizer=Typed)
+    mrpc = task("mrpc", "max_length=4")
+    encoder = mrpc.encoder(backbone, training=True)
+    items = [encoder({"sentence1": "abcdef", "sentence2": "gh", "label": 1}), encoder(PAIR)]
+    assert [len(item["input_ids"]) for item in items] == [4, 2]
+    batch, planned = encoder.collate(items), mrpc.sample(backbone, 2)
+    assert batch["inputs"]["input_ids"][1, 2:].tolist() == [9, 9]
+    assert batch["inputs"]["token_type_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert planned["label"].shape == batch["label"].shape
+    for name in ("input_ids", "attention_mask"):
+        assert (planned["inputs"][name].shape, planned["inputs"][name].dtype) == ((2, 4), torch.int64)
+    assert planned["inputs"]["attention_mask"].all()
+
+
+PAIR = {"sentence1": "a", "sentence2": "b", "label": 0}
+
+
 def test_colas_test_set_is_glues_whole_validation_set(shared_data: Path, tmp_path: Path) -> None:
     """527 sentences of the domains that are trained on and 516 of others, in GLUE's order."""
     tables = build(settings("task=cola", f"data_root={shared_data}")["task"]).open()
