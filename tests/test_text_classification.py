@@ -1,6 +1,7 @@
 """GLUE: scores, padding and refusals."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,12 @@ def test_glue_scores_are_the_official_metrics(name: str, oracles: dict) -> None:
 def test_a_constant_prediction_scores_zero_not_nan() -> None:
     scores = task("stsb").score({"label": [1.0, 2.0, 3.0], "predicted": [2.0] * 3, "loss": [0.0] * 3})
     assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+def test_an_f1_without_a_positive_is_zero_and_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task("mrpc").score({"label": [0.0, 0.0], "predicted": [0, 0], "loss": [0.0] * 2})["f1"] == 0
 
 
 @pytest.mark.parametrize("name", ["rte", "stsb"])
