@@ -70,6 +70,8 @@ def test_texts_of_a_single_word() -> None:
     assert text_metrics.rouge_l(["pub"], [["pub"]]) == pytest.approx(1)
     # Three words, two of which are "pub": log2(3/2) bits; half of them, being 2/3 as long as the references' mean.
     assert text_metrics.nist(["pub"], [["pub", "the pub"]]) == pytest.approx(0.5 * math.log2(1.5))
+    # Longer than the references costs nothing: two of three words match, of one bit each; the bigram says nothing new.
+    assert text_metrics.nist(["the pub here"], [["the pub"]]) == pytest.approx(2 / 3)
     # Of the first text one word of three matches, all of weight log 2; two bigrams less; unigrams are one in four.
     expected = 10 * math.exp(-(2**2) / (2 * 6**2)) / math.sqrt(3) / 4 / 2
     assert text_metrics.cider(["pub", "x"], [["pub is here"], ["y"]]) == pytest.approx(expected)

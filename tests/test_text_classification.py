@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,9 @@ def test_the_head_is_that_of_bert_or_roberta(hidden: bool) -> None:
         expected = (torch.tanh(expected) if i else expected) @ layer.weight.T
     torch.testing.assert_close(bound.model.eval()(x), expected)
     assert task("stsb").bind(backbone).head[-1].out_features == 1  # type: ignore[index]
+    planned = task("mnli").bind(replace(backbone, module=nn.Linear(3, 300, device="meta"))).head
+    assert planned is not None
+    assert all(parameter.is_meta for parameter in planned.parameters())
 
 
 def test_texts_are_padded_and_masked() -> None:
