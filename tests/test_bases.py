@@ -286,6 +286,11 @@ def test_few_signs_are_multiplied_sparsely_on_a_cpu() -> None:
     assert isinstance(ternary(13.0)(8, 6), DenseMap)
     assert isinstance(ternary(14.0, device="meta")(8, 6), DenseMap)
     assert isinstance(MAPS["dense"]()(8, 6), DenseMap)
+    for dtype, kept in ((torch.bfloat16, 0), (torch.float32, 2), (torch.float64, 2)):
+        basis = ternary(14.0)
+        basis(8, 6).times(torch.ones(6, 1, dtype=dtype))
+        basis(8, 6).transposed_times(torch.ones(8, 1, dtype=dtype))
+        assert len(basis._compressed) == kept
 
 
 @pytest.mark.parametrize(
@@ -317,10 +322,13 @@ def test_a_basis_of_a_name_on_every_device(basis: str, sparsity: float | None, s
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 24), (24, 48), (61, 24), (23, 23)])
-def test_a_kronecker_basis_without_values_has_its_shapes(rows: int, columns: int) -> None:
+def test_a_kronecker_basis_is_its_product_and_has_its_shapes_without_values(rows: int, columns: int) -> None:
     drawn, planned = (KroneckerBasis("k", rows, columns, seed=0, device=device) for device in ("cpu", "meta"))
     assert [b.shape for b in planned.buffers()] == [b.shape for b in drawn.buffers()]
     assert planned(rows, columns).matrix().shape == (rows, columns)
+    assert drawn.state_dict() == DenseBasis.drawn("b", 3, 2, seed=0).state_dict() == {}  # no file holds them
+    whole = torch.kron(drawn.left, drawn.right)[: max(rows, columns)]  # the module's formula
+    assert torch.equal(drawn(rows, columns).matrix(), whole if rows >= columns else whole.T)
 
 
 def test_a_lower_block_costs_less() -> None:

@@ -38,6 +38,8 @@ def test_loss_and_gradients_are_those_of_all_logits(smoothing: float, bias: bool
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * theirs, wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, head, targets, smoothing), theirs, rtol=1e-12, atol=0)
 
 
 def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
@@ -52,6 +54,18 @@ def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     (a,), (b,) = (torch.autograd.grad(loss, hidden) for loss in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
+
+
+def test_gradients_under_autocast_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: torch's of all logits at once; a sum of 600 equal numbers in bfloat16 would stop at 256 of them."""
+    monkeypatch.setattr(module, "_CHUNK", {"cpu": 1})  # so that a chunk is a token
+    torch.manual_seed(0)
+    head, hidden, targets = nn.Linear(WIDTH, WORDS), torch.ones(600, WIDTH), torch.zeros(600, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = chunked_cross_entropy(hidden, head, targets), F.cross_entropy(head(hidden).float(), targets)
+    ours, theirs = (torch.autograd.grad(loss, [*head.parameters()]) for loss in losses)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
 
 
 def test_no_tokens_have_no_loss() -> None:

@@ -102,6 +102,29 @@ def test_the_published_scale_is_not_exponentiated() -> None:
     torch.testing.assert_close(defined / scale.exp(), published / scale)
 
 
+def test_a_bias_of_clips_is_added() -> None:
+    """As SigLIP has one."""
+    backbone, images = towers(), torch.randn(5, 4)
+    clip: Any = backbone.module
+    plain = ClipClassifier(backbone, NAMES, ["x {}"])(images)
+    clip.logit_bias = nn.Parameter(torch.tensor(-3.0))
+    torch.testing.assert_close(ClipClassifier(backbone, NAMES, ["x {}"])(images), plain - 3)
+
+
+@pytest.mark.parametrize(("device", "names"), [("cpu", [*"0123456789"]), ("meta", [f"class {i}" for i in range(10)])])
+def test_names_that_the_data_give_are_read_unless_there_are_no_values(device: str, names: list[str]) -> None:
+    """A plan opens no data; the names only have to be as many."""
+    asked: list[str] = []
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return torch.zeros(len(texts), 3)
+
+    backbone = Backbone(TwoTowers().to(device), "clip", 8, tokenizer=lambda: tokenizer)
+    ImageClassification("t", Digits(), {}, class_names=10, templates=["a {}"]).bind(backbone)
+    assert asked == [f"a {name}" for name in names]
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_texts_that_cannot_change_are_encoded_once(frozen: bool) -> None:
     """In evaluation, and in training where the text tower is frozen; anew when the model changes over."""
@@ -343,7 +366,11 @@ def test_a_head_learns_what_has_no_caption() -> None:
     assert both.loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     sample = both.sample(replace(backbone, pixels=Pixels(6, (0, 0, 0), (1, 1, 1))), 2)
     assert sample["image"].shape == (2, 3, 6, 6)
-    assert sample["captioned"].tolist() == [True, True]
+    assert (sample["captioned"].tolist(), sample["captioned"].dtype) == ([True, True], torch.bool)
+    assert model(batch["image"], batch["tokens"]).shape == (4, 4)  # without being asked for classes, of pairs alone
+    on_meta = both.bind(replace(backbone, module=TwoTowers().to("meta"))).head
+    assert on_meta is not None
+    assert {parameter.device.type for parameter in on_meta.parameters()} == {"meta"}
     none = batch | {"captioned": torch.zeros(4, dtype=torch.bool)}
     assert both.loss(model, none).item() == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
     assert both.predict(model, batch)["predicted"] == logits.argmax(1).tolist()

@@ -333,6 +333,8 @@ def test_all_processes_ask_equally_often_whatever_their_share(world: int, batch:
     for process in every:
         whole = once(split, process, batch, 0, print, shared=False)  # type: ignore[arg-type]
         assert torch.cat([part["row"] for part in whole]).tolist() == [0, 1, 2, 3, 4]
+    elsewhere = Processes(0, 1, device=torch.device("meta"))
+    assert next(once(split, elsewhere, batch, 0, print))["image"].is_meta  # type: ignore[arg-type]
     told = Processes(0, 2, others=1)
     with STOP, pytest.raises(Interrupted, match="stopped by a signal to another process"):
         next(once(split, told, batch, 0, print))  # type: ignore[call-overload]

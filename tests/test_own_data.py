@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import settings
 from letters import Letters
 from randlora.config import build
-from randlora.data.labels import class_names, labelled
+from randlora.data.labels import check_real_valued, class_names, labelled
 from randlora.data.sources import ArrayImages, Digits, Hub
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
@@ -155,6 +155,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
         (WORDS, ["task.class_names=[]", "task.metrics=[pearson]"], "labels that are no numbers, such as good"),
         ([0, 1], ["task.class_names=[a,a]"], "must be different; 'a' is there twice"),
         ([0, 1], ["task.class_names=[true,false]"], "True in class_names is not a name"),
+        ([0, 1], ["task.class_names=[a,' ']"], "' ' in class_names is not a name"),
         ([0, 1], ["task.class_names=positive"], "must be a list of names"),
         ([0, 1], ["task.class_names=[]"], "task.metrics='accuracy': choose one of pearson, spearman"),
         ([0, 1], ["task.texts=[label]"], "column 'label' of train holds 0, which is no text"),
@@ -172,6 +173,9 @@ def test_labels_that_are_real_numbers_stay_as_they_are(tmp_path: Path) -> None:
         write(tmp_path / "x" / f"{split}.csv", [0.5, 4.0])
     task = own("own_texts", tmp_path, "task.class_names=[]", "task.metrics=[pearson]")
     assert task.open()["train"].column("label").tolist() == [0.5, 4.0]
+    check_real_valued("t", {"train": ArrayImages(np.zeros((2, 2, 2)), np.array([1, 0], np.uint8))})
+    with pytest.raises(SettingsError, match=r"^t: train has labels that are no numbers, such as nan; for classes set"):
+        check_real_valued("t", {"train": ArrayImages(np.zeros((2, 2, 2)), np.array([np.nan, 0.5]))})
 
 
 def test_words_find_their_place_in_the_names_that_are_given(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """GLUE: scores, padding and refusals."""
 
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,12 @@ def test_glue_scores_are_the_official_metrics(name: str, oracles: dict) -> None:
 def test_a_constant_prediction_scores_zero_not_nan() -> None:
     scores = task("stsb").score({"label": [1.0, 2.0, 3.0], "predicted": [2.0] * 3, "loss": [0.0] * 3})
     assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+def test_an_f1_without_a_positive_is_zero_and_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task("mrpc").score({"label": [0.0, 0.0], "predicted": [0, 0], "loss": [0.0] * 2})["f1"] == 0
 
 
 @pytest.mark.parametrize("name", ["rte", "stsb"])
@@ -92,6 +100,9 @@ def test_the_head_is_that_of_bert_or_roberta(hidden: bool) -> None:
         expected = (torch.tanh(expected) if i else expected) @ layer.weight.T
     torch.testing.assert_close(bound.model.eval()(x), expected)
     assert task("stsb").bind(backbone).head[-1].out_features == 1  # type: ignore[index]
+    planned = task("mnli").bind(replace(backbone, module=nn.Linear(3, 300, device="meta"))).head
+    assert planned is not None
+    assert all(parameter.is_meta for parameter in planned.parameters())
 
 
 def test_texts_are_padded_and_masked() -> None:

@@ -953,6 +953,8 @@ def test_a_best_step_must_have_a_finite_loss_and_is_the_first_of_equals(tmp_path
         (3, 0.5, [1, 1]), (5, 0.4, [0, 0]),
     ]  # fmt: skip
     assert not first.parameters["w"].requires_grad
+    moved = BestStep().or_now(1, {"loss": 0.1}, {"w": torch.ones(2).as_subclass(Moved)}).parameters  # type: ignore[dict-item]
+    assert moved == {"w": (("cpu",), {"copy": True})}
 
 
 def test_a_training_draws_with_replacement_where_it_is_asked_to(tmp_path: Path) -> None:
