@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import randlora
@@ -212,6 +213,7 @@ def test_nf4_in_another_place_or_dtype_and_what_it_refuses() -> None:
     assert torch.equal(half.dequantize(), weight.dequantize().bfloat16())
     assert torch.equal(weight[1:3].dequantize(), weight.dequantize()[1:3])
     assert torch.equal(copy.deepcopy(weight).dequantize(), weight.dequantize())
+    assert torch.equal(F.linear(torch.eye(64), weight).T, weight.dequantize())
     assert weight.packed.numel() + 4 * weight.scales.numel() == 4 * 64 // 2 + 4 * 4  # bytes
     with pytest.raises(NotImplementedError, match=r"ask for its numbers by dequantize"):
         weight + 1
