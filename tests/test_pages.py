@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 from statsmodels.stats.proportion import proportion_confint
 
 from conftest import REPOSITORY
@@ -218,6 +219,14 @@ def test_tables_of_analyses() -> None:
 
 def test_table_of_baselines() -> None:
     assert tables_of((STUDIES / "baselines" / "README.md").read_text()) == [over_seeds(read(STUDIES / "baselines"))]
+
+
+def test_halvings_third_setting() -> None:
+    """VeRA's two seeds on CIFAR-10: p in the page's words. Oracle: SciPy's paired t test."""
+    chosen, best = [0.333, 0.346], [0.338, 0.348]
+    found = json.loads((STUDIES / "halving" / "second" / "cifar10_grid.json").read_text())["findings"]
+    assert {tuple(trial["each"]["270"]) for trial in found[0]["trials"]} >= {tuple(chosen), tuple(best)}
+    assert ttest_rel(chosen, best).pvalue == pytest.approx(0.26, abs=0.005)
 
 
 def test_table_of_mutants() -> None:
