@@ -91,7 +91,7 @@ class _Search:
         self.config: DictConfig = searcher.config
         self.strategy = _strategy(self.config)
         self.sweep = Sweep.asked(self.config)
-        # Hydra 1.4 wants every job to have the sweep's own sweeper; `search`, which has chosen it, is no setting of a run.
+        # Hydra 1.4 wants jobs to have the sweep's own sweeper; `search`, which has chosen it, is no setting of a run.
         with read_write(self.config.hydra):
             self.config.hydra.overrides.hydra.append("hydra/sweeper=search")
         swept = self._swept([*(f"{key}={value}" for key, value in searcher.params.items()), *arguments])
