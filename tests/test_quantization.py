@@ -215,6 +215,11 @@ def test_nf4_in_another_place_or_dtype_and_what_it_refuses() -> None:
     assert torch.equal(copy.deepcopy(weight).dequantize(), weight.dequantize())
     assert torch.equal(F.linear(torch.eye(64), weight).T, weight.dequantize())
     assert weight.packed.numel() + 4 * weight.scales.numel() == 4 * 64 // 2 + 4 * 4  # bytes
+    assert weight.to("meta").packed.device.type == "meta"
+    names, dtype = weight.__tensor_flatten__()
+    parts = {name: getattr(weight, name) for name in names}
+    again = NF4Weight.__tensor_unflatten__(parts, dtype, weight.shape, weight.stride())
+    assert torch.equal(again.dequantize(), weight.dequantize())
     with pytest.raises(NotImplementedError, match=r"ask for its numbers by dequantize"):
         weight + 1
 

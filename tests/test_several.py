@@ -139,6 +139,7 @@ def test_heads_belong_to_their_adapters(tmp_path: Path) -> None:
         trained = model()
         randlora.adapt(trained, LoRA(rank=2), ["body"], seed=seed)
         trained["score"].weight += seed + 1
+        trained["score"].bias[:] = torch.tensor([1e8, -1e-8, 0.1]) * (seed + 1)
         randlora.save_adapter(trained, tmp_path / name, modules={"score": trained["score"]})
     several = model()
     start = several["score"].weight.clone()
@@ -148,6 +149,7 @@ def test_heads_belong_to_their_adapters(tmp_path: Path) -> None:
         assert torch.equal(several["score"].weight, start)
     adapters.use("b")
     assert torch.equal(several["score"].weight, start + 2)
+    assert torch.equal(several["score"].bias, 2 * torch.tensor([1e8, -1e-8, 0.1]))  # which no sum of others gives
     adapters.use({"a": 0.5, "b": 0.25})
     torch.testing.assert_close(several["score"].weight, start + 1)
     with pytest.raises(SettingsError, match=r"a has score\.weight of its own"), adapters.each(["a", None]):
