@@ -4,6 +4,7 @@ python scripts/benchmark.py                                all workloads, every 
 python scripts/benchmark.py vit_b16 --json figures.json    one workload, and a file of its figures
 python scripts/benchmark.py linear_768x768_t64 --only frozen,lora,randlora
 python scripts/benchmark.py --plans --json plans.json      RandLoRA's eight execution plans of all their layers
+python scripts/benchmark.py vit_b16 --profile --json profile.json --only lora,randlora    where a step's time goes
 python scripts/benchmark.py --show figures.json            the tables of such a file, in Markdown
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from randlora.analysis import plan_choice
+from randlora.analysis import plan_choice, step_profile
 from randlora.analysis.layer_speed import VARIANTS, measure, table
 from randlora.analysis.workloads import WORKLOADS, Workload
 from randlora.bounds import count
@@ -41,11 +42,21 @@ def plans(
     print(plan_choice.table(found))
 
 
+def tables(report: Mapping[str, Any]) -> str:
+    """What a file of --json shows."""
+    if "plans" in report:
+        return plan_choice.table(plan_choice.from_json(report["plans"]))
+    if "profiles" in report:
+        return "\n\n".join(f"{name}\n\n{step_profile.table(found)}" for name, found in report["profiles"].items())
+    return "\n\n".join(f"{name}\n\n{table(figures)}" for name, figures in report["workloads"].items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; all if none")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas; of %(default)s")
     parser.add_argument("--plans", action="store_true", help="time the execution plans, not the variants")
+    parser.add_argument("--profile", action="store_true", help="torch's profiler over so many rounds, on the CPU")
     parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=count, default=1)
@@ -54,14 +65,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.show is not None:
         try:
-            shown = json.loads(options.show.read_text())
-            if "plans" in shown:
-                print(plan_choice.table(plan_choice.from_json(shown["plans"])))
-                return
-            workloads = shown["workloads"]
+            print(tables(json.loads(options.show.read_text())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--show {options.show}: no figures of --json ({type(error).__name__}: {error})")
-        print("\n\n".join(f"{name}\n\n{table(figures)}" for name, figures in workloads.items()))
         return
     names = options.only.split(",")
     for given, allowed in ((options.workloads, WORKLOADS), (names, VARIANTS)):
@@ -82,6 +88,13 @@ def main() -> None:
     chosen = options.workloads or list(WORKLOADS)
     if options.plans:
         plans({name: WORKLOADS[name] for name in chosen}, options.rounds, device, report, options.json)
+        return
+    if options.profile:
+        found = {name: step_profile.profiled(WORKLOADS[name], names, options.rounds) for name in chosen}
+        report |= {"rounds": options.rounds, "profiles": found}
+        print(tables(report))
+        if options.json is not None:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
         return
     report |= {"rounds": {}, "workloads": {}}
     if options.json is not None and options.json.exists():
