@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=count, default=600, help="after which no further check begins")
     parser.add_argument("--tiny", action="store_true", help="two methods, and none of what takes long")
     parser.add_argument("--only", help=f"checks, with commas; of {', '.join(CHECKS)}")
-    parser.add_argument("--threads", type=count, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=count, help="of the CPU; 1 where it is what is checked, else torch's")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--page", type=Path, nargs="+", metavar="FILE", help="check nothing, print the page of files")
     options = parser.parse_args()
@@ -80,7 +80,8 @@ def main() -> int:
             parser.error(f"--only {name!r}: it is none of {', '.join(CHECKS)}")
     if options.device == "cuda" and there == "cpu":
         parser.error("--device cuda: torch sees no CUDA device here")
-    torch.set_num_threads(options.threads)
+    if options.threads or options.device == "cpu":
+        torch.set_num_threads(options.threads or 1)
     place = Place(torch.device(options.device), options.tiny)
     checks = {name: partial(CHECKS[name], place) for name in names}
     report = run_checks(checks, place.device, options.seconds, options.json)

@@ -562,7 +562,7 @@ def plans_memory(runs: Mapping[str, Sequence[str]], large: bool = False) -> Chec
 
 
 def _plan_and_peak(overrides: Sequence[str]) -> tuple[int, int]:
-    experiment = Experiment.from_config(settings(*overrides))
+    experiment = Experiment.from_config(settings(*overrides, "dry_run=true"))  # which asks for no data
     plan = memory_plan(experiment)
     assert plan is not None
     gc.collect()
