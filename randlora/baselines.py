@@ -29,7 +29,7 @@ from randlora.tasks import ImageClassification, TextClassification
 from randlora.tasks.base import Budget, Splits, Task
 from randlora.tasks.image_classification import ImageClassifier
 
-MAJORITY, PIXELS, WORDS, FEATURES = "majority", "pixels", "words", "features"
+MAJORITY, PIXELS, WORDS, CENTROID, FEATURES = "majority", "pixels", "words", "centroid", "features"
 SIDE = 32  # to which larger images, and those of several sizes, are made smaller
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C, chosen on the validation split
 
@@ -55,8 +55,9 @@ def baselines(config: Mapping[str, Any], features: bool = False) -> Iterator[Res
 
     Args:
         config: Settings of a run.
-        features: Whether to give, last, a linear model on the features of the frozen image tower of the run's model,
-            each scaled to unit variance: a linear probe whose optimum is found. The model takes no part in others.
+        features: Whether to give, last, two on the features of the frozen image tower of the run's model, which takes
+            no part in the others: the nearest of the classes' means, and a linear model of the features, each scaled to
+            unit variance: a linear probe whose optimum is found.
 
     Raises:
         SettingsError: The task's outputs are neither classes nor numbers, its data are missing, or there are no
@@ -81,12 +82,15 @@ def baselines(config: Mapping[str, Any], features: bool = False) -> Iterator[Res
     yield _best(config, task, MAJORITY, [_majority(task)], (train, validation, test), splits)
     yield _best(config, task, linear, [_linear(task, c) for c in STRENGTHS], (train, validation, test), splits)
     if features:
+        from sklearn.neighbors import NearestCentroid
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
         assert isinstance(task, ImageClassification)
+        encoded = _features(task, model, budget)
+        yield _best(config, task, CENTROID, [NearestCentroid()], encoded, splits)
         candidates = [make_pipeline(StandardScaler(), _linear(task, c)) for c in STRENGTHS]
-        yield _best(config, task, FEATURES, candidates, _features(task, model, budget), splits)
+        yield _best(config, task, FEATURES, candidates, encoded, splits)
 
 
 def _best(
@@ -181,9 +185,10 @@ def _result(
     given: Mapping[str, Any], task: Task, method: str, estimator: Any, metrics: Mapping[str, float], splits: Splits
 ) -> Result:
     config = {name: given[name] for name in ("task", "seed", "shots", "fraction", "run_root", "data_root")}
-    config |= {"model": given["model"] if method == FEATURES else {"name": NO_MODEL}, "method": {"name": method}}
+    model = given["model"] if method in (CENTROID, FEATURES) else {"name": NO_MODEL}
+    config |= {"model": model, "method": {"name": method}}
     estimator = estimator[-1] if method == FEATURES else estimator
-    size = sum(np.size(getattr(estimator, name, ())) for name in ("coef_", "intercept_"))
+    size = sum(np.size(getattr(estimator, name, ())) for name in ("coef_", "intercept_", "centroids_"))
     return Result(
         task=task.name,
         model=config["model"]["name"],
@@ -212,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of a run, such as task=cifar10 shots=16")
     parser.add_argument("--seeds", type=count, help="seeds 0, 1, … in place of the one in the settings")
-    parser.add_argument("--features", action="store_true", help="also a linear model on the frozen model's features")
+    parser.add_argument("--features", action="store_true", help="also two models on the frozen model's features")
     options = parser.parse_args(arguments)
     seeds = [[]] if options.seeds is None else [[f"seed={seed}"] for seed in range(options.seeds)]
     for seed in seeds:

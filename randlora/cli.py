@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from randlora.config import ALLOW, CONFIGS, plain, register_resolvers
+from randlora.config import ALLOW, CONFIGS, plain, register_resolvers, version_base
 from randlora.errors import FAILED, FINISHED, INTERRUPTED, WRONG_SETTINGS, SettingsError, exit_code
 from randlora.overrides import explained
 from randlora.signals import STOP, Interrupted
@@ -81,7 +81,7 @@ def _main() -> int:
         sys.path.append(os.getcwd())  # a module of the user's own lies where the command is given
     try:
         with explained():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(runs)()
+            hydra.main(**version_base(), config_path=str(CONFIGS), config_name="train")(runs)()
     except SettingsError as error:
         return _refused(error)
     finally:

@@ -72,6 +72,13 @@ class General(Bounded):
         return cls(**{name: config[name] for name in names})
 
 
+def version_base() -> dict[str, str]:
+    """What Hydra 1.3 has to be told to behave as it does, an argument of which 1.4 warns."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
+
 def register_resolvers() -> None:
     """What the YAML files refer to: ``${epochs:FEW,ALL}`` is FEW where `shots` are given and ALL otherwise.
 
@@ -80,10 +87,15 @@ def register_resolvers() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    def epochs(few: float, all_: float, *, _root_: DictConfig) -> float:
+    if OmegaConf.has_resolver("epochs"):
+        return
+
+    def epochs(few: Any, all_: Any, *, _root_: Any) -> Any:
         return all_ if _root_.get("shots") is None else few
 
-    OmegaConf.register_new_resolver("epochs", epochs, replace=True)
+    # OmegaConf 2.4 has given it the name that in 2.3 still belongs to one which knows no _root_.
+    register = OmegaConf.register_new_resolver if version_base() else OmegaConf.register_resolver
+    register("epochs", epochs)
     options: dict[str, dict[str, Any]] = {
         "local": {"workers": 1},
         "slurm": {
@@ -116,7 +128,7 @@ def composed(*overrides: str) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     register_resolvers()
-    with explained(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with explained(), initialize_config_dir(str(CONFIGS), **version_base()):
         return compose("train", overrides=list(overrides))
 
 

@@ -86,12 +86,13 @@ def test_what_has_no_baseline_is_refused(program: Callable, capsys: pytest.Captu
 
 
 def test_digits_by_the_frozen_features(tmp_path: Path, program: Callable, capsys: pytest.CaptureFixture) -> None:
-    """Oracle: scikit-learn on what open_clip's encode_image gives, scaled by hand."""
+    """Oracle: scikit-learn on what open_clip's encode_image gives, scaled by hand; distances by NumPy."""
     import torch
 
     options = ["task=digits", "shots=4", "task.validation_size=40", "task.test_size=60", f"run_root={tmp_path}"]
     assert program(REPOSITORY / "train.py", "baselines", "--features", "model=clip_tiny", *options) == FINISHED
     (result,) = [result for result in read(tmp_path) if result.method == "features"]
+    (nearest,) = [result for result in read(tmp_path) if result.method == "centroid"]
     assert (result.model, result.trainable_parameters) == ("clip_tiny", 10 * 128 + 10)
     experiment = Experiment.from_config(settings("model=clip_tiny", *options))
     backbone = experiment.model.load()
@@ -109,4 +110,9 @@ def test_digits_by_the_frozen_features(tmp_path: Path, program: Callable, capsys
     best = max(models, key=lambda model: model.score(*others[0]))
     assert result.metrics["validation/accuracy"] == pytest.approx(best.score(*others[0]))
     assert result.metrics["test/accuracy"] == pytest.approx(best.score(*others[1]), abs=0.02)
+    (given, of), _, (asked, answers) = encoded
+    means = np.stack([given[np.array(of) == label].mean(0) for label in range(10)])
+    right = np.linalg.norm(asked[:, None] - means, axis=2).argmin(1) == answers
+    assert nearest.metrics["test/accuracy"] == pytest.approx(right.mean(), abs=0.02)
+    assert (nearest.model, nearest.trainable_parameters) == ("clip_tiny", 10 * 128)
     assert program(REPOSITORY / "train.py", "baselines", "--features", "task=mrpc", "data_root=.") == WRONG_SETTINGS

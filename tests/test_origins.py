@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from randlora.config import CONFIGS, register_resolvers
+from randlora.config import CONFIGS, register_resolvers, version_base
 from randlora.origins import COMMAND_LINE, Writer, choices, differences, origins
 
 
@@ -16,7 +16,7 @@ class Composed:
 
     def __init__(self, *overrides: str) -> None:
         register_resolvers()
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with initialize_config_dir(str(CONFIGS), **version_base()):
             config = compose("train", list(overrides), return_hydra_config=True)
             hydra = config.hydra
             with open_dict(config):

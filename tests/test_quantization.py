@@ -1,4 +1,4 @@
-"""Frozen weights in 8 bits: every update computes on them what it computes on the numbers they stand for."""
+"""Frozen weights in 8 bits and in NF4: every update computes on them what it computes on the numbers they stand for."""
 
 import copy
 
@@ -10,6 +10,7 @@ import randlora
 from conftest import settings
 from randlora.adapters.core import relative_norms
 from randlora.adapters.layer import AdaptedLinear
+from randlora.adapters.nf4 import NF4Weight
 from randlora.adapters.quantization import dense, is_quantised, quantise
 from randlora.config import build
 from randlora.errors import SettingsError
@@ -32,7 +33,14 @@ from randlora.methods import (
 from randlora.plan import memory_plan
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'randlora[quant]'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="it is not installed: pip install 'randlora[nf4]'")
 
+# The 16 numbers, from QLoRA's appendix E.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
 METHODS = [
     LoRA(rank=4), DoRA(rank=4), VeRA(rank=16), VeRA(rank=16, basis="kronecker"), NoLA(num_bases=32), RandLoRA(rank=5),
     RandLoRA(rank=5, basis="kronecker"), RandLoRA(rank=5, dropout=0.5), RandLoRAa(rank=4),
@@ -44,16 +52,19 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.block = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x)
 
 
-def pair() -> tuple[Net, Net]:
+both = pytest.mark.parametrize("bits", ["int8", "nf4"])
+
+
+def pair(bits: str = "int8") -> tuple[Net, Net]:
     """A quantised net, and a plain one with the numbers that its weights stand for."""
     quantised, plain = Net(), Net()
-    quantise(quantised, "int8")
+    quantise(quantised, bits)
     for one, other in zip(quantised.block[::2], plain.block[::2], strict=True):
         assert is_quantised(one.weight)
         other.weight = nn.Parameter(dense(one.weight).detach().clone())
@@ -68,11 +79,12 @@ def disturb(net: nn.Module) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+@both
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_updates_on_quantised_weights(method: Method) -> None:
+def test_updates_on_quantised_weights(method: Method, bits: str) -> None:
     """Oracle: the same update on the dequantised weights."""
-    nets = pair()
-    x = torch.randn(50, 32)
+    nets = pair(bits)
+    x = torch.randn(50, 64)
     results = []
     for net in nets:
         randlora.adapt(net, method, ["block.0", "block.2"])
@@ -80,46 +92,49 @@ def test_updates_on_quantised_weights(method: Method) -> None:
         inputs = x.clone().requires_grad_()
         torch.manual_seed(2)
         y = net.train()(inputs)
-        y.square().sum().backward()
+        y.square().mean().backward()
         trained = [p.grad for p in net.parameters() if p.requires_grad]
         results.append((y.detach(), inputs.grad, *trained))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_on_quantised_weights() -> None:
+@both
+def test_noise_on_quantised_weights(bits: str) -> None:
     """Flat-LoRA's, of one step and level. Oracle: the same noise on the dequantised weights."""
     outputs = []
-    for net in pair():
+    for net in pair(bits):
         randlora.adapt(net, FlatLoRA(rank=4), ["block.0"])
         disturb(net)
         for level in (0.0, 2.0):
             net.block[0].updates[0].draw_noise(step=3, level=level)
-            outputs.append(net.train()(torch.ones(5, 32)))
+            outputs.append(net.train()(torch.ones(5, 64)))
     torch.testing.assert_close(outputs[:2], outputs[2:], rtol=1e-4, atol=1e-4)
     assert (outputs[0] - outputs[1]).abs().max() > 0.01
 
 
+@both
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_norms_and_slices_of_quantised_weights(method: Method) -> None:
+def test_norms_and_slices_of_quantised_weights(method: Method, bits: str) -> None:
     """Oracle: the same on the dequantised weights."""
     found = []
-    for net in pair():
+    for net in pair(bits):
         net.block = nn.ModuleDict({"gate_up_proj": net.block[0]})
         randlora.adapt(net, method, ["*.gate_up_proj[up]"])
         disturb(net)
         with torch.no_grad():
             (norm,) = relative_norms(net).values()
-            found.append((torch.tensor(norm), net.eval().block["gate_up_proj"](torch.ones(2, 32))))
+            found.append((torch.tensor(norm), net.eval().block["gate_up_proj"](torch.ones(2, 64))))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_keeps_the_bits_and_merging_gives_plain_weights() -> None:
-    net, _ = pair()
+@both
+def test_evaluation_keeps_the_bits_and_merging_gives_plain_weights(bits: str) -> None:
+    net, _ = pair(bits)
     randlora.adapt(net, RandLoRA(rank=5, zero="gamma"), ["block.0"])
     with torch.no_grad():
         net.block[0].updates[0].gamma.normal_(std=0.1)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 64)
     expected = net.eval()(x)
     with randlora.merged(net):
         assert net.block[0]._merged is None
@@ -141,9 +156,55 @@ def test_what_does_not_work_is_one_sentence() -> None:
         build(settings("model=smollm2_135m", "model.quantization=int3")["model"])
     with pytest.raises(SettingsError, match=r"int4 does not work here.*"):
         quantise(Net(), "int4")  # too narrow for its groups
+    with pytest.raises(SettingsError, match=r"nf4 does not work here \(rows of 96 weights have no blocks of 64\): use"):
+        quantise(nn.Sequential(nn.Linear(96, 64)), "nf4")
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match=r"int4 does not work here \(.*\): use int8, or null"):
             quantise(nn.Sequential(nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16))), "int4")
+
+
+def test_nf4_is_bitsandbytes_own() -> None:
+    """Oracle: bitsandbytes' Linear4bit, its output and the gradient of its input, in float32 and under autocast.
+
+    And the numbers: of a block of 64 each is one of the 16 of QLoRA's appendix E, times the largest absolute one.
+    """
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 32)
+    ours, theirs = nn.Sequential(copy.deepcopy(plain)), bitsandbytes.nn.Linear4bit(128, 32, quant_type="nf4")
+    quantise(ours, "nf4")
+    theirs.load_state_dict(plain.state_dict())
+    theirs.weight = bitsandbytes.nn.Params4bit(
+        plain.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+    )
+    theirs.to("cpu")
+    for autocast in (False, True):
+        results = []
+        for map_ in (ours, theirs):
+            x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = map_(x)
+            y.float().square().sum().backward()
+            results.append((y.detach().float(), x.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2 if autocast else 1e-5, atol=0.3 if autocast else 1e-5)
+    levels = torch.tensor(NF4)
+    blocks = plain.weight.detach().view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    expected = (levels[nearest] * scale).view(32, 128)
+    torch.testing.assert_close(dense(ours[0].weight), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nf4_in_another_place_or_dtype_and_what_it_refuses() -> None:
+    weight = NF4Weight.of(torch.randn(4, 64))
+    half = weight.to(torch.bfloat16)
+    assert (half.dtype, half.shape) == (torch.bfloat16, (4, 64))
+    assert torch.equal(half.dequantize(), weight.dequantize().bfloat16())
+    assert torch.equal(weight[1:3].dequantize(), weight.dequantize()[1:3])
+    assert torch.equal(copy.deepcopy(weight).dequantize(), weight.dequantize())
+    assert weight.packed.numel() + 4 * weight.scales.numel() == 4 * 64 // 2 + 4 * 4  # bytes
+    with pytest.raises(NotImplementedError, match=r"ask for its numbers by dequantize"):
+        weight + 1
 
 
 def test_a_model_without_linear_maps_is_refused_before_it_is_loaded() -> None:
@@ -154,10 +215,11 @@ def test_a_model_without_linear_maps_is_refused_before_it_is_loaded() -> None:
 
 def test_the_memory_plan_counts_the_bits() -> None:
     plans = {}
-    for kind in ("int8", "int4"):
+    for kind in ("int8", "int4", "nf4"):
         overrides = (f"model.quantization={kind}", "task=arc_easy", "method=lora", "trainer.batch_size=1")
         one = Experiment.from_config(settings("dry_run=true", "model=llama3_8b", *overrides))
         plans[kind] = memory_plan(one)["weights"] / 2**30
     # 8.03 billion weights, of which 1.05 billion, in the embedding and the output head, stay at two bytes.
     assert plans["int8"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9) / 2**30, abs=0.1)
     assert plans["int4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 * (1 / 2 + 4 / 128)) / 2**30, abs=0.1)
+    assert plans["nf4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 * (1 / 2 + 4 / 64)) / 2**30, abs=0.1)

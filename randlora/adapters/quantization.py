@@ -1,13 +1,18 @@
-"""Frozen weights in 8 or 4 bits, by torchao: the linear maps of a model, but for its output head."""
+"""Frozen weights in 8 or 4 bits, by torchao or bitsandbytes: the linear maps of a model, but for its output head."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from randlora.adapters.nf4 import BLOCK, NF4Weight
 from randlora.errors import SettingsError
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "nf4": 4}
 GROUP = 128  # weights that share a scale in int4; a row does in int8
 
 
@@ -16,21 +21,22 @@ def quantise(module: nn.Module, quantization: str) -> None:
 
     Args:
         module: the model.
-        quantization: int8 (a scale for each row) or int4 (a scale for each group of 128 weights).
+        quantization: int8 (a scale for each row), int4 (a scale for each group of 128 weights), or nf4 (of 64).
 
     Raises:
-        SettingsError: torchao is missing, or something that it needs here, or a matrix does not fit.
+        SettingsError: torchao or bitsandbytes is missing, or something that it needs here, or a matrix does not fit.
     """
+    package = "bitsandbytes" if quantization == "nf4" else "torchao"
     try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        importlib.import_module(package)
     except ImportError as error:
+        extra = "nf4" if quantization == "nf4" else "quant"
         raise SettingsError(
-            f"model.quantization={quantization} needs the package torchao: pip install 'randlora[quant]'"
+            f"model.quantization={quantization} needs the package {package}: pip install 'randlora[{extra}]'"
         ) from error
     chosen = quantised_maps(module)
-    configuration = Int8WeightOnlyConfig() if quantization == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
     try:
-        quantize_(module, configuration, filter_fn=lambda linear, name: name in chosen)
+        (_to_nf4 if quantization == "nf4" else partial(_to_integers, quantization=quantization))(module, chosen)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
@@ -43,6 +49,18 @@ def quantise(module: nn.Module, quantization: str) -> None:
             raise SettingsError(
                 f"model.quantization={quantization} does not work here: {name} is {shape}, in groups of {GROUP}"
             )
+
+
+def _to_integers(module: nn.Module, chosen: Mapping[str, nn.Linear], quantization: str) -> None:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    configuration = Int8WeightOnlyConfig() if quantization == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
+    quantize_(module, configuration, filter_fn=lambda linear, name: name in chosen)
+
+
+def _to_nf4(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
+    for linear in chosen.values():
+        linear.weight = nn.Parameter(NF4Weight.of(linear.weight), requires_grad=False)
 
 
 def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:
@@ -63,8 +81,9 @@ def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:
 def stored_bytes(linear: nn.Linear, quantization: str) -> int:
     """What a quantised weight and its scales take."""
     rows, columns = linear.weight.shape
-    scales = rows if quantization == "int8" else 2 * rows * -(-columns // GROUP)
-    return rows * columns * BITS[quantization] // 8 + scales * linear.weight.dtype.itemsize
+    scale = linear.weight.dtype.itemsize
+    scales = {"int8": rows * scale, "int4": 2 * rows * -(-columns // GROUP) * scale, "nf4": rows * columns // BLOCK * 4}
+    return rows * columns * BITS[quantization] // 8 + scales[quantization]
 
 
 _types: tuple[type, ...] = ()  # of quantised weights, as they are met
@@ -76,9 +95,10 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def recognise(weight: Tensor) -> None:
-    """Notes the type of a weight that torchao has quantised, here or elsewhere."""
+    """Notes the type of a weight that torchao, or `quantise`, has quantised, here or elsewhere."""
     global _types
-    if type(weight).__module__.startswith("torchao.") and type(weight) not in _types:
+    ours = isinstance(weight, NF4Weight)
+    if (ours or type(weight).__module__.startswith("torchao.")) and type(weight) not in _types:
         _types = (*_types, type(weight))
 
 

@@ -38,7 +38,8 @@ class Pretrained(Model):
         search: folders in which a relative folder of weights is looked for, besides the current one.
         install: the command that installs the package of `weights`.
         dtype: of the frozen weights; one of DTYPES.
-        quantization: int8 or int4 for the frozen linear maps inside the blocks, by torchao; None for `dtype`.
+        quantization: for the frozen linear maps inside the blocks int8 or int4, by torchao, or nf4, by bitsandbytes;
+            None for `dtype`.
     """
 
     mapping: ClassVar[str] = "MODEL_MAPPING"  # transformers' name of its map from configurations to classes
@@ -48,7 +49,7 @@ class Pretrained(Model):
     search: Sequence[str] = ()
     install: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantization: Literal["int8", "int4"] | None = None
+    quantization: Literal["int8", "int4", "nf4"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

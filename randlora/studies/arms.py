@@ -22,7 +22,7 @@ from randlora.studies.groups import Cell, by_settings, cell, percent, select
 
 # What a search tries for every method. Settings that differ in anything else are arms of their own.
 SEARCHED = ("trainer.learning_rate", "trainer.head_learning_rate", "method.alpha", "method.d_initial", "method.scale")
-PROBES = ("linearprobe", "features")  # a trained head, or scikit-learn's, on the frozen model's features
+PROBES = ("linearprobe", "features", "centroid")  # a trained head, or scikit-learn's, on the frozen model's features
 _OF_A_RUN = ("seed", "run_root", "data_root", "predictions", "tags", "shots", "fraction")
 
 

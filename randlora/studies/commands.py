@@ -55,12 +55,12 @@ def _compose(names: Sequence[Names]) -> dict[Names, dict[str, object]]:
     """The settings of the bare command of each, by dotted key; those that do not compose are left out."""
     from hydra import compose, initialize_config_dir
 
-    from randlora.config import CONFIGS, plain, register_resolvers
+    from randlora.config import CONFIGS, plain, register_resolvers, version_base
     from randlora.overrides import explained
 
     register_resolvers()
     settings = {}
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), **version_base()):
         for method, model, task in names:
             try:
                 with explained():

@@ -25,6 +25,7 @@ COLOURS = {
     "edora": "#332288", "mora": "#44AA99", "melora": "#999933", "loramini": "#882255", "lorta": "#AA4499",
     "sora": "#CC6677", "increlora": "#117733", "flatlora": "#DDCC77", "gelora": "#88CCEE",
     "pixels": "#AA3377", "words": "#6B3FA0", "majority": "#BBBBBB", "features": "#666666",  # without fine-tuning
+    "centroid": "#A08060",
 }  # fmt: skip
 OTHER_COLOUR = "#F0E442"  # of a method of one's own
 MARKERS = ("o", "s", "D", "^", "v", "P", ">", "<")  # begun at another place by each method
