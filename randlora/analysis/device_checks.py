@@ -316,7 +316,7 @@ def on_quantised(bits: str, dtype: torch.dtype, limit: float) -> Check:
 
     @torch.no_grad()
     def check(place: Place) -> Figures:
-        """Outputs on weights in few bits, beside those on the numbers that they stand for; int8 1e-4, int4 5e-2."""
+        """Outputs on weights in few bits, beside those on the numbers that they stand for; 1e-4, int4 5e-2."""
         place.needs_time()
         figures = {}
         for name in ("lora", "dora", "vera", "randlora", "randlora_kronecker"):
@@ -336,11 +336,6 @@ def on_quantised(bits: str, dtype: torch.dtype, limit: float) -> Check:
         return within(figures, limit)
 
     return check
-
-
-def on_nf4(place: Place) -> Figures:
-    """NF4 is not there yet; it is listed so that nobody takes it for checked."""
-    raise NotHere("model.quantization has int8 and int4, by torchao, and no NF4")
 
 
 # Exact runs: the whole program, on a model and data that are embedded
@@ -677,6 +672,7 @@ LARGE = {
     ),
     "LLaMA-3-8B, bf16": ("experiment=llama3_8b/randlora_30", "model.weights=null"),
     "LLaMA-3-8B, int8": ("experiment=llama3_8b/randlora_30", "model.weights=null", "model.quantization=int8"),
+    "LLaMA-3-8B, NF4": ("experiment=llama3_8b/randlora_30", "model.weights=null", "model.quantization=nf4"),
 }  # fmt: skip
 
 CHECKS: Mapping[str, Check] = {
@@ -688,7 +684,7 @@ CHECKS: Mapping[str, Check] = {
     "beside PEFT": beside_peft,
     "int8 base": on_quantised("int8", torch.float32, 1e-4),
     "int4 base": on_quantised("int4", torch.bfloat16, 5e-2),
-    "NF4 base": on_nf4,
+    "NF4 base": on_quantised("nf4", torch.float32, 1e-4),
     "paused and gone on": gone_on,
     "killed and gone on": killed,
     "two processes by gloo": two_processes("gloo"),
