@@ -85,6 +85,16 @@ def test_a_gradient_that_is_missing_on_one_side_is_infinitely_wrong(monkeypatch:
         device_checks.in_float32(CPU)
 
 
+def test_the_page_is_made_of_the_records(program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """And says that no figure is of a GPU as long as none of them is."""
+    files = sorted((REPOSITORY / "experiments" / "gpu").glob("*.json"))
+    assert program(SCRIPT, "--page", *files) == 0
+    page = (REPOSITORY / "docs" / "cuda.md").read_text()
+    assert capsys.readouterr().out == page
+    cards = [json.loads(file.read_text())["machine"]["type"] == "cuda" for file in files]
+    assert ("No figure on this page is from a GPU" in page) is not any(cards)
+
+
 def test_a_step_is_timed() -> None:
     small = Workload(lambda: torch.nn.Sequential(Block(24, heads=4, mlp=48)), ["*.q_proj", "*.up"], (2, 5, 24))
     figures = measured(small, CPU.device, ["lora", "randlora"], rounds=1)

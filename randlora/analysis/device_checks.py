@@ -189,12 +189,12 @@ def layers(device: torch.device, method: Method, precision: AbstractContextManag
 
 
 def in_float32(place: Place) -> Figures:
-    """1e-4 and not 1e-6, since gradients that are large sums lose digits."""
+    """Outputs, and gradients of inputs and trained tensors, beside float64 on the CPU; 1e-4: large sums lose digits."""
     return within({name: layers(place.device, method, nullcontext()) for name, method in place.methods.items()}, 1e-4)
 
 
 def in_tf32(place: Place) -> Figures:
-    """Ten bits in products of float32: 5e-3."""
+    """The same with tf32, whose products have ten bits; 5e-3."""
     place.needs_cuda()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -206,14 +206,14 @@ def in_tf32(place: Place) -> Figures:
 
 
 def in_bfloat16(place: Place) -> Figures:
-    """Eight bits, under autocast: 5e-2."""
+    """The same under bfloat16 autocast, with eight bits; 5e-2."""
     precision = torch.autocast(place.device.type, torch.bfloat16)
     return within({name: layers(place.device, method, precision) for name, method in place.methods.items()}, 5e-2)
 
 
 @torch.no_grad()
 def one_output(place: Place) -> Figures:
-    """A start that changes nothing, and one output whether merged, saved and loaded, or written in; 1e-5."""
+    """A start that changes nothing, and one output whether merged, saved and loaded, or written in; 1e-4."""
 
     def errors(method: Method) -> Iterator[float]:
         net, x = model(place.device).eval(), torch.randn(2, 7, WIDTH, device=place.device)
@@ -231,7 +231,7 @@ def one_output(place: Place) -> Figures:
         yield error(loaded(x), y)
         yield error(merge(net)(x), y)
 
-    return within({name: largest([*errors(method)]) for name, method in place.methods.items()}, 1e-5)
+    return within({name: largest([*errors(method)]) for name, method in place.methods.items()}, 1e-4)
 
 
 def _gradients(net: nn.Module, forward: Callable[[Tensor], Tensor], times: int = 1) -> list[Tensor]:
@@ -444,7 +444,9 @@ def two_processes(backend: str) -> Check:
                     free.bind(("127.0.0.1", 0))
                     port = str(free.getsockname()[1])
                 common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+                # Of one card both processes are the first: accelerate takes the local rank for the card's number.
+                alone = backend == "gloo" and place.device.type == "cuda"
+                ranks = [common | {"RANK": rank, "LOCAL_RANK": "0" if alone else rank} for rank in "01"]
                 arguments = (backend, place.device.type, at / "two", *how)
                 codes = _in_processes(_as_one_of_two, [arguments] * 2, ranks)
                 if codes != [0, 0]:
@@ -691,9 +693,9 @@ CHECKS: Mapping[str, Check] = {
     "two processes by NCCL": two_processes("nccl"),
     "no wait in a step": without_waiting,
     "memory and its plan": plans_memory(RUNS),
+    "planner's constants": constants,
+    "planner's choice": chosen_plans,
     "memory and its plan at real sizes": plans_memory(LARGE, large=True),
     **{f"step of {name}": step_times(workload) for name, workload in SIZES.items()},
-    "compiled steps": compiled,
-    "planner's choice": chosen_plans,
-    "planner's constants": constants,
+    "compiled steps": compiled,  # last, since it takes longest
 }

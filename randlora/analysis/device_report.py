@@ -66,6 +66,8 @@ def _one(check: Callable[[], Figures]) -> dict[str, Any]:
         return {"ended": NOT_RUN, "reason": str(error), "figures": {}}
     except Wrong as error:
         return {"ended": FAILED, "reason": str(error.args[0]), "figures": dict(error.args[1])}
+    except torch.OutOfMemoryError as error:
+        return {"ended": NOT_RUN, "reason": f"not enough memory: {error}".splitlines()[0][:200], "figures": {}}
     except Exception as error:  # one that breaks must not take the others with it
         return {"ended": FAILED, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300], "figures": {}}
 
@@ -110,7 +112,7 @@ def table(report: Mapping[str, Any]) -> str:
     rows = []
     for name, result in report["checks"].items():
         figures, said = result["figures"], result["reason"]
-        if figures and not said:
+        if figures and result["ended"] == PASSED:
             worst = max(figures, key=lambda key: figures[key])
             shown = figures if result["listed"] else [worst]
             said = "; ".join(f"{name}: {figures[name]:.3g}" for name in shown)
