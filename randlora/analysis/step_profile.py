@@ -17,12 +17,12 @@ from randlora.analysis.workloads import Workload
 from randlora.studies.tables import markdown
 from randlora.training.compilation import CompiledBlocks
 
-PRODUCTS, ATTENTION, REST = "matrix products", "attention", "the rest"
+PRODUCTS, ATTENTION, REST, COUNT = "matrix products", "attention", "the rest", "products"
 MATRIX = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
 
 
 def profiled(workload: Workload, names: Sequence[str], steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of CPU time of a step of the variants of these names by group, the mean of so many; three come before."""
+    """Seconds of a step of these variants by group, and COUNT, each a mean of so many steps; three come before."""
     found = {}
     for name in names:
         trial = Trial(workload, VARIANTS[name], torch.device("cpu"))
@@ -33,9 +33,12 @@ def profiled(workload: Workload, names: Sequence[str], steps: int) -> dict[str, 
             with profile(activities=[ProfilerActivity.CPU]) as seen:
                 for _ in range(steps):
                     trial.step()
-        found[name] = dict.fromkeys((PRODUCTS, ATTENTION, REST), 0.0)
+        found[name] = dict.fromkeys((PRODUCTS, ATTENTION, REST, COUNT), 0.0)
         for event in seen.key_averages():
-            found[name][_group(event.key)] += event.self_cpu_time_total / 1e6 / steps
+            group = _group(event.key)
+            found[name][group] += event.self_cpu_time_total / 1e6 / steps
+            if group == PRODUCTS:
+                found[name][COUNT] += event.count / steps
     return found
 
 
@@ -49,7 +52,8 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A variant a row, as Markdown: ms of a step and its shares, and the gain if nothing but products were left."""
     rows = []
     for name, seconds in found.items():
-        total = sum(seconds.values())
+        total = sum(seconds[group] for group in (PRODUCTS, ATTENTION, REST))
         shares = [f"{100 * seconds[group] / total:.1f} %" for group in (PRODUCTS, ATTENTION, REST)]
-        rows.append([name, f"{1e3 * total:.0f}", *shares, f"{total / (seconds[PRODUCTS] + seconds[ATTENTION]):.2f}"])
-    return markdown(["step", "ms", PRODUCTS, ATTENTION, REST, "gain without the rest"], rows)
+        gain = total / (seconds[PRODUCTS] + seconds[ATTENTION])
+        rows.append([name, f"{1e3 * total:.0f}", f"{seconds[COUNT]:.0f}", *shares, f"{gain:.2f}"])
+    return markdown(["step", "ms", COUNT, PRODUCTS, ATTENTION, REST, "gain without the rest"], rows)
