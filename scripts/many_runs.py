@@ -27,7 +27,7 @@ TRIALS: dict[str, tuple[str, Method, int]] = {
     "clip_tiny, 4 images, Kronecker": ("clip_tiny_vision", KRONECKER, 4),
     "MiniLM, 8 texts": ("minilm", RandLoRA(rank=6), 8),
     "MiniLM, 8 texts, Kronecker": ("minilm", KRONECKER, 8),
-    "CLIP ViT-B/32's tower, 4 images": ("clip_vit_b32_vision", RandLoRA(rank=6), 4),
+    "CLIP ViT-B/32's tower, 2 images": ("clip_vit_b32_vision", RandLoRA(rank=6), 2),
 }
 TEXT = 32  # tokens
 
