@@ -94,11 +94,8 @@ def machine(device: torch.device) -> dict[str, str | None]:
 def _processor() -> str:
     """The processor as Linux names it, elsewhere as Python does."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.is_file())
-        else []
-    )
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
