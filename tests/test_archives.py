@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from conftest import REPOSITORY, settings
 from randlora.config import build
@@ -275,6 +275,27 @@ def test_from_the_publishers_layout_to_a_batch(name: str, tmp_path: Path) -> Non
             item = part[position, position]
             assert item["label"] == labels[row]
             assert item["image"].shape == (3, 16, 16)
+
+
+def test_arrays_become_images_the_right_way_up(tmp_path: Path) -> None:
+    """Oracle: the publishers' layouts, pixel by pixel: row y and column x of channel c of the first test image."""
+    for name in ("svhn", "stl10", "cifar100"):
+        LAYOUTS[name](tmp_path)
+    stored = {
+        "svhn": loadmat(tmp_path / "test_32x32.mat")["X"][..., 0],  # y, x, c
+        "stl10": np.fromfile(tmp_path / "stl10_binary" / "test_X.bin", np.uint8)[: 3 * 96 * 96],  # c, x, y
+        "cifar100": pickle.loads((tmp_path / "cifar-100-python" / "test").read_bytes())["data"][0],  # c, y, x
+    }
+    first = {name: read(name, tmp_path).splits["test"][0] for name in stored}
+    assert {name: label for name, (_, label) in first.items()} == {"svhn": 3, "stl10": 1, "cifar100": 1}
+    pixels = {name: np.asarray(make()) for name, (make, _) in first.items() if callable(make)}
+    assert {name: array.shape for name, array in pixels.items()} == {
+        "svhn": (32, 32, 3), "stl10": (96, 96, 3), "cifar100": (32, 32, 3),
+    }  # fmt: skip
+    for y, x, c in ((0, 0, 0), (5, 9, 2), (31, 4, 1)):
+        assert pixels["svhn"][y, x, c] == stored["svhn"][y, x, c]
+        assert pixels["stl10"][y, x, c] == stored["stl10"][c * 96 * 96 + x * 96 + y]
+        assert pixels["cifar100"][y, x, c] == stored["cifar100"][c * 1024 + y * 32 + x]
 
 
 def test_every_archive_is_tested() -> None:

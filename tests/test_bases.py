@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.stats import kstest, norm
 
-from randlora.bases import DenseBasis, KroneckerBasis, SparseMap, draw
+from randlora.bases import DenseBasis, DenseMap, KroneckerBasis, SparseMap, draw
 from randlora.bases.distributions import _log, _normal_quantile
-from randlora.bases.factory import draw_basis
+from randlora.bases.factory import check_sparsity, draw_basis
 from randlora.bases.kronecker import factor_pair
 from randlora.bases.orthogonal import orthogonal
 from randlora.bases.peft import randlora_bases, vera_bases
@@ -153,6 +153,8 @@ def test_maps_multiply_as_their_matrix_does(name: str, rows: int, columns: int, 
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(B.up(h), h @ matrix.T, **close)
     torch.testing.assert_close(B.up(h, onto.clone()), onto + h @ matrix.T, **close)
+    assert B.up(h, onto_in_place := onto.clone()).data_ptr() == onto_in_place.data_ptr()
+    torch.testing.assert_close(B.up(h.float(), onto.clone()), onto + h @ matrix.T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(B.down(x), x @ matrix, **close)
     torch.testing.assert_close(B.times(h.T), matrix @ h.T, **close)
     torch.testing.assert_close(B.transposed_times(x.T), matrix.T @ x.T, **close)
@@ -230,3 +232,116 @@ def test_very_sparse_matrices_go_by_the_root_of_the_smaller_side(size: int | Non
     """The RandLoRA paper's: 1 and -1 with a probability of 1/√d each, of 64 × 2,000 an eighth each."""
     basis = draw_basis("very_sparse", "b", 64, 2000, size=size, seed=0, device=torch.device("cpu"))
     assert (basis(64, 2000).matrix(torch.float32) != 0).float().mean().item() == pytest.approx(2 / root, rel=0.05)
+
+
+MAPS = {
+    "dense": lambda: DenseBasis.drawn("m", 30, 20, seed=0),
+    "sparse": lambda: DenseBasis.drawn("m", 30, 20, seed=0, distribution="ternary", sparsity=20.0),
+    "kronecker": lambda: KroneckerBasis("m", 30, 20, seed=0),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_multiply_in_half_precision(name: str) -> None:
+    """Oracle: the matrix in bfloat16 and products in float64, to what bfloat16 can say; signs are exact in it."""
+    B = MAPS[name]()(30, 20)
+    matrix = B.matrix(torch.bfloat16)
+    assert matrix.dtype == torch.bfloat16
+    h, x = torch.randn(5, 20).bfloat16(), torch.randn(5, 30).bfloat16()
+    for found, expected in (
+        (B.up(h), h.double() @ matrix.T.double()), (B.down(x), x.double() @ matrix.double()),
+        (B.times(h.T), matrix.double() @ h.T.double()), (B.transposed_times(x.T), matrix.T.double() @ x.T.double()),
+    ):  # fmt: skip
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.1)
+    onto = torch.ones(5, 30)
+    torch.testing.assert_close(B.up(h, onto.clone()), onto + B.up(h).float())
+
+
+def test_a_cast_or_compressed_matrix_is_made_once_and_anew_after_a_move() -> None:
+    basis = MAPS["dense"]()
+    half = basis.block(4, 5, torch.bfloat16)
+    assert basis.block(6, 7, torch.bfloat16).data_ptr() == half.data_ptr()
+    torch.testing.assert_close(half, basis.matrix[:4, :5].bfloat16(), rtol=0, atol=0)
+    assert basis.block(4, 5, torch.float64).dtype == torch.float64
+    assert basis.block(4, 5).data_ptr() == basis.matrix.data_ptr()
+    sparse = MAPS["sparse"]()
+    rows = {
+        (dtype, transposed): sparse.compressed(6, 4, dtype, transposed)
+        for dtype in (torch.float32, torch.float64) for transposed in (True, False)
+    }  # fmt: skip
+    for (dtype, transposed), compressed in rows.items():
+        assert sparse.compressed(6, 4, dtype, transposed) is compressed
+        expected = sparse.block(6, 4, dtype)
+        assert torch.equal(compressed.to_dense(), expected.T if transposed else expected)
+    assert sparse.compressed(5, 4, torch.float32, False).shape == (5, 4)
+    sparse.to("cpu")
+    assert sparse.compressed(6, 4, torch.float32, True) is not rows[torch.float32, True]
+
+
+def test_few_signs_are_multiplied_sparsely_on_a_cpu() -> None:
+    """Below a density of 0.15, 2 / s; what torch compiles, and other devices, take the dense product."""
+    ternary = lambda s, **about: DenseBasis.drawn("m", 8, 6, seed=0, distribution="ternary", sparsity=s, **about)  # noqa: E731
+    assert isinstance(ternary(14.0)(8, 6), SparseMap)
+    assert isinstance(ternary(13.0)(8, 6), DenseMap)
+    assert isinstance(ternary(14.0, device="meta")(8, 6), DenseMap)
+    assert isinstance(MAPS["dense"]()(8, 6), DenseMap)
+    for dtype, kept in ((torch.bfloat16, 0), (torch.float32, 2), (torch.float64, 2)):
+        basis = ternary(14.0)
+        basis(8, 6).times(torch.ones(6, 1, dtype=dtype))
+        basis(8, 6).transposed_times(torch.ones(8, 1, dtype=dtype))
+        assert len(basis._compressed) == kept
+
+
+@pytest.mark.parametrize(
+    ("basis", "sparsity", "s"),
+    [
+        ("uniform", None, None), ("normal", None, None), ("ternary", None, 3), ("sparse", None, 3), ("binary", None, 2),
+        ("ternary", 7.0, 7), ("sparse", 7.0, 7), ("very_sparse", None, 6),
+    ],
+)  # fmt: skip
+def test_a_basis_of_a_name_on_every_device(basis: str, sparsity: float | None, s: float | None) -> None:
+    """Entries ±√(s/2) in a share 2/s; on the meta device the same shapes and dtypes without values."""
+    about = {"rows": 36, "columns": 50, "sparsity": sparsity, "seed": 0}
+    drawn, planned = (draw_basis(basis, "b", device=torch.device(d), **about) for d in ("cpu", "meta"))  # type: ignore[arg-type]
+    assert isinstance(drawn, DenseBasis)
+    assert drawn.reproducible
+    assert (drawn.unit, drawn.density) == (pytest.approx((s / 2) ** 0.5), pytest.approx(2 / s)) if s else (1, 1)
+    if s:
+        assert drawn(36, 50).matrix().abs().unique().tolist() == pytest.approx([0] * (s > 2) + [(s / 2) ** 0.5])
+    kept = [(buffer.shape, buffer.dtype) for buffer in planned.buffers()]
+    assert kept == [(buffer.shape, buffer.dtype) for buffer in drawn.buffers()]
+    assert kept == [((36, 50), torch.int8 if s else torch.float32)]
+    assert all(buffer.is_meta for buffer in planned.buffers())
+    check_sparsity(basis, None)
+    if basis in ("ternary", "sparse"):
+        check_sparsity(basis, 2.0)
+    else:
+        with pytest.raises(SettingsError, match="goes with basis=ternary or sparse"):
+            check_sparsity(basis, 2.0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 24), (24, 48), (61, 24), (23, 23)])
+def test_a_kronecker_basis_is_its_product_and_has_its_shapes_without_values(rows: int, columns: int) -> None:
+    drawn, planned = (KroneckerBasis("k", rows, columns, seed=0, device=device) for device in ("cpu", "meta"))
+    assert [b.shape for b in planned.buffers()] == [b.shape for b in drawn.buffers()]
+    assert planned(rows, columns).matrix().shape == (rows, columns)
+    assert drawn.state_dict() == DenseBasis.drawn("b", 3, 2, seed=0).state_dict() == {}  # no file holds them
+    whole = torch.kron(drawn.left, drawn.right)[: max(rows, columns)]  # the module's formula
+    assert torch.equal(drawn(rows, columns).matrix(), whole if rows >= columns else whole.T)
+
+
+def test_a_lower_block_costs_less() -> None:
+    """24 of 48 rows, 24 = 4·6: 4·6² and 4·4·6 multiplications."""
+    assert KroneckerBasis("m", 48, 24, seed=0)(24, 24).multiplications() == 240
+    assert KroneckerBasis("m", 48, 24, seed=0)(25, 24).multiplications() == 144 + 5 * 24
+
+
+@pytest.mark.parametrize("bases", [randlora_bases, vera_bases])
+def test_pefts_bases_without_values_have_their_shapes(bases) -> None:  # type: ignore[no-untyped-def]
+    shapes = {"a": (6, 4), "b": (3, 9), "c": (9, 5)}
+    drawn, planned = (bases(shapes, 2, 0, torch.device(device)) for device in ("cpu", "meta"))
+    for site in shapes:
+        for one, other in zip(drawn[site], planned[site], strict=True):
+            assert (one.matrix.shape, one.matrix.dtype) == (other.matrix.shape, other.matrix.dtype)
+            assert other.matrix.is_meta

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_run import start
-from test_training import TASK, Quiet, StopsAt, fit, flattened, model, select_best, splits, trainer_of
+from test_training import TASK, Quiet, StopsAt, WithLoss, fit, flattened, model, select_best, splits, trainer_of
 
 from randlora.data.loader import Unreadable
 from randlora.errors import FAILED, FINISHED, SettingsError
 from randlora.integrity import MANIFEST, seal
 from randlora.methods import IncreLoRA, LoRA, RandLoRA
-from randlora.tasks.base import Bound
-from randlora.training import Interrupted, Trainer, loop
+from randlora.tasks.base import Bound, Splits
+from randlora.training import Interrupted, Optimizer, Trainer, loop
 from randlora.training.best_step import BestStep
 from randlora.training.checkpoint import STATE, TENSORS, Checkpoints, State, Tensors, latest
 
@@ -188,6 +188,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
         (edited(lambda t: t.pop("trained/0.updates.0.A")), "lacks trained/0.updates.0.A"),
         (edited(lambda t: t.pop("best/3.updates.0.B")), "has 19 tensors, and 20 were written"),
         (edited(lambda t: t.pop("optimizer/exp_avg/0.updates.0.A")), "has 19 tensors, and 20 were written"),
+        (edited(lambda t: t.update({"optimizer/step/x": torch.zeros(1)})), "has optimizer/step/x, and this model"),
         (edited(lambda t: t.update({"trained/x": torch.zeros(1)})), "has trained/x, and this model has no such tensor"),
         (edited(lambda t: t.update({"trained/0.updates.0.A": torch.zeros(3, 16)})), r"F32 \(3, 16\), and this model"),
         (edited(lambda t: t.update({k: v.half() for k, v in t.items()})), r"as F16 .* has it as F32"),
@@ -236,6 +237,75 @@ def test_a_checkpoint_of_other_settings_is_passed_over(two: tuple[Path, list[tor
     wider = Reader(folder, method=LoRA(rank=3))
     assert wider.resume().step == 0
     assert "and this model has it as F32 (3, 16)" in wider.said[0]
+
+
+def test_a_checkpoints_file_says_all_that_makes_its_training(tmp_path: Path) -> None:
+    """By the names that files on people's disks have."""
+    fit(model(LoRA(rank=2)), tmp_path, max_steps=3, evaluate_every=2, select="best", task=WithLoss("bars", None))  # type: ignore[arg-type]
+    state = json.loads((tmp_path / "step_0000003" / STATE).read_text())
+    settings = state.pop("settings")
+    assert set(state) == {"format", "step", "train_seconds", "best", "scored", "log", "tensors"}
+    assert (state["format"], state["step"], state["scored"], state["log"]) == (2, 3, True, [])
+    assert set(state["best"]) == {"step", "loss"}
+    assert state["tensors"] == 4 * 5  # trained, three of AdamW's and the best
+    assert {key: settings[key] for key in ("seed", "steps", "examples")} == {"seed": 1, "steps": 3, "examples": 30}
+    assert settings["method"]["class"] == "randlora.methods.lora:LoRA"
+    assert settings["optimizer"] == {"algorithm": "AdamW"}
+    assert (settings["learning_rate"], settings["batch_size"]) == (0.05, 8)
+    assert "workers" not in settings
+
+
+def test_a_checkpoint_of_another_training_says_what_differs(tmp_path: Path) -> None:
+    fit(model(LoRA(rank=2)), tmp_path, max_steps=2)
+
+    def refused(seed: int = 1, data: Splits | None = None, method: LoRA | None = None, **changes: object) -> str:
+        given = {key: changes.pop(key, None) for key in ("optimizer", "steps")}
+        trainer = trainer_of(**{"max_steps": 2} | changes)
+        with pytest.raises(SettingsError, match=r"^resume=strict: none of the 1 checkpoints") as error:
+            trainer.fit(
+                TASK, Bound(model(method or LoRA(rank=2))), data or splits(), seed=seed, folder=tmp_path,
+                observer=Quiet(), accelerator=trainer.accelerator(), strict=True, **given,  # type: ignore[arg-type]
+            )  # fmt: skip
+        return str(error.value).partition(" was written with ")[2].partition(");")[0]
+
+    fewer = dataclasses.replace(splits(), train=splits().validation)
+    assert refused(seed=2) == "seed=1, and this is 2"
+    assert refused(steps=4) == "steps=2, and this is 4"
+    assert refused(data=fewer) == "examples=30, and this is 5"
+    assert refused(method=LoRA(rank=2, alpha=3)) == "method.alpha=None, and this is 3"
+    assert refused(optimizer=Optimizer("SGD")) == "optimizer.algorithm='AdamW', and this is 'SGD'"
+    assert refused(optimizer=Optimizer(eps=1e-7)) == "optimizer.eps=None, and this is 1e-07"
+    assert refused(schedule="linear") == "schedule='cosine', and this is 'linear'"
+
+
+def test_a_checkpoint_of_another_format_is_passed_over(two: tuple[Path, list[torch.Tensor]]) -> None:
+    folder, _ = two
+    newest = folder / STEP_2
+    content = json.loads((newest / STATE).read_text())
+    for changed in (content | {"format": 3}, {key: value for key, value in content.items() if key != "format"}):
+        (newest / STATE).write_text(json.dumps(changed))
+        seal(newest, (TENSORS, STATE))
+        reader = Reader(folder)
+        assert reader.resume().step == 1
+        assert reader.said[0].endswith(f"has format {changed.get('format')}; this version reads 2")
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_no_harm(
+    two: tuple[Path, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a network's file system keeps a file that is open elsewhere; it is not taken for a checkpoint."""
+
+    def kept(*about: object, **named: object) -> None:
+        raise OSError("Directory not empty")
+
+    folder, _ = two
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", kept)
+        for step in (3, 4, 4):
+            Reader(folder).save(step)
+    assert [name for name in names(folder) if not name.startswith(".")] == ["step_0000003", "step_0000004"]
+    assert Reader(folder).resume().step == 4
+    assert names(folder) == ["step_0000003", "step_0000004"]
 
 
 def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
@@ -407,6 +477,7 @@ def test_a_manifest_without_the_tensors_is_passed_over(tmp_path: Path) -> None:
     said: list[str] = []
     assert reader.checkpoints.resume(lambda names: reader.tensors, said.append) == State()
     assert said[0].endswith(f"{MANIFEST} does not list {TENSORS}")
+    assert latest(tmp_path) is None
 
 
 def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the_start(tmp_path: Path) -> None:
@@ -422,6 +493,33 @@ def test_after_a_checkpoint_of_other_tensors_the_model_is_asked_for_those_of_the
 
     assert checkpoints.resume(larger, lambda text: None).step == 0
     assert asked == [["a"], []]
+
+
+def test_an_optimisers_state_goes_where_its_tensors_are_and_its_count_of_steps_stays(tmp_path: Path) -> None:
+    """As torch's optimisers have it; the meta device stands for one that is not the CPU."""
+    weight, elsewhere = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer, other = torch.optim.AdamW([weight]), torch.optim.AdamW([elsewhere])
+    weight.sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(tmp_path, {}, keep_last=1)
+    checkpoints.save(State(1), Tensors({"a": weight}, optimizer))
+    assert checkpoints.resume(lambda names: Tensors({"a": elsewhere}, other), lambda text: None).step == 1
+    devices = {key: value.device.type for key, value in other.state[elsewhere].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+def test_what_is_no_checkpoint_is_left_alone_and_what_was_half_removed_goes(
+    two: tuple[Path, list[torch.Tensor]],
+) -> None:
+    folder, _ = two
+    for name in ("step_by_step", ".draft_old_step_0000002"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    assert latest(folder) == folder / STEP_2
+    writer = Reader(folder)
+    writer.save(2)
+    assert names(folder) == ["step_0000001", STEP_2, "step_by_step"]
+    assert writer.resume().step == 2
 
 
 def test_a_parameters_name_may_have_a_slash(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_loss_and_gradients_are_those_of_all_logits(smoothing: float, bias: bool
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * theirs, wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, head, targets, smoothing), theirs, rtol=1e-12, atol=0)
 
 
 def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
@@ -52,6 +54,18 @@ def test_autocast_takes_the_products_in_bf16_and_sums_in_float32() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     (a,), (b,) = (torch.autograd.grad(loss, hidden) for loss in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
+
+
+def test_gradients_under_autocast_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: torch's of all logits at once; a sum of 600 equal numbers in bfloat16 would stop at 256 of them."""
+    monkeypatch.setattr(module, "_CHUNK", {"cpu": 1})  # so that a chunk is a token
+    torch.manual_seed(0)
+    head, hidden, targets = nn.Linear(WIDTH, WORDS), torch.ones(600, WIDTH), torch.zeros(600, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = chunked_cross_entropy(hidden, head, targets), F.cross_entropy(head(hidden).float(), targets)
+    ours, theirs = (torch.autograd.grad(loss, [*head.parameters()]) for loss in losses)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
 
 
 def test_no_tokens_have_no_loss() -> None:
@@ -106,6 +120,15 @@ def test_every_architecture_has_its_own_loss(kind: str, plain: bool) -> None:
     ours = model(inputs, **learned(labels))
     theirs = lm(**inputs, labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    logits = lm(**inputs).logits[:, :-1]
+    smooth = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.3)
+    torch.testing.assert_close(model(inputs, **learned(ids), smoothing=0.3), smooth, rtol=1e-5, atol=1e-6)
+    alone = torch.full_like(ids, -100)
+    alone[2, 5] = 7
+    one = F.cross_entropy(logits[2, 4], torch.tensor(7))
+    torch.testing.assert_close(model(inputs, **learned(alone)), one, rtol=1e-5, atol=1e-6)
+    alone[2, 5] = -100
+    assert model(inputs, **learned(alone)).item() == 0
 
 
 def test_an_updated_head_is_asked_for_its_logits() -> None:

@@ -1,6 +1,7 @@
 """Commonsense questions: prompts, the public sets rebuilt, losses, likelihoods and generation."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,18 @@ def test_causal_loss_and_weight_are_over_the_labelled_tokens(language_model: Bac
     assert commonsense.loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_plan_is_of_the_longest_texts_all_of_them_learned(language_model: Backbone) -> None:
+    """Oracle: the batch of as many texts that are cut at that length."""
+    commonsense = task("arc_easy", "max_length=6")
+    encoder = commonsense.encoder(language_model, training=True)
+    batch, planned = encoder.collate([encoder(row) for row in ROWS]), commonsense.sample(language_model, 3)
+    for name in ("input_ids", "attention_mask"):
+        assert (planned["inputs"][name].shape, planned["inputs"][name].dtype) == ((3, 6), torch.int64)
+    assert torch.equal(planned["inputs"]["attention_mask"], batch["inputs"]["attention_mask"])
+    assert torch.equal(planned["positions"], batch["positions"])
+    assert (planned["targets"].shape, planned["targets"].dtype) == (batch["targets"].shape, torch.int64)
+
+
 @pytest.mark.parametrize("answers", [["answer1", "answer2", "answer3"], ["true", "false"]])
 def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[str]) -> None:
     """Oracle: each full text alone through the model, log-probabilities summed by hand."""
@@ -232,6 +245,35 @@ def test_likelihoods_are_the_naive_ones(language_model: Backbone, answers: list[
                 logp = language_model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
             sums[name] = sum(logp[i - 1, ids[i]].item() for i in range(len(before), len(ids)))
         assert ours == max(sums, key=sums.__getitem__)
+
+
+def test_answers_of_one_token_are_read_from_one_row_and_longer_ones_from_their_last_positions(
+    language_model: Backbone,
+) -> None:
+    """Logits by hand: five tokens of -0.1 are likelier than four of -0.25; what is filled up counts nothing."""
+    commonsense = task("arc_easy", "scoring=likelihood")
+    encoder = commonsense.encoder(language_model, training=False)
+    single = encoder.collate([encoder(row) for row in ROWS[:2]])
+    assert "rows" not in single
+    digits = [[WORDS.index(digit) for digit in "12"] + [-100], [WORDS.index(digit) for digit in "123"]]
+    assert single["targets"].tolist() == digits
+    batch = encoder.collate([encoder(ROWS[2])])
+    assert batch["rows"] == [2]
+    true, false = batch["targets"].tolist()
+    assert ([WORDS[i] for i in true if i != -100], [WORDS[i] for i in false]) == ([*"true"], [*"false"])
+    others = len(WORDS) - 1
+
+    class Model:
+        def logits(self, inputs, keep):  # type: ignore[no-untyped-def]
+            assert keep == 6  # the five that are predicted from, and the last, from which nothing is
+            scores = torch.zeros(2, keep, len(WORDS))
+            for row, logp in ((0, -0.25), (1, -0.1)):
+                for place, token in enumerate(batch["targets"][row].tolist()):
+                    if token != -100:
+                        scores[row, place, token] = math.log(math.exp(logp) / (1 - math.exp(logp)) * others)
+            return scores
+
+    assert commonsense.predict(Model(), batch)["predicted"] == ["false"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,5 +1,6 @@
 """Data: order, subsets, splits, sources and images."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from randlora.config import build
 from randlora.data.images import AUGMENTATIONS, image_transform, rgb
 from randlora.data.loader import Encoder, Item, Split, Unreadable, evaluation_keys, loader, training_keys
 from randlora.data.sources import ArrayImages, Hub
-from randlora.data.subsets import few_shot, fractional, split_validation, subsample
+from randlora.data.subsets import few_shot, fractional, split_validation, subsample, validation_size_of
+from randlora.data.texts import pad
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
+from randlora.signals import SIGNALS
 from randlora.tasks import Budget
 
 PIXELS = Pixels(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -80,18 +83,41 @@ def test_a_run_of_a_billion_positions_begins_at_once(workers: int) -> None:
     assert drawn <= 1 + 4 * workers
 
 
+class Signals(Encoder):
+    """What the process that encodes does with signals."""
+
+    def __call__(self, example):  # type: ignore[no-untyped-def]
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS if number != signal.SIGTERM]
+        return {"ignored": all(ignored), "blocked": signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_leave_signals_to_who_started_them(workers: int) -> None:
+    split = Split(ArrayImages(np.zeros((2, 2, 2), np.uint8), np.arange(2)), np.arange(2), Signals())
+    ((batch,),) = loader(split, evaluation_keys(range(2), 2), workers)
+    assert batch["ignored"].tolist() == batch["blocked"].tolist() == [workers == 1] * 2
+
+
+def test_texts_without_a_token_are_filled_up() -> None:
+    assert pad([[], [3, 4]], 9).tolist() == [[9, 9], [3, 4]]
+    assert pad([[], []], 9).dtype == torch.int64
+
+
 def test_few_shot_is_balanced_seeded_and_nested() -> None:
     labels = np.repeat(np.arange(5), 20)
     four, two = few_shot(labels, 4, seed=0), few_shot(labels, 2, seed=0)
     assert np.bincount(labels[four]).tolist() == [4] * 5
     assert set(two) < set(four)
     assert set(four) != set(few_shot(labels, 4, seed=1))
+    assert few_shot(labels, 20, seed=0).tolist() == list(range(100))
     with pytest.raises(SettingsError, match="class 0 has only 20"):
         few_shot(labels, 21, seed=0)
 
 
 def test_fractions_are_nested_and_validation_is_the_same_for_every_seed() -> None:
     assert set(fractional(100, 0.1, 0)) < set(fractional(100, 0.5, 0))
+    assert [len(fractional(100, share, 0)) for share in (0.001, 0.1, 1.0)] == [1, 10, 100]
+    assert [validation_size_of(count, 50) for count in (9, 10, 499, 500, 9000)] == [0, 1, 49, 50, 50]
     train, validation = split_validation(100, 10, "x")
     assert sorted([*train, *validation]) == list(range(100))
     assert subsample(5, None, "x").tolist() == list(range(5))
@@ -120,6 +146,17 @@ def test_parquet_and_image_folders_give_the_same_examples(tmp_path: Path) -> Non
         assert sorted(table.column("label")) == [0, 0, 1, 1]
         colours = sorted(table[i]["image"].convert("RGB").getpixel((0, 0))[0] for i in range(4))
         assert colours == [0, 10, 20, 30]
+
+
+def test_a_split_alone_and_a_class_alone_keep_their_labels(tmp_path: Path) -> None:
+    """As where training is elsewhere; and of a folder with images of one class."""
+    write_parquet(tmp_path / "test.parquet", 4)
+    table = Hub(".", root=str(tmp_path), splits={"test": "test"}).open("test")
+    assert table.column("label").tolist() == [0, 1, 0, 1]
+    (tmp_path / "one" / "train" / "ant").mkdir(parents=True)
+    picture(3).save(tmp_path / "one" / "train" / "ant" / "0.png")
+    one = Hub("one", root=str(tmp_path), splits={"train": "train"})
+    assert (one.class_names(), one.open("train")[0]["label"]) == (["ant"], 0)
 
 
 def test_labels_are_read_without_decoding_images(tmp_path: Path) -> None:
@@ -258,6 +295,18 @@ def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
         list(loader(Split(table, np.arange(10), Colour(), tolerance=0.1), evaluation_keys(range(10), 4), 0))
     with pytest.raises(Unreadable, match=r"task\.unreadable=0\.0"):
         list(loader(Split(table, np.arange(10), Colour()), evaluation_keys(range(10), 4), 0))
+
+
+def test_a_step_of_damaged_images_alone_stops_the_run_and_has_no_length(tmp_path: Path) -> None:
+    class Bright(Colour):
+        @staticmethod
+        def length(item) -> int:  # type: ignore[no-untyped-def]
+            return 1 + int(item["label"])
+
+    split = Split(damaged(tmp_path, 4, broken=[1, 2]).open("train"), np.arange(4), Bright(), tolerance=1.0)
+    with pytest.raises(Unreadable, match=r"^a whole batch cannot be read, such as example 2$"):
+        list(loader(split, iter([[(2, 0), (1, 1)]]), 0, lambda text: None))
+    assert split.by_length == [3, 0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

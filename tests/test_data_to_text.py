@@ -1,6 +1,7 @@
 """Data to text: the metrics of the E2E challenge, the loss over references, the beam search."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def test_perfect_and_empty_texts() -> None:
     assert [empty[name] for name in ("bleu", "nist", "rouge_l", "cider")] == [0, 0, 0, 0]
 
 
+def test_texts_of_a_single_word() -> None:
+    """Oracle: the definitions by hand; a text of one word has no bigram."""
+    assert text_metrics.rouge_l(["pub"], [["pub"]]) == pytest.approx(1)
+    # Three words, two of which are "pub": log2(3/2) bits; half of them, being 2/3 as long as the references' mean.
+    assert text_metrics.nist(["pub"], [["pub", "the pub"]]) == pytest.approx(0.5 * math.log2(1.5))
+    # Longer than the references costs nothing: two of three words match, of one bit each; the bigram says nothing new.
+    assert text_metrics.nist(["the pub here"], [["the pub"]]) == pytest.approx(2 / 3)
+    # Of the first text one word of three matches, all of weight log 2; two bigrams less; unigrams are one in four.
+    expected = 10 * math.exp(-(2**2) / (2 * 6**2)) / math.sqrt(3) / 4 / 2
+    assert text_metrics.cider(["pub", "x"], [["pub is here"], ["y"]]) == pytest.approx(expected)
+    assert text_metrics.cider(["", "pub"], [["pub"], ["pub", ""]]) == 0  # a word of every text weighs nothing
+
+
 def test_meanings_are_scored_against_all_their_references(shared_data: Path, language_model: Backbone) -> None:
     made = build(settings("task=e2e_nlg", f"data_root={shared_data}")["task"])
     tables = made.open()
@@ -107,7 +121,7 @@ def test_validation_has_a_loss_over_the_first_reference_of_every_meaning(
     labelled = splits.labelled
     texts = ["".join(WORDS[i] for i in labelled[row, row]["labels"] if i != -100) for row in range(len(labelled))]
     assert sorted(texts) == [" Aromi is a pub.</s>", " Zizzi is a cafe.</s>"]
-    assert len(splits.validation) == 2
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (3, 2, 2)
     assert splits.validation.table[0]["references"] == ["Aromi is a pub.", "A pub is Aromi."]
 
 
@@ -157,8 +171,13 @@ def test_the_beam_search_is_that_of_loras_authors() -> None:
             asked.update(settings, inputs=inputs, pad=pad)
             return torch.tensor([[WORDS.index(letter) for letter in " ab "]])
 
+    class Decoding(Letters):
+        def batch_decode(self, rows, skip_special_tokens: bool = False) -> list[str]:  # type: ignore[no-untyped-def]
+            assert skip_special_tokens  # transformers' default is to write them
+            return super().batch_decode(rows)
+
     inputs = {"input_ids": torch.zeros(1, 7, dtype=torch.int64)}
-    batch = {"inputs": inputs, "references": [["x"]], "tokenizer": Letters()}
+    batch = {"inputs": inputs, "references": [["x"]], "tokenizer": Decoding()}
     assert task("e2e_nlg").predict(Model(), batch) == {"made": ["ab"], "references": [["x"]]}  # type: ignore[arg-type]
     (rule,) = asked.pop("logits_processor")
     assert (rule.rule.ngram_size, rule.prompt) == (4, 7)

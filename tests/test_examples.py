@@ -2,9 +2,11 @@
 
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import REPOSITORY
 
@@ -14,11 +16,13 @@ REACHED = {
     "plain_torch": (r"upside down, after: +([\d.]+)", 0.8),
     "hf_trainer": (r"accuracy on new texts: ([\d.]+)", 0.8),
     "accelerate_loop": (r"accuracy on new digits: ([\d.]+)", 0.8),
+    "compiled_with_head": (r"accuracy on new digits: ([\d.]+)", 0.8),
 }
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
-def test_example(script: Path, capsys: pytest.CaptureFixture) -> None:
+def test_example(script: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor's takes seconds
     runpy.run_path(str(script), run_name="__main__")
     said = capsys.readouterr().out
     pattern, least = REACHED[script.stem]

@@ -1,6 +1,7 @@
 """The updates inside what a training wraps around them: compilation, autocast, checkpointing, half precision."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.methods import LoRA, Method, NoLA, RandLoRA, VeRA
+from randlora.training.compilation import CompiledBlocks, blocks
 
 METHODS = [
     LoRA(rank=4),
@@ -59,6 +61,46 @@ def test_compiled(method: Method, tokens: int) -> None:
     expected = run(model, model, tokens)
     found = run(model, torch.compile(model, backend="aot_eager", fullgraph=True), tokens)
     assert_close(found, expected, 1e-5)
+
+
+def test_blocks_run_compiled_inside_the_context_alone_each_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a compiler that doubles; torch's own is in test_compilation. A frozen block stays as it is."""
+    asked = []
+
+    def doubled(block: nn.Module, **how: object) -> None:
+        asked.append((block, how))
+        block._compiled_call_impl = lambda x: 2 * block._call_impl(x)  # type: ignore[assignment]
+
+    monkeypatch.setattr(nn.Module, "compile", doubled)
+    model = nn.Sequential(nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))), nn.Identity())[:1]
+    randlora.adapt(model, LoRA(rank=2), ["0.0", "0.2"])
+    first, _, last = model[0]
+    x, limit = torch.randn(2, 4), torch._dynamo.config.recompile_limit
+    plain, context = model(x), CompiledBlocks(model)
+    assert asked == [(block, {"fullgraph": True, "backend": "inductor"}) for block in (first, last)]
+    assert torch.equal(model(x), plain)
+    for _ in range(2):
+        with suppress(KeyError), context:
+            torch.testing.assert_close(model(x), 4 * plain)
+            assert torch._dynamo.config.recompile_limit == torch._dynamo.config.accumulated_recompile_limit == 1000
+            raise KeyError
+        assert torch.equal(model(x), plain)
+        assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_blocks_are_the_adapted_members_of_the_outermost_lists() -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+
+    model = nn.ModuleDict({
+        "one": nn.ModuleList([block()]),
+        "tower": nn.ModuleDict({"layers": nn.ModuleList([block(), block(), nn.Tanh()])}),
+        "pair": nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
+        "head": nn.Linear(4, 2),
+    })  # fmt: skip
+    randlora.adapt(model, LoRA(rank=2), ["one*", "tower.layers.1*", "pair*", "head"])
+    names = {module: name for name, module in model.named_modules()}
+    assert [names[each] for each in blocks(model)] == ["one.0.parts.0", "one.0.parts.1", "tower.layers.1", "pair.0"]
 
 
 @every_method

@@ -1,10 +1,12 @@
 """Drawings of letters, and sources side by side. Oracles: Unicode's data, scikit-learn, and the parts themselves."""
 
+import pickle
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from randlora.data import glyphs
@@ -39,6 +41,95 @@ def test_a_drawing_is_the_same_every_time_and_no_other() -> None:
         one.column("label")[:500],
         [one[i]["label"] for i in range(5)] + [*range(5, len(names)), *range(500 - len(names))],
     )
+
+
+def seeded(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def test_a_warp_is_the_recorded_one() -> None:
+    """Taken when the embedded model was pretrained on these drawings; boxes tile the image, corners are shared."""
+    mesh = glyphs._warp(seeded(1))
+    edges = [(0, 21), (21, 43), (43, 64)]
+    assert [box for box, _ in mesh] == [(x0, y0, x1, y1) for y0, y1 in edges for x0, x1 in edges]
+    recorded = {
+        0: [27.35, 20.54, 14.73, 36.05, 36.47, 39.11, 50.23, 19.74],
+        4: [36.47, 39.11, 29.43, 59.36, 53.89, 64.99, 62.81, 41.06],
+        8: [53.89, 64.99, 49.37, 83.87, 66.17, 84.47, 76.51, 65.12],
+    }
+    for cell, corners in recorded.items():
+        assert mesh[cell][1] == pytest.approx(corners, abs=0.006)
+
+
+def test_colours_are_the_recorded_ones() -> None:
+    """Of no ink and of all, by seed: white on black, the reverse, two colours, with noise and without."""
+    recorded = {
+        0: [2, 2, 2, 159, 159, 159], 1: [255, 255, 255, 94, 94, 94], 2: [207, 195, 217, 74, 192, 14],
+        3: [255, 255, 255, 89, 89, 89], 4: [0, 0, 0, 227, 227, 227], 5: [236, 107, 44, 108, 235, 171],
+        6: [0, 0, 0, 216, 216, 216], 7: [1, 1, 1, 201, 201, 201], 8: [0, 0, 0, 167, 167, 167],
+        9: [0, 0, 0, 156, 156, 156], 10: [255, 255, 255, 59, 59, 59], 11: [211, 187, 243, 84, 60, 116],
+    }  # fmt: skip
+    ink = np.array([[0.0, 1.0]], dtype=np.float32)
+    for seed, values in recorded.items():
+        assert np.asarray(glyphs._coloured(ink, seeded(seed))).ravel() == pytest.approx(values, abs=1)
+
+
+def test_strokes_are_drawn_as_recorded() -> None:
+    """The mean ink of 16 parts of the canvas; a thin pen and a thick one."""
+    strokes = [np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 1.0], [0.5, 0.9]])]
+    recorded = {
+        0: [[12, 1, 0, 0], [1, 50, 1, 0], [0, 9, 52, 0], [7, 17, 3, 9]],
+        2: [[45, 29, 0, 0], [7, 145, 27, 0], [7, 58, 161, 24], [43, 66, 15, 42]],
+    }
+    for seed, parts in recorded.items():
+        drawn = np.asarray(glyphs._stroked(strokes, seeded(seed)))
+        assert drawn.max() == 255
+        assert drawn.reshape(4, 24, 4, 24).mean((1, 3)) == pytest.approx(np.array(parts), abs=3)
+
+
+def test_printed_glyphs_are_in_the_middle_and_as_bold_as_drawn() -> None:
+    """A pixel more on every side for each of up to three."""
+    font, _ = next(glyphs._font_files())
+    extents = {}
+    for seed in range(20):
+        rows, columns = np.asarray(glyphs._printed("Q", font, seeded(seed))).nonzero()
+        assert columns.min() + columns.max() == pytest.approx(glyphs.CANVAS, abs=2)
+        assert rows.min() + rows.max() == pytest.approx(glyphs.CANVAS, abs=2)
+        extents[int(seeded(seed).integers(0, 4))] = np.ptp(columns)
+    assert [extents[bold] - extents[0] for bold in range(4)] == [0, 2, 4, 6]
+    assert np.asarray(glyphs._printed("Q", font, seeded(0))).max() == 255
+
+
+def test_what_draws_a_glyph() -> None:
+    """Latin letters in every font and every kind of strokes; these fill a square of side 1 in its middle."""
+    table = Glyphs().open("train")
+    fonts = [font.getname()[0] for font in table.fonts["A"] if not isinstance(font, list)]  # type: ignore[attr-defined]
+    assert {"DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono", "STIXGeneral"} <= set(fonts)
+    assert all(font.size == glyphs.SIDE for font in table.fonts["A"] if not isinstance(font, list))  # type: ignore[attr-defined]
+    assert not [font for font in table.fonts["ა"] if isinstance(font, list)]  # type: ignore[attr-defined]
+    for letter in "AZaz":
+        drawn = [strokes for strokes in table.fonts[letter] if isinstance(strokes, list)]  # type: ignore[attr-defined]
+        assert len(drawn) == len(glyphs.STROKES)
+        for points in map(np.concatenate, drawn):
+            assert np.ptp(points, axis=0).max() == pytest.approx(1)
+            assert (points.min(0) + points.max(0)).tolist() == pytest.approx([1, 1])
+    assert len(Glyphs().class_names()) == 471
+    assert "fonts" not in pickle.loads(pickle.dumps(table)).__dict__
+
+
+def test_drawings_are_the_recorded_ones() -> None:
+    """The sides of the first 24 of training and a coarse grey of some, with the fonts of matplotlib 3.11."""
+    table = Glyphs().open("train")
+    sides = [64, 64, 64, 8, 64, 64, 64, 14, 64, 22, 64, 17, 64, 64, 20, 18, 15, 30, 64, 23, 64, 64, 64, 64]
+    assert [table[i]["image"].size for i in range(24)] == [(side, side) for side in sides]
+    recorded = {
+        0: [194, 194, 194, 194, 162, 193, 194, 192, 193], 1: [145, 143, 145, 145, 139, 144, 145, 142, 145],
+        2: [0, 22, 18, 17, 69, 11, 0, 27, 2], 3: [56, 84, 4, 108, 154, 57, 69, 149, 45],
+        7: [168, 168, 166, 171, 174, 166, 168, 168, 166], 9: [130, 126, 2, 109, 129, 9, 59, 94, 66],
+    }  # fmt: skip
+    for index, grey in recorded.items():
+        coarse = table[index]["image"].convert("L").resize((3, 3), Image.Resampling.BOX)
+        assert np.asarray(coarse).ravel() == pytest.approx(grey, abs=3)
 
 
 def test_a_class_is_a_shape() -> None:

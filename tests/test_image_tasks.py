@@ -14,6 +14,7 @@ from randlora.data.sources import Digits
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
 from randlora.tasks import ImageCaptions, ImageClassification, LabelledCaptions
+from randlora.tasks.base import Budget
 from randlora.tasks.image_classification import ClipClassifier
 
 
@@ -99,6 +100,115 @@ def test_the_published_scale_is_not_exponentiated() -> None:
     )
     scale = backbone.module.logit_scale
     torch.testing.assert_close(defined / scale.exp(), published / scale)
+
+
+def test_a_bias_of_clips_is_added() -> None:
+    """As SigLIP has one."""
+    backbone, images = towers(), torch.randn(5, 4)
+    clip: Any = backbone.module
+    plain = ClipClassifier(backbone, NAMES, ["x {}"])(images)
+    clip.logit_bias = nn.Parameter(torch.tensor(-3.0))
+    torch.testing.assert_close(ClipClassifier(backbone, NAMES, ["x {}"])(images), plain - 3)
+
+
+@pytest.mark.parametrize(("device", "names"), [("cpu", [*"0123456789"]), ("meta", [f"class {i}" for i in range(10)])])
+def test_names_that_the_data_give_are_read_unless_there_are_no_values(device: str, names: list[str]) -> None:
+    """A plan opens no data; the names only have to be as many."""
+    asked: list[str] = []
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return torch.zeros(len(texts), 3)
+
+    backbone = Backbone(TwoTowers().to(device), "clip", 8, tokenizer=lambda: tokenizer)
+    ImageClassification("t", Digits(), {}, class_names=10, templates=["a {}"]).bind(backbone)
+    assert asked == [f"a {name}" for name in names]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_texts_that_cannot_change_are_encoded_once(frozen: bool) -> None:
+    """In evaluation, and in training where the text tower is frozen; anew when the model changes over."""
+    backbone, calls = towers(), []
+    clip: Any = backbone.module
+    clip.text.requires_grad_(not frozen).register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    classifier, images, some = (
+        ClipClassifier(backbone, NAMES, ["x {}", "y {}"]),
+        torch.randn(3, 4),
+        torch.tensor([3, 1]),
+    )
+    plain = naive_logits(clip, images, classifier.tokens)
+
+    def encoded(*classes: torch.Tensor) -> list[int]:
+        calls.clear()
+        expected = plain[:, classes[0]] if classes else plain
+        for _ in range(2):
+            torch.testing.assert_close(classifier(images, classes=classes[0] if classes else None), expected)
+        return [*calls]
+
+    assert encoded(some) == ([4, 8] if frozen else [4, 4])  # what was asked first tells that all can be kept
+    assert encoded() == ([] if frozen else [8, 8])
+    classifier.eval()
+    with torch.no_grad():
+        assert (encoded(), encoded(some)) == ([8], [])
+        clip.text.weight.mul_(2)
+        classifier.eval()
+        assert encoded() == []  # the mode is as before
+        classifier.train()
+        plain = naive_logits(clip, images, classifier.tokens)
+        assert encoded() == [8]
+
+
+def test_a_linear_head_is_the_papers_and_reads_what_it_is_asked_of() -> None:
+    """Weights of deviation 0.01 and no bias; oracle: the linear map written out, in float32."""
+    torch.manual_seed(0)
+    backbone = Backbone(nn.Linear(4, 500), "vision", 500, features=lambda module, inputs: module(inputs).bfloat16())
+    images = ImageClassification("t", Digits(), {}, class_names=[f"n{i}" for i in range(40)])
+    bound, x, some = images.bind(backbone), torch.randn(3, 4), torch.tensor([7, 0])
+    model, head = bound.model, bound.head
+    assert isinstance(head, nn.Linear)
+    assert head is model.head
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert head.weight.mean().item() == pytest.approx(0, abs=5e-4)
+    assert not head.bias.any()
+    features = backbone.module(x).bfloat16()
+    expected = features.float() @ head.weight.T
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(features=features, classes=some), expected[:, some])
+    planned = images.bind(replace(backbone, module=nn.Linear(4, 500, device="meta"))).head
+    assert planned is not None
+    assert {parameter.device.type for parameter in planned.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "usual"),
+    [({"prompts": "ensemble"}, "templates"), ({"classes": "batch"}, "all"), ({"logit_scale": "raw"}, "exp")],
+)
+def test_what_is_for_names_is_refused_where_a_head_reads_none(setting: dict, usual: str) -> None:
+    ((name, value),) = setting.items()
+    task = ImageClassification("t", Digits(), {}, class_names=NAMES, ensemble=["{}"], **setting)
+    vision, clip = (type("M", (), {"kind": kind, "name": "m"})() for kind in ("vision", "clip"))
+    task.check_model(clip)
+    ImageClassification("t", Digits(), {}, class_names=NAMES).check_model(vision)
+    with pytest.raises(SettingsError, match=rf"^task.{name}={value}: model=m has a linear head, .*; use {usual}, or a"):
+        task.check_model(vision)
+    with pytest.raises(SettingsError, match=r"^task=t needs a model of kind clip or vision; model=m is text$"):
+        task.check_model(type("M", (), {"kind": "text", "name": "m"})())
+
+
+def test_the_parts_of_a_budget_are_encoded_seeded_and_damaged_each_as_it_should_be() -> None:
+    """The training part alone is augmented, by the budget's seed; of all a share may be unreadable."""
+    task = ImageClassification("t", Digits(), None, class_names=10, validation_size=5, test_size=7, unreadable=0.25)
+    backbone = Backbone(nn.Identity(), "vision", 4, pixels=Pixels(8, (0.0,) * 3, (1.0,) * 3))
+    splits = task.splits(backbone, Budget(3, fraction=0.1))
+    parts = [splits.train, splits.validation, splits.test]
+    assert [len(part) for part in parts] == [round(0.1 * (1400 - 5)), 5, 7]
+    assert [part.encode.random for part in parts] == [True, False, False]
+    assert [part.augment_seed for part in parts] == [3, None, None]
+    assert [part.tolerance for part in parts] == [0.25] * 3
+    assert task.training_size(Budget(3, fraction=0.1)) == len(splits.train)
+    assert task.training_size(Budget(3, fraction=1e-5)) == 1
+    sample = task.sample(backbone, 2)
+    assert (sample["image"].shape, sample["label"].shape, sample["label"].dtype) == ((2, 3, 8, 8), (2,), torch.int64)
 
 
 def test_an_ensemble_must_be_there() -> None:
@@ -256,7 +366,11 @@ def test_a_head_learns_what_has_no_caption() -> None:
     assert both.loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     sample = both.sample(replace(backbone, pixels=Pixels(6, (0, 0, 0), (1, 1, 1))), 2)
     assert sample["image"].shape == (2, 3, 6, 6)
-    assert sample["captioned"].tolist() == [True, True]
+    assert (sample["captioned"].tolist(), sample["captioned"].dtype) == ([True, True], torch.bool)
+    assert model(batch["image"], batch["tokens"]).shape == (4, 4)  # without being asked for classes, of pairs alone
+    on_meta = both.bind(replace(backbone, module=TwoTowers().to("meta"))).head
+    assert on_meta is not None
+    assert {parameter.device.type for parameter in on_meta.parameters()} == {"meta"}
     none = batch | {"captioned": torch.zeros(4, dtype=torch.bool)}
     assert both.loss(model, none).item() == pytest.approx(F.cross_entropy(logits, batch["label"]).item(), rel=1e-5)
     assert both.predict(model, batch)["predicted"] == logits.argmax(1).tolist()

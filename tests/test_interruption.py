@@ -6,6 +6,7 @@ is exact.
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -327,7 +328,13 @@ def test_all_processes_ask_equally_often_whatever_their_share(world: int, batch:
         for process in every
     ]
     assert sorted(chain.from_iterable(rows)) == [0, 1, 2, 3, 4]
-    assert len({process.asked for process in every}) == 1
+    asked = math.ceil(math.ceil(5 / world) / batch) if world > 1 else 0
+    assert [process.asked for process in every] == [asked] * world
+    for process in every:
+        whole = once(split, process, batch, 0, print, shared=False)  # type: ignore[arg-type]
+        assert torch.cat([part["row"] for part in whole]).tolist() == [0, 1, 2, 3, 4]
+    elsewhere = Processes(0, 1, device=torch.device("meta"))
+    assert next(once(split, elsewhere, batch, 0, print))["image"].is_meta  # type: ignore[arg-type]
     told = Processes(0, 2, others=1)
     with STOP, pytest.raises(Interrupted, match="stopped by a signal to another process"):
         next(once(split, told, batch, 0, print))  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import settings
 from letters import Letters
 from randlora.config import build
-from randlora.data.labels import labelled
+from randlora.data.labels import check_real_valued, class_names, labelled
 from randlora.data.sources import ArrayImages, Digits, Hub
 from randlora.errors import SettingsError
 from randlora.models.base import Backbone, Pixels
@@ -155,6 +155,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
         (WORDS, ["task.class_names=[]", "task.metrics=[pearson]"], "labels that are no numbers, such as good"),
         ([0, 1], ["task.class_names=[a,a]"], "must be different; 'a' is there twice"),
         ([0, 1], ["task.class_names=[true,false]"], "True in class_names is not a name"),
+        ([0, 1], ["task.class_names=[a,' ']"], "' ' in class_names is not a name"),
         ([0, 1], ["task.class_names=positive"], "must be a list of names"),
         ([0, 1], ["task.class_names=[]"], "task.metrics='accuracy': choose one of pearson, spearman"),
         ([0, 1], ["task.texts=[label]"], "column 'label' of train holds 0, which is no text"),
@@ -172,6 +173,9 @@ def test_labels_that_are_real_numbers_stay_as_they_are(tmp_path: Path) -> None:
         write(tmp_path / "x" / f"{split}.csv", [0.5, 4.0])
     task = own("own_texts", tmp_path, "task.class_names=[]", "task.metrics=[pearson]")
     assert task.open()["train"].column("label").tolist() == [0.5, 4.0]
+    check_real_valued("t", {"train": ArrayImages(np.zeros((2, 2, 2)), np.array([1, 0], np.uint8))})
+    with pytest.raises(SettingsError, match=r"^t: train has labels that are no numbers, such as nan; for classes set"):
+        check_real_valued("t", {"train": ArrayImages(np.zeros((2, 2, 2)), np.array([np.nan, 0.5]))})
 
 
 def test_words_find_their_place_in_the_names_that_are_given(tmp_path: Path) -> None:
@@ -236,6 +240,78 @@ def test_a_name_with_two_labels_is_refused(given: list[str], why: str) -> None:
     table = ArrayImages(np.zeros((4, 2, 2), np.uint8), np.arange(4))
     with pytest.raises(SettingsError, match=why):
         labelled("t", Named(CARRIED), given, {"train": table})
+
+
+class Column:
+    """A table of labels alone, of any kind."""
+
+    def __init__(self, *labels: object):
+        self.labels = np.array(labels, dtype=object)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"label": self.labels[index]}
+
+    def column(self, name: str) -> np.ndarray:
+        return {"label": self.labels}[name]
+
+
+class Unnamed(Digits):
+    """Labels without names."""
+
+    def __init__(self, table: Column):
+        self.table = table
+
+    def class_names(self) -> None:  # type: ignore[override]
+        return None
+
+    def open(self, split: str) -> Column:
+        return self.table
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan")])
+def test_every_kind_of_missing_label_is_counted(missing: object) -> None:
+    table = Column(1, missing, 2, missing)
+    with pytest.raises(SettingsError, match=r"^t: 2 of 4 rows of train have no label"):
+        labelled("t", Unnamed(table), None, {"train": table})  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"^t: 0 of 0 rows of train have no label"):
+        labelled("t", Unnamed(Column()), None, {"train": Column()})  # type: ignore[arg-type]
+
+
+def test_true_and_false_are_names_and_numbers_are_positions() -> None:
+    truths, numbers = Column(True, False, True), Column(3, 0, 2)
+    made = labelled("t", Unnamed(truths), ["False", "True"], {"train": truths})["train"]  # type: ignore[arg-type]
+    assert made.column("label").tolist() == [1, 0, 1]
+    assert class_names("t", Unnamed(truths), 2) == ["False", "True"]  # type: ignore[arg-type]
+    kept = labelled("t", Unnamed(numbers), list("abcd"), {"train": numbers})["train"]  # type: ignore[arg-type]
+    assert kept.column("label").tolist() == [3, 0, 2]
+    for given, strange in ((list("abc"), 3), (["a"], 2)):
+        with pytest.raises(SettingsError, match=rf"label {strange} in train, with {len(given)} classes"):
+            labelled("t", Unnamed(numbers), given, {"train": numbers})  # type: ignore[arg-type]
+    below = Column(-1, 0)
+    with pytest.raises(SettingsError, match="label -1 in train, with 2 classes"):
+        labelled("t", Unnamed(below), ["a", "b"], {"train": below})  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="the labels of the data have no names"):
+        class_names("t", Unnamed(numbers), 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("names", "count"), [(["a", "b", "a"], 3), (["a", "b"], 3), (["a", "b", "a"], 2)])
+def test_names_of_the_data_are_as_many_as_asked_and_different(names: list[str], count: int) -> None:
+    different = len(set(names))
+    sentence = rf"^t: the data name {len(names)} classes, {different} of them different, expected {count}$"
+    with pytest.raises(SettingsError, match=sentence):
+        class_names("t", Named(names), count)
+    assert class_names("t", Named(["a", "b"]), 2) == ["a", "b"]
+
+
+def test_five_names_in_another_order_are_shown() -> None:
+    names, table = list("abcdefg"), ArrayImages(np.zeros((7, 2, 2), np.uint8), np.arange(7))
+    with pytest.raises(SettingsError) as error:
+        labelled("t", Named(names), names[::-1], {"train": table})
+    assert "(6 names): label 0 is 'g' in the settings, 'a' in the data; label 1 " in str(error.value)
+    assert str(error.value).count("in the settings") == 5
 
 
 def test_names_that_are_spelt_alike_say_nothing() -> None:

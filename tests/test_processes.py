@@ -30,6 +30,7 @@ from randlora.records.result import Result
 from randlora.run import run
 from randlora.tasks.base import Bound
 from randlora.training import Interrupted, Optimizer, Trainer, processes
+from randlora.training.loop import Loop
 from randlora.training.processes import REFUSED, Peers, lost
 
 METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
@@ -294,6 +295,7 @@ def test_the_first_failure_of_all_processes_is_the_runs(monkeypatch: pytest.Monk
     assert peers(0, run="b").first(stopped) == stopped
     assert peers(0, world=1).first(failed) == failed
     assert peers(0, world=1).store is None
+    assert peers(0, world=2).store is store
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "FSDP"])
@@ -317,6 +319,108 @@ def test_accelerate_is_asked_for_plain_data_parallelism(kind: str, monkeypatch: 
     assert asked == {"cpu": True}
     assert not data_parallel.broadcast_buffers
     assert group.timeout.total_seconds() == 150
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_step_is_shared_out_evenly_and_cannot_be_repeated_by_one_process_of_several(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def several(*about: object) -> object:
+        asked.append(about)
+        return type("Process", (), {"num_processes": world})()
+
+    monkeypatch.setattr("randlora.training.settings.processes", several)
+    assert Trainer(batch_size=6, device="cpu", peer_timeout=3).accelerator().num_processes == world  # type: ignore[attr-defined]
+    assert Trainer(batch_size=6, device="auto").accelerator().num_processes == world  # type: ignore[attr-defined]
+    assert asked == [(True, 3), (False, 10)]
+    if world == 1:
+        Trainer(batch_size=7, auto_batch=True).accelerator()
+        return
+    with pytest.raises(SettingsError, match=rf"^trainer.batch_size=7: must divide by the {world} processes"):
+        Trainer(batch_size=7).accelerator()
+    with pytest.raises(SettingsError, match=rf"^trainer.auto_batch=true: the {world} processes of a step cannot"):
+        Trainer(batch_size=6, auto_batch=True).accelerator()
+
+
+class Joined:
+    """Stands where the accelerator of one of two processes does, whose other one has the same numbers and one more."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int = 0):
+        self.process_index, self.is_main_process = rank, rank == 0
+        self.sent: list[torch.Tensor] = []
+
+    def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.sent.append(value)
+        return 2 * value + 1
+
+
+def test_numbers_are_summed_exactly_over_processes() -> None:
+    """2^24 + 1 is no number of float32; a process alone asks nobody."""
+    accelerator, large = Joined(), 2**24 + 1
+    assert processes.summed(accelerator, large, 0.5) == [2 * large + 1, 2.0]  # type: ignore[arg-type]
+    assert len(accelerator.sent) == 1
+    far, devices = Joined(), []
+    far.device = torch.device("meta")
+    far.reduce = lambda value, reduction: devices.append(value.device.type) or torch.zeros(1)  # type: ignore[method-assign]
+    assert processes.summed(far, 1) == [0]  # type: ignore[arg-type]
+    assert devices == ["meta"]
+    alone = Joined()
+    alone.num_processes = 1
+    assert processes.summed(alone, large, True) == [large, True]  # type: ignore[arg-type]
+    assert alone.sent == []
+
+
+def test_what_the_main_process_does_is_done_once_and_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it returns and what it raises; the broadcast of accelerate is replaced by a note from one to the other."""
+    told: list[object] = []
+    monkeypatch.setattr(
+        "accelerate.utils.broadcast_object_list", lambda given: told.extend(given) or given if main else [*told]
+    )
+
+    def twice(act: Callable[[], object]) -> list[object]:
+        nonlocal main
+        told.clear()
+        outcomes: list[object] = []
+        for rank in (0, 1):
+            main = rank == 0
+            try:
+                outcomes.append(processes.as_the_main_process(Joined(rank), act))  # type: ignore[arg-type]
+            except KeyError as error:
+                outcomes.append(error)
+        return outcomes
+
+    main, done = True, []
+    assert twice(lambda: done.append(1) or 7) == [7, 7]
+    assert done == [1]
+    assert [*map(repr, twice({}.popitem))] == 2 * ["KeyError('popitem(): dictionary is empty')"]
+    alone = Joined(0)
+    alone.num_processes = 1
+    assert processes.of_the_main_process(alone, 5) == 5  # type: ignore[arg-type]
+
+
+def test_processes_that_read_different_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("randlora.training.loop.summed", lambda accelerator, *values: [value + 1 for value in values])
+    with pytest.raises(RuntimeError, match=r"^processes read different checkpoints in .*: do all see the same files"):
+        train("lora", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "unused"), [("lora", False), ("full", True)])
+def test_parameters_are_looked_for_after_each_step_only_where_some_may_get_no_gradient(
+    name: str, unused: bool, tmp_path: Path
+) -> None:
+    """Of a whole model; torch's DistributedDataParallel takes longer then."""
+    torch.manual_seed(0)
+    net = Net()
+    randlora.adapt(net, method_of(name), ADAPTED)
+    trainer = Trainer(max_steps=1, device="cpu")
+    accelerator = trainer.accelerator()
+    Loop(trainer, TASK, Bound(net), splits(), 0, tmp_path, Quiet(), accelerator, Optimizer())
+    assert accelerator.ddp_handler.find_unused_parameters is unused  # type: ignore[union-attr]
 
 
 def test_scores_are_taken_with_the_trainers_settings(monkeypatch: pytest.MonkeyPatch) -> None:

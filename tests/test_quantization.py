@@ -1,6 +1,7 @@
 """Frozen weights in 8 bits and in NF4: every update computes on them what it computes on the numbers they stand for."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -147,15 +148,22 @@ def test_evaluation_keeps_the_bits_and_merging_gives_plain_weights(bits: str) ->
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_work_is_one_sentence() -> None:
+def test_what_does_not_work_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _ = pair()
     with pytest.raises(SettingsError, match=r"those of block\.0 are quantised"):
         randlora.adapt(net, FullFineTuning(train="targets"), ["block.0"])
     randlora.adapt(copy.deepcopy(net), LoRA(), ["block.0"])
     with pytest.raises(SettingsError, match="quantization='int3'"):
         build(settings("model=smollm2_135m", "model.quantization=int3")["model"])
-    with pytest.raises(SettingsError, match=r"int4 does not work here.*"):
-        quantise(Net(), "int4")  # too narrow for its groups
+    with monkeypatch.context() as patch:
+        patch.setattr("torchao.quantization.quantize_", lambda *about, **named: None)  # as where rows have no groups
+        with pytest.raises(SettingsError, match=r"int4 does not work here: block.0 is 128 × 64, in groups of 128$"):
+            quantise(Net(), "int4")
+    for bits, package, extra in (("nf4", "bitsandbytes", "nf4"), ("int8", "torchao", "quant")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(SettingsError, match=rf"={bits} needs the package {package}: .*'randlora\[{extra}\]'"):
+                quantise(Net(), bits)
     with pytest.raises(SettingsError, match=r"nf4 does not work here \(rows of 96 weights have no blocks of 64\): use"):
         quantise(nn.Sequential(nn.Linear(96, 64)), "nf4")
     if not torch.cuda.is_available():
@@ -183,6 +191,8 @@ def test_nf4_is_bitsandbytes_own() -> None:
             x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y = map_(x)
+            if map_ is ours:  # as nn.Linear's; bitsandbytes gives its input's dtype
+                assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
             y.float().square().sum().backward()
             results.append((y.detach().float(), x.grad))
         for one, other in zip(*results, strict=True):

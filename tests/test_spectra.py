@@ -1,6 +1,7 @@
 """What an update is like. Oracles: numpy's decompositions, and matrices whose spectrum is known."""
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,3 +89,8 @@ def test_the_command_has_a_row_for_each_site(tmp_path: Path, program: Callable) 
     assert len(rows) == 18
     assert {row["rank"] for row in rows} == {"2"}
     assert float(mean["relative_norm"]) == pytest.approx(np.mean([float(row["relative_norm"]) for row in rows]))
+    means = tmp_path / "spectra.jsonl"
+    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, "--into", means) == FINISHED
+    (row,) = map(json.loads, means.read_text().splitlines())
+    assert row["relative_norm"] == pytest.approx(float(mean["relative_norm"]))
+    assert row["rank"] == 2

@@ -1,6 +1,8 @@
 """GLUE: scores, padding and refusals."""
 
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,12 @@ def test_glue_scores_are_the_official_metrics(name: str, oracles: dict) -> None:
 def test_a_constant_prediction_scores_zero_not_nan() -> None:
     scores = task("stsb").score({"label": [1.0, 2.0, 3.0], "predicted": [2.0] * 3, "loss": [0.0] * 3})
     assert scores["pearson"] == scores["spearman"] == 0.0
+
+
+def test_an_f1_without_a_positive_is_zero_and_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task("mrpc").score({"label": [0.0, 0.0], "predicted": [0, 0], "loss": [0.0] * 2})["f1"] == 0
 
 
 @pytest.mark.parametrize("name", ["rte", "stsb"])
@@ -92,6 +100,9 @@ def test_the_head_is_that_of_bert_or_roberta(hidden: bool) -> None:
         expected = (torch.tanh(expected) if i else expected) @ layer.weight.T
     torch.testing.assert_close(bound.model.eval()(x), expected)
     assert task("stsb").bind(backbone).head[-1].out_features == 1  # type: ignore[index]
+    planned = task("mnli").bind(replace(backbone, module=nn.Linear(3, 300, device="meta"))).head
+    assert planned is not None
+    assert all(parameter.is_meta for parameter in planned.parameters())
 
 
 def test_texts_are_padded_and_masked() -> None:
@@ -107,6 +118,34 @@ def test_texts_are_padded_and_masked() -> None:
     assert pad([[5], [6, 7]], 0, side="left").tolist() == [[0, 5], [6, 7]]
     with pytest.raises(SettingsError, match="hidden labels"):
         encoder({"sentence1": "a", "sentence2": "b", "label": -1})
+
+
+def test_texts_are_cut_and_a_plan_has_the_longest() -> None:
+    """Every field but the labels has its shape in a plan; token types are those of pairs, and filled with zeros."""
+
+    class Typed(Letters):
+        pad_token_id = 9
+
+        def __call__(self, text: str, second: str = "", **options) -> dict:  # type: ignore[no-untyped-def]
+            assert options["truncation"]
+            made = super().__call__(text, second, **options)
+            return made | {"token_type_ids": [1] * len(made["input_ids"])}
+
+    backbone = Backbone(nn.Module(), "text", 4, tokenizer=Typed)
+    mrpc = task("mrpc", "max_length=4")
+    encoder = mrpc.encoder(backbone, training=True)
+    items = [encoder({"sentence1": "abcdef", "sentence2": "gh", "label": 1}), encoder(PAIR)]
+    assert [len(item["input_ids"]) for item in items] == [4, 2]
+    batch, planned = encoder.collate(items), mrpc.sample(backbone, 2)
+    assert batch["inputs"]["input_ids"][1, 2:].tolist() == [9, 9]
+    assert batch["inputs"]["token_type_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert planned["label"].shape == batch["label"].shape
+    for name in ("input_ids", "attention_mask"):
+        assert (planned["inputs"][name].shape, planned["inputs"][name].dtype) == ((2, 4), torch.int64)
+    assert planned["inputs"]["attention_mask"].all()
+
+
+PAIR = {"sentence1": "a", "sentence2": "b", "label": 0}
 
 
 def test_colas_test_set_is_glues_whole_validation_set(shared_data: Path, tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """The loop: accumulation, schedules, resuming, several processes, and what it says when things go wrong."""
 
 import math
+import os
+import re
+import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import ClassVar
 
 import numpy as np
@@ -37,11 +42,14 @@ from randlora.methods import (
     SoRA,
     VeRA,
 )
+from randlora.records.metrics import Row
 from randlora.rng import integer
 from randlora.signals import StopRequest
 from randlora.tasks.base import Bound, Budget, Splits, Task
+from randlora.tasks.mixins import UnequalExamples
 from randlora.training import Diverged, Fit, Interrupted, Optimizer, Trainer, checkpoint, loop, watch
-from randlora.training.evaluate import evaluate, prefixed
+from randlora.training.best_step import BestStep
+from randlora.training.evaluate import evaluate, norms, prefixed, to_device
 from randlora.training.loop import Loop
 from randlora.training.out_of_memory import out_of_memory
 from randlora.training.schedule import rate_factor
@@ -182,13 +190,13 @@ def test_every_method_learns(method: Method, tmp_path: Path) -> None:
 def test_a_run_reports(tmp_path: Path) -> None:
     observer = Quiet()
     net = model(LoRA(rank=3))
-    result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=50)
+    result = fit(net, tmp_path, observer, max_steps=60, evaluate_every=30)
     metrics = scores(net)
     assert (metrics["validation/count"], metrics["test/count"]) == (5, 60)
     assert result.steps == 60
     assert 0 < result.seconds_per_step * 60 == pytest.approx(result.train_seconds)
-    (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)
-    assert midway["step"] == 50
+    (midway,) = (line for line in observer.metrics if "validation/accuracy" in line)  # the end is scored by who asked
+    assert midway["step"] == 30
     assert midway["update/relative_norm_max"] >= midway["update/relative_norm_mean"] > 0
     assert {"train/loss", "train/learning_rate", "train/gradient_norm"} <= set(observer.metrics[0])
 
@@ -247,7 +255,7 @@ def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(tmp_path: Path
     Small.calls.clear()
     lowered, smaller, observer = model(dropout=0.3), model(dropout=0.3), Quiet()
     task = Small("bars", None, error=error)  # type: ignore[arg-type]
-    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=1)
+    result = fit(lowered, tmp_path / "a", observer, task=task, auto_batch=True, workers=int(error is ERRORS[0]))
     assert Small.calls[:3] == [8, 4, 2]
     assert observer.said == [f"step 0: out of memory; from here on trainer.micro_batch_size={size}" for size in (4, 2)]
     assert result.micro_batch_size == 2
@@ -267,12 +275,15 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_of_the_middle(tmp_path: Pa
 
 
 def test_memory_that_runs_out_ends_a_run_that_may_not_lower_or_cannot(tmp_path: Path) -> None:
-    for error, changes in ((ERRORS[0], {}), (ERRORS[1], {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1})):
-        task = Never("bars", None, error=error)  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match="memory"):
-            fit(model(), tmp_path, task=task, **changes)
-    with pytest.raises(ZeroDivisionError):
-        fit(model(), tmp_path, task=Never("bars", None, error=ZeroDivisionError()), auto_batch=True)  # type: ignore[arg-type]
+    alone = {"auto_batch": True, "micro_batch_size": 1, "batch_size": 1}
+    for error, changes in (
+        (ERRORS[0], {}), (ERRORS[1], alone), (ZeroDivisionError("memory"), {"auto_batch": True}),
+        (RuntimeError("no memory of it"), {"auto_batch": True}),
+    ):  # fmt: skip
+        task, observer = Never("bars", None, error=error), Quiet()  # type: ignore[arg-type]
+        with pytest.raises(type(error), match="memory"):
+            fit(model(), tmp_path, observer, task=task, **changes)
+        assert observer.said == []
 
 
 @dataclass(frozen=True)
@@ -283,6 +294,49 @@ class Never(Bars):
 
     def loss(self, model, batch):  # type: ignore[no-untyped-def]
         raise self.error
+
+
+@dataclass(frozen=True)
+class Precise(Bars):
+    """Bars that notes the dtypes of its model's outputs and of attention on float32, in and out of training."""
+
+    seen: ClassVar[set[tuple]] = set()
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self._note(model, batch)
+        return super().loss(model, batch)
+
+    def predict(self, model, batch):  # type: ignore[no-untyped-def]
+        self._note(model, batch)
+        return super().predict(model, batch)
+
+    def _note(self, model, batch):  # type: ignore[no-untyped-def]
+        qkv = [torch.ones(1, 1, 2, 4)] * 3
+        self.seen.add((model.training, model(batch["image"]).dtype, F.scaled_dot_product_attention(*qkv).dtype))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_steps_and_scores_have_the_precision_that_is_asked_for(
+    precision: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Attention is in float32 on a CPU."""
+    Precise.seen.clear()
+    data, task = splits(), Precise("bars", None)  # type: ignore[arg-type]
+    about = {"max_steps": 2, "micro_batch_size": 4, "evaluate_every": 1, "select": "best", "precision": precision}
+    fit(model(), tmp_path, data=replace(data, labelled=data.train), task=task, **about)
+    assert Precise.seen == {(training, dtype, torch.float32) for training in (True, False)}
+
+
+def test_what_micro_batches_of_a_step_share_is_kept_between_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, cached = [], loop.cached
+    monkeypatch.setattr(loop, "cached", lambda net: kept.append(net) or cached(net))
+    net = model()
+    for size, count in ((8, 0), (7, 3), (4, 3)):
+        kept.clear()
+        fit(net, tmp_path / str(size), micro_batch_size=size, max_steps=3)
+        assert kept == [net] * count
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
@@ -299,9 +353,6 @@ class StopsAt(Quiet):
 
     def progress(self, step: int, steps: int, text: str) -> None:
         if step == self.at:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -487,6 +538,8 @@ TORCHS = sorted(
 def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
     """Oracle: the state of a step on real tensors."""
     parameters = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(40, 3))]
+    if algorithm != "Muon":  # which takes matrices alone
+        parameters.append(nn.Parameter(torch.randn(6)))
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     theirs = getattr(torch.optim, algorithm)(parameters, lr=0.01)
@@ -494,6 +547,20 @@ def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
     kept = [value for state in theirs.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     expected = sum(value.nbytes for value in kept if value.dim())
     assert Optimizer(algorithm).state_bytes(parameters) == expected
+    assert Optimizer(algorithm).state_bytes([parameter.bfloat16() for parameter in parameters]) == expected
+
+
+def test_an_optimizers_bytes_of_a_single_number_and_groups_without_a_decay() -> None:
+    """Oracle: Adam's two float32 moments; torch's own default, no decay."""
+    number = nn.Parameter(torch.tensor(1.0))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # which changes nothing: what is trained is float32
+    try:
+        assert Optimizer("AdamW").state_bytes([number]) == 8
+    finally:
+        torch.set_default_dtype(default)
+    (group,) = Optimizer("Rprop", etas=[0.4, 1.3]).over([{"params": [number], "lr": 0.2}]).param_groups
+    assert (group["params"], group["lr"], group["etas"]) == ([number], 0.2, (0.4, 1.3))
 
 
 @pytest.mark.parametrize(
@@ -508,19 +575,34 @@ def test_an_optimizers_bytes_are_those_that_torch_keeps(algorithm: str) -> None:
 def test_an_optimiser_is_tried_before_a_run(optimizer: Optimizer, decay: float, says: str) -> None:
     with pytest.raises(SettingsError, match=f"^{says}"):
         optimizer.check(decay)
-    Optimizer("Rprop").check(0.0)
+    for fine in ("Rprop", "Muon"):
+        Optimizer(fine).check(0.0)
 
 
 def test_a_stop_is_asked_for_by_a_signal_and_handlers_come_back() -> None:
-    import os
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.came
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.came
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_validation_that_a_signal_to_another_process_ends_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No signal has come here; the checkpoint says that its step is not scored, and the next start scores it."""
+    net, resumed, observer = model(), model(), Quiet()
+
+    def ended(self, done):  # type: ignore[no-untyped-def]
+        raise Interrupted("stopped by a signal to another process")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "validate", ended)
+        with pytest.raises(Interrupted, match="at step 4 of 6"):
+            fit(net, tmp_path, evaluate_every=4, max_steps=6)
+    fit(resumed, tmp_path, observer, evaluate_every=4, max_steps=6)
+    assert [row["step"] for row in observer.metrics if "validation/accuracy" in row] == [4]
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -537,6 +619,40 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
         fit(net, tmp_path)
 
 
+class Steep(torch.autograd.Function):
+    """Nothing, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * float("inf")
+
+
+@dataclass(frozen=True)
+class SteepBars(Bars):
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        return Steep.apply(super().loss(model, batch))
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_though_its_loss_is_one(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step 0: the loss is 1\.\d+ and the gradient's norm (nan|inf) at "):
+        fit(model(), tmp_path, task=SteepBars("bars", None))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Empty(Bars, UnequalExamples):
+    def terms(self, batch):  # type: ignore[no-untyped-def]
+        return 0
+
+
+def test_a_step_of_examples_without_a_term_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^step 0: its examples have nothing to learn; are they cut too short"):
+        fit(model(), tmp_path, task=Empty("bars", None))  # type: ignore[arg-type]
+
+
 def test_a_training_says_what_the_watch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossWatch, "add", lambda watch, loss: "it rises")
     observer = Quiet()
@@ -549,6 +665,52 @@ def test_the_rows_that_are_tested_are_drawn_by_the_tasks_name() -> None:
     table, few = splits().test.table, replace(TASK, test_size=3)
     assert few.test_rows(table).tolist() == subsample(len(table), 3, few.name).tolist()
     assert few.test_rows(table).tolist() != subsample(len(table), 3, "another").tolist()
+
+
+def test_norms_of_updates_are_relative_to_the_frozen_weights() -> None:
+    """Oracle: LoRA's ΔW, 2 B A, by hand."""
+    net = model(LoRA(rank=2))
+    with torch.no_grad():
+        for update in require_adaptation(net).updates.values():
+            update.B.normal_()
+    ratios = [
+        float((2 * update.B @ update.A).detach().norm() / net.get_submodule(name).base.weight.norm())
+        for name, update in require_adaptation(net).updates.items()
+    ]
+    expected = {"update/relative_norm_mean": sum(ratios) / 2, "update/relative_norm_max": max(ratios)}
+    assert norms(net) == pytest.approx(expected)
+
+
+def test_a_split_is_scored_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {}
+
+    def predictions(*given, **options):  # type: ignore[no-untyped-def]
+        asked.update(options, given=given)
+        return {"predicted": [1, 2], "label": [1, 3]}
+
+    monkeypatch.setattr("randlora.training.evaluate.predictions", predictions)
+    options = {"batch_size": 3, "workers": 2, "precision": "bf16", "say": print}
+    assert evaluate(TASK, "model", "split", "accelerator", **options) == {"accuracy": 0.5, "count": 2}  # type: ignore[arg-type]
+    assert asked == options | {"given": (TASK, "model", "split", "accelerator")}
+    evaluate(TASK, "model", "split", "accelerator")  # type: ignore[arg-type]
+    usual = Trainer()
+    options = {"batch_size": usual.evaluation_batch_size, "workers": usual.workers, "precision": usual.precision}
+    assert asked == options | {"say": print, "given": (TASK, "model", "split", "accelerator")}
+
+
+class Moved(torch.Tensor):
+    """Tells where it goes, and how."""
+
+    def to(self, *where, **how):  # type: ignore[no-untyped-def]
+        return where, how
+
+
+def test_batches_go_to_their_device_without_waiting_for_it() -> None:
+    tensor, meta = torch.ones(2).as_subclass(Moved), torch.device("meta")
+    there = (meta,), {"non_blocking": True}
+    assert to_device(tensor, meta) == there
+    batch = {"inputs": {"ids": tensor}, "names": ["a"], "label": tensor}
+    assert to_device(batch, meta) == {"inputs": {"ids": there}, "names": ["a"], "label": there}
 
 
 def test_a_split_without_examples_has_no_scores() -> None:
@@ -575,6 +737,34 @@ def test_a_training_is_as_long_as_its_epochs_or_as_asked(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("examples", "changes", "steps"),
+    [
+        (30, {"epochs": 2}, 8),  # 7.5, and the even one of 7 and 8
+        (30, {"epochs": 2.2}, 8),
+        (30, {"epochs": 2, "min_steps_per_epoch": 10}, 20),
+        (30, {"epochs": 2, "min_steps_per_epoch": 3}, 8),
+        (3, {"epochs": 0.1}, 1),
+        (30, {"epochs": 2, "max_steps": 5}, 5),
+        (30, {"max_steps": 5, "warmup": 5}, 5),
+        (30, {"max_steps": 5, "warmup": 0.99}, 5),
+        (2, {"epochs": 1, "batch_size": 1}, 2),
+        (10**8 - 1, {"epochs": 1, "batch_size": 1}, 10**8 - 1),
+        (10**8, {"epochs": 1, "batch_size": 1}, "trainer.epochs=1: makes 1e+08 steps of 100,000,000 examples, and a"),
+        (30, {"max_steps": 5, "warmup": 6}, "trainer.warmup=6: the run has 5 steps; give at most so many, or a part"),
+        (30, {"max_steps": 1, "warmup": 1.5}, "trainer.warmup=1.5: the run has 1 steps; give at most so many"),
+    ],
+)
+def test_lengths(examples: int, changes: dict, steps: int | str) -> None:
+    """Oracle: epochs · examples / 8 by hand, rounded; a length that cannot be is a sentence."""
+    trainer = trainer_of(**{"max_steps": None} | changes)
+    if isinstance(steps, int):
+        assert trainer.steps(examples) == steps
+    else:
+        with pytest.raises(SettingsError, match=f"^{re.escape(steps)}"):
+            trainer.steps(examples)
+
+
+@pytest.mark.parametrize(
     ("error", "is_one"),
     [
         (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried"), True),
@@ -598,6 +788,8 @@ def test_schedules() -> None:
     assert rate_factor(99, steps, "constant", 0.0, 0.0) == 1.0
     assert rate_factor(0, steps, "linear", 1, 0.0) == 1.0  # a warm-up of one step, not of all
     assert rate_factor(10, 10, "linear", 9, 0.25) == pytest.approx(0.25)
+    assert rate_factor(10, 10, "linear", 10, 0.25) == 1.0  # where the warm-up is all of it
+    assert [trainer_of(warmup=4).rate_factor(step, 20, born=6) for step in (6, 9, 10)] == [0.25, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -716,6 +908,7 @@ def test_the_best_step_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> 
     assert torch.equal(flattened(net), parameters[best])
     assert fit(model(), tmp_path / "last").selected_step is None
     assert any(said.startswith(f"selected step {best} of 15") for said in observer.said)
+    assert [row["step"] for row in observer.metrics if "validation/loss" in row] == [*losses]
 
 
 @pytest.mark.parametrize("stop", [5, 13])
@@ -738,6 +931,55 @@ def test_a_best_step_is_refused_where_nothing_can_choose_it(tmp_path: Path) -> N
         select_best(model(), tmp_path, task=TASK)
 
 
+@dataclass(frozen=True)
+class Lost(Bars):
+    """Bars whose validation loss is not a number."""
+
+    def score(self, columns):  # type: ignore[no-untyped-def]
+        return {"loss": math.nan}
+
+
+def test_a_best_step_must_have_a_finite_loss_and_is_the_first_of_equals(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"^trainer.select=best: the validation loss was never finite"):
+        select_best(model(), tmp_path, task=Lost("bars", None))  # type: ignore[arg-type]
+    weight = nn.Parameter(torch.ones(2))
+    first = BestStep().or_now(3, {"loss": 0.5}, {"w": weight})
+    with torch.no_grad():
+        weight.zero_()
+    for loss in (0.5, math.nan, math.inf):
+        assert first.or_now(4, {"loss": loss}, {"w": weight}) is first
+    lower = first.or_now(5, {"loss": 0.4}, {"w": weight})
+    assert [(best.step, best.loss, best.parameters["w"].tolist()) for best in (first, lower)] == [
+        (3, 0.5, [1, 1]), (5, 0.4, [0, 0]),
+    ]  # fmt: skip
+    assert not first.parameters["w"].requires_grad
+    moved = BestStep().or_now(1, {"loss": 0.1}, {"w": torch.ones(2).as_subclass(Moved)}).parameters  # type: ignore[dict-item]
+    assert moved == {"w": (("cpu",), {"copy": True})}
+
+
+def test_a_training_draws_with_replacement_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Oracle: the rows of `training_keys`, which a test of its own holds to what sampling is."""
+    for sampling in ("permutation", "replacement"):
+        Seen.rows.clear()
+        data = splits()
+        table = ArrayImages(data.train.table.images, np.arange(100))  # type: ignore[attr-defined]
+        data = replace(data, train=Split(table, data.train.rows, Pixels8()))
+        fit(model(), tmp_path / sampling, data=data, task=Seen("bars", None), sampling=sampling, max_steps=4)  # type: ignore[arg-type]
+        keys = training_keys(30, 8, range(4), seed=1, replacement=sampling == "replacement")
+        assert Seen.rows == [[row for row, _ in step] for step in keys]
+
+
+@dataclass(frozen=True)
+class Seen(Bars):
+    """Bars that notes the labels it is given, which are the rows here."""
+
+    rows: ClassVar[list[list[int]]] = []
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.rows.append(batch["label"].tolist())
+        return model(batch["image"]).square().mean()
+
+
 def test_sampling_with_replacement_draws_every_position_anew() -> None:
     """Oracle: of `count` draws a row is missing with probability (1 - 1/count)^count, about 1/e."""
     keys = [key for step in training_keys(1000, 50, range(40), seed=3, replacement=True) for key in step]
@@ -758,6 +1000,14 @@ def test_an_optimiser_has_no_settings_that_are_the_trainers() -> None:
     for name in ("params", "lr", "weight_decay", "beta"):
         with pytest.raises(SettingsError, match=rf"optimizer.{name}: torch.optim.AdamW has betas, eps, amsgrad, "):
             Optimizer("AdamW", **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["Adan", "lr_scheduler", "Parameter", 3, None])
+def test_an_optimiser_is_a_class_of_torch_optim(name: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, a module, and a class that is no optimiser are not."""
+    monkeypatch.setattr(torch.optim, "Parameter", nn.Parameter, raising=False)
+    with pytest.raises(SettingsError, match=rf"^optimizer.algorithm={name!r}: not a class of torch.optim, such as"):
+        Optimizer(name)  # type: ignore[arg-type]
 
 
 def test_the_head_is_a_group_of_its_own() -> None:
@@ -788,12 +1038,133 @@ def test_a_training_that_pauses_has_its_scores_and_goes_on_to_the_same_bits(tmp_
     assert paused.paused == {key: scored[key] for key in ("validation/accuracy", "validation/count")}
     assert (paused.steps, scored["step"]) == (6, 6)
     assert paused.seconds_per_step == pytest.approx(paused.train_seconds / 6)
+    assert (paused.trainable_parameters, paused.micro_batch_size) == (len(flattened(parts)), None)
     for stop_at in (6, 4):
-        again = fit(model(dropout=0.3), tmp_path / "parts", stop_at=stop_at)
+        observer.metrics.clear()
+        again = fit(model(dropout=0.3), tmp_path / "parts", observer, stop_at=stop_at)
         assert (again.steps, again.paused, again.train_seconds) == (6, paused.paused, paused.train_seconds)
+        assert [metrics["step"] for metrics in observer.metrics] == [6]
     last = model(dropout=0.3)
-    assert fit(last, tmp_path / "parts").paused is None
+    observer.metrics.clear()
+    assert fit(last, tmp_path / "parts", observer).paused is None
+    assert not [metrics for metrics in observer.metrics if "validation/accuracy" in metrics]
     assert torch.equal(flattened(last), flattened(whole))
+
+
+class Logging(Quiet):
+    """Keeps what is logged in lines, as a record does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def begin(self, log: Sequence[str]) -> None:
+        self.lines = [*log]
+
+    def logged(self) -> Sequence[str]:
+        return self.lines
+
+    def log(self, metrics: dict, step: int) -> None:
+        super().log(metrics, step)
+        self.lines.append(Row(step, 0.0, metrics).line())
+
+
+def test_the_scores_of_a_pause_are_in_its_checkpoint(tmp_path: Path) -> None:
+    """Those of its own step alone, without scoring again."""
+    first, again = Logging(), Logging()
+    about = {"stop_at": 6, "evaluate_every": 3, "log_every": 1}
+    paused = fit(model(), tmp_path, first, **about)
+    assert [row["step"] for row in first.metrics if "validation/accuracy" in row] == [3, 6]
+    assert fit(model(), tmp_path, again, **about).paused == paused.paused
+    assert again.metrics == []
+    assert again.lines == first.lines
+
+
+def test_a_pause_needs_examples_to_be_scored_by_and_a_training_does_not(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^trainer.stop_at=2: there is no validation example to score a paused"):
+        fit(model(), tmp_path, data=splits(validation=0), stop_at=2)
+    assert fit(model(), tmp_path, data=splits(validation=0), max_steps=2).steps == 2
+
+
+def test_a_pause_tells_what_memory_has_left_of_the_micro_batch(tmp_path: Path) -> None:
+    Small.calls.clear()
+    paused = fit(model(), tmp_path, task=Small("bars", None), auto_batch=True, stop_at=1)  # type: ignore[arg-type]
+    assert (paused.steps, paused.micro_batch_size) == (1, 2)
+
+
+def test_steps_alone_run_compiled_and_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of compiled blocks, which have tests of their own, it is told when one is inside."""
+    inside, seen = [], []
+
+    class Blocks(nullcontext):
+        def __init__(self, net: nn.Module):
+            inside.append(net)
+
+        def __enter__(self) -> None:
+            inside.append("in")
+
+        def __exit__(self, *error: object) -> None:
+            inside.remove("in")
+
+    monkeypatch.setattr(loop, "CompiledBlocks", Blocks)
+    for asked in (False, True):
+        net = model()
+        net.register_forward_hook(lambda net, *_: seen.append((net.training, "in" in inside)))
+        fit(net, tmp_path / str(asked), compile=asked, max_steps=4, micro_batch_size=4, evaluate_every=2)
+        assert set(seen) == {(True, asked), (False, False)}
+        assert inside == [net] * asked
+        seen.clear()
+
+
+def test_the_seconds_of_a_training_are_those_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a second passes on with every look: a step is looked at when it begins and when it ends."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(looks)))
+    with pytest.raises(Interrupted):
+        fit(model(), tmp_path, StopsAt(3), max_steps=8)
+    result = fit(model(), tmp_path, max_steps=8)
+    assert (result.train_seconds, result.seconds_per_step) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("came", "late", "loss", "stopping", "saving"),
+    [(0, 0, 1.5, False, False), (1, 0, 1.5, True, False), (0, 1, 1.5, False, True), (2, 2, 1.5, True, True)],
+)
+def test_all_processes_stop_and_save_when_one_is_to(
+    came: int, late: int, loss: float, stopping: bool, saving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the same step, whose loss is the sum of their parts. The other process is sums that are made up."""
+    net, asked = model(), []
+    monkeypatch.setattr(loop, "summed", lambda accelerator, *values: asked.append(values) or [loss, came, late])
+    trainer = trainer_of()
+    one = Loop(trainer, TASK, Bound(net), splits(), 1, tmp_path, Quiet(), trainer.accelerator(), Optimizer())
+    part = net(torch.ones(2, 16)).square().mean()
+    part.backward()
+    monkeypatch.setattr(one, "accelerator", Namespace(num_processes=2, device=torch.device("cpu")))
+    (read,) = one.stepped(part.detach(), one.at(4))
+    assert asked == [(part.item(), False, False)]
+    assert (one.stopping, one.save_due) == (stopping, saving)
+    assert (read.done, read.loss, read.rate) == (5, loss, one.at(4).rate)
+
+
+def test_what_cannot_be_read_in_a_training_is_said(tmp_path: Path) -> None:
+    class Torn(ArrayImages):
+        def __getitem__(self, index: int) -> dict:
+            if index == 3:
+                raise OSError("cut")
+            return {**super().__getitem__(index)}
+
+    data, observer = splits(), Quiet()
+    table = Torn(data.train.table.images, data.train.table.labels)  # type: ignore[attr-defined]
+    data = replace(data, train=Split(table, data.train.rows, Pixels8(), augment_seed=0, tolerance=0.1))
+    net, trainer, sentence = model(), trainer_of(), "example 3 cannot be read (OSError: cut) and is left out: 1 of 30"
+    fit(net, tmp_path, observer, data, max_steps=4)
+    assert observer.said == [f"{sentence} so far"]
+    scored = Split(table, data.train.rows, Pixels8(), tolerance=0.1)
+    assert trainer.evaluate(TASK, net, scored, observer, trainer.accelerator())["count"] == 29
+    assert observer.said == [f"{sentence} so far"] * 2
 
 
 class CountScalars(TorchDispatchMode):
@@ -819,19 +1190,65 @@ def test_a_device_is_waited_for_where_a_loss_is_logged_scored_or_kept_alone(
     monkeypatch.setattr(loop, "_waits", lambda device: True)
     reads, scalars = [], CountScalars()
     number, step = watch._numbers, loop.Loop.step
-    monkeypatch.setattr(watch, "_numbers", lambda values: reads.append(len(values)) or number(values))
+    inside = False  # a step, whose time is taken
+    monkeypatch.setattr(watch, "_numbers", lambda values: reads.append((len(values), inside)) or number(values))
 
     def counted(self, at):  # type: ignore[no-untyped-def]
+        nonlocal inside
+        inside = True
         with scalars:
-            return step(self, at)
+            read = step(self, at)
+        inside = False
+        return read
 
     monkeypatch.setattr(loop.Loop, "step", counted)
     waiting, observer = model(), Quiet()
     fit(waiting, tmp_path / "waiting", observer, optimizer=plainly, **about)
-    assert reads[::2] == [1, 4, 2, 1, 2, 2]  # after steps 1, 5, 7, 8, 10 and 12
+    assert reads[::2] == [(count, True) for count in (1, 4, 2, 1, 2, 2)]  # after steps 1, 5, 7, 8, 10 and 12
     assert scalars.count == 0
     assert observer.metrics == seen.metrics
     assert torch.equal(flattened(waiting), flattened(plain))
+
+    rest, last, whole = {"log_every": 9, "max_steps": 6, "save_minutes": None}, model(), model()
+    reads.clear()
+    with pytest.raises(Interrupted, match="step 4 of 6"):
+        fit(model(), tmp_path / "stopped", task=StopsIn("bars", None, calls=[], at=4), optimizer=plainly, **rest)  # type: ignore[arg-type]
+    assert reads[::2] == [(1, True), (3, True)]
+    fit(last, tmp_path / "stopped", optimizer=plainly, **rest)
+    fit(whole, tmp_path / "whole", optimizer=plainly, **rest)
+    assert torch.equal(flattened(last), flattened(whole))
+    reads.clear()
+    looks = iter(range(1000))  # a minute passes with each
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 60.0 * next(looks))
+    fit(model(), tmp_path / "timed", optimizer=plainly, **rest | {"save_minutes": 2})
+    assert reads[::2] == [(1, True), (2, True), (3, True)]  # after steps 1, 3 and 6
+
+
+def test_losses_are_read_as_precisely_as_they_are_known() -> None:
+    """Those of several processes are sums, Python's numbers; those of one are on its device, in float32."""
+    losses = watch.Losses()
+    losses.add(1, 0.1, 1 / 3, torch.tensor(2.0))
+    losses.add(2, 0.2, torch.tensor(0.5), torch.tensor(3.0))
+    assert losses.read() == [(1, 0.1, 1 / 3, 2.0), (2, 0.2, 0.5, 3.0)]
+    assert losses.read() == []
+
+
+def test_only_a_device_that_works_beside_this_process_is_waited_for() -> None:
+    assert [loop._waits(torch.device(name)) for name in ("cpu", "cuda", "cuda:1", "mps")] == [False, True, True, True]
+
+
+@dataclass(frozen=True)
+class StopsIn(Bars):
+    """Bars in whose step `at` a signal comes."""
+
+    calls: list[int] = field(default_factory=list)
+    at: int = 0
+
+    def loss(self, model, batch):  # type: ignore[no-untyped-def]
+        self.calls.append(1)
+        if len(self.calls) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(model, batch)
 
 
 def test_a_loss_that_is_read_late_names_the_step_that_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -860,6 +1277,8 @@ def test_the_best_step_is_of_the_labelled_validation_set_where_there_is_one(tmp_
     with torch.no_grad():
         expected = F.cross_entropy(net.eval()(batch["image"]), batch["label"]).item()
     assert min(losses.values()) == pytest.approx(expected, rel=0.01)  # Pixels8 adds a little noise
+    fit(model(), tmp_path / "last", observer := Quiet(), data, **about | {"select": "last"})
+    assert not [row for row in observer.metrics if "validation/loss" in row]  # which nothing asks for
 
 
 class Shown(Source):
@@ -886,3 +1305,16 @@ def test_few_shots_are_drawn_by_the_seed() -> None:
     for seed, drawn in rows.items():
         assert drawn.tolist() == left[few_shot(labels[left], 2, seed)].tolist()
     assert rows[0].tolist() != rows[1].tolist()
+
+
+class WithValidation(Shown):
+    def available(self) -> Sequence[str]:
+        return ["train", "validation", "test"]
+
+
+def test_of_a_validation_split_as_many_are_scored_as_is_asked() -> None:
+    """Oracle: subsample by the task's name; all of training is trained on."""
+    table = ArrayImages(np.zeros((40, 4, 4), np.uint8), np.arange(40) % 4)
+    parts = FourBars("bars", WithValidation(table), validation_size=7).splits(None, Budget(0))  # type: ignore[arg-type]
+    assert parts.validation.rows.tolist() == subsample(40, 7, "bars").tolist() != subsample(40, 7, "x").tolist()
+    assert parts.train.rows.tolist() == list(range(40))

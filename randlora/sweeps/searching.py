@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console as Terminal
 
 from randlora.config import build
@@ -91,6 +91,9 @@ class _Search:
         self.config: DictConfig = searcher.config
         self.strategy = _strategy(self.config)
         self.sweep = Sweep.asked(self.config)
+        # Hydra 1.4 wants every job to have the sweep's own sweeper; `search`, which has chosen it, is no setting of a run.
+        with read_write(self.config.hydra):
+            self.config.hydra.overrides.hydra.append("hydra/sweeper=search")
         swept = self._swept([*(f"{key}={value}" for key, value in searcher.params.items()), *arguments])
         self.seeds = swept.pop("seed", [f"seed={self.config.seed}"])
         self.folders: dict[tuple[str, ...], Path] = {}  # of runs, by their overrides
