@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test faults lint format docs mutants offline clean
+.PHONY: demo test gpu faults lint format docs mutants offline clean
 
 demo: .venv/installed
 	$(BIN)/python train.py baselines --features shots=16 run_root=runs/demo
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --durations=10
+
+# What this machine's GPU computes, and how fast, in ten minutes; without one, what its CPU can check (docs/cuda.md).
+gpu: .venv/installed-dev
+	$(BIN)/python scripts/gpu.py --json gpu.json
 
 # Fifty kills, signals, full disks and damaged files over runs of every method: all must end as undisturbed ones.
 faults: .venv/installed-dev

@@ -34,11 +34,12 @@ BY_HAND = {
     "analyses": ["model", "matrix"],
     "faults": ["program"],
     "image_protocol": ["where"],
+    "many_runs": ["runs"],
     "mutants": ["room", "room", "room"],
     "published": ["file"],  # words
-    "speed": ["variant", "", *["variant"] * 14],
+    "speed": ["variant", "", "out × in", *["variant"] * 14],
     "related_speed": ["variant"],
-    "training_speed": ["", "", "settings"],
+    "training_speed": ["", "", "two blocks", "step", "settings"],
 }
 
 
@@ -109,16 +110,21 @@ def test_the_papers_cells_are_the_papers() -> None:
         assert scores == [published[method] for method in ("vera", "lora", "nola", "randlora", "full")]
 
 
+def shown(script: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tables that a script which measured prints of its file."""
+    path = str(REPOSITORY / "scripts" / script)
+    monkeypatch.setattr(sys, "argv", [path, "--show", str(file)])
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(path, run_name="__main__")
+    return tables_of(output.getvalue())
+
+
 def test_tables_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that measured prints the tables; the ratios before them are of the same file."""
-    script = str(REPOSITORY / "scripts" / "benchmark.py")
-    monkeypatch.setattr(sys, "argv", [script, "--show", str(STUDIES / "speed" / "figures.json")])
-    with contextlib.redirect_stdout(io.StringIO()) as printed_tables:
-        runpy.run_path(script, run_name="__main__")
-    output = printed_tables.getvalue()
+    found = shown("benchmark.py", STUDIES / "speed" / "figures.json", monkeypatch)
     text = (STUDIES / "speed" / "README.md").read_text()
-    assert len(tables_of(output)) == 14
-    for printed_table in tables_of(output):
+    assert len(found) == 14
+    for printed_table in found:
         assert printed_table in text
     workloads = json.loads((STUDIES / "speed" / "figures.json").read_text())["workloads"]
     names = ("vit_b16", "vit_b32", "vit_12_blocks_b16", "llama_t512", "llama_t2048")
@@ -141,13 +147,40 @@ def test_tables_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert ratio == f"{seconds[variants[variant]] / seconds[references[what]]:.2f}"
 
 
+def test_table_of_execution_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its worst cell, in the page's words."""
+    file = STUDIES / "speed" / "plans.json"
+    (printed_table,) = shown("benchmark.py", file, monkeypatch)
+    page = (STUDIES / "speed" / "README.md").read_text()
+    assert printed_table in page
+    plans = [choice["seconds"] | {"": choice["chosen"]} for choice in json.loads(file.read_text())["plans"]]
+    regrets = [seconds[seconds[""]] / min(value for plan, value in seconds.items() if plan) for seconds in plans]
+    assert len(regrets) == 115
+    assert f"at most {max(regrets):.2f} times the fastest" in " ".join(page.split())
+
+
+def test_tables_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = STUDIES / "training_speed"
+    workloads = json.loads((folder / "compiled.json").read_text())["workloads"]
+    names = {"LoRA": "lora", "RandLoRA": "randlora", "RandLoRA, Kronecker bases": "randlora_kronecker"}
+    rows = rows_of("training_speed", "two blocks")
+    assert [label for label, *_ in rows] == list(names)
+    for label, *texts in rows:
+        seconds = [{key: f["step_seconds"] for key, f in workloads[load].items()} for load in ("vit_b16", "vit_b32")]
+        name = names[label]
+        assert texts == [f"{each[name] / each[f'{name}_compiled']:.2f}" for each in seconds]
+    assert shown("benchmark.py", folder / "profile.json", monkeypatch)[0] in (folder / "README.md").read_text()
+
+
+def test_table_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = STUDIES / "many_runs"
+    assert tables_of((folder / "README.md").read_text()) == shown("many_runs.py", folder / "figures.json", monkeypatch)
+
+
 def test_table_of_related_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, script = STUDIES / "related_speed", str(REPOSITORY / "scripts" / "benchmark.py")
-    monkeypatch.setattr(sys, "argv", [script, "--show", str(folder / "figures.json")])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        runpy.run_path(script, run_name="__main__")
+    folder = STUDIES / "related_speed"
     page = (folder / "README.md").read_text()
-    assert tables_of(page) == tables_of(printed.getvalue())
+    assert tables_of(page) == shown("benchmark.py", folder / "figures.json", monkeypatch)
     figures = json.loads((folder / "figures.json").read_text())["workloads"]["vit_b16"]
     slow = {name: f["step_seconds"] / figures["lora"]["step_seconds"] for name, f in figures.items()}
     assert {name for name, ratio in slow.items() if ratio > 1.5} == {"edora", "lorta"}

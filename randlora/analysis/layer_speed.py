@@ -49,6 +49,7 @@ from randlora.methods import (
 from randlora.plan import saved
 from randlora.records.memory import PeakMemory
 from randlora.studies.tables import markdown
+from randlora.training.compilation import CompiledBlocks
 
 try:
     import peft
@@ -64,6 +65,7 @@ class Variant(NamedTuple):
 
     build: Callable[[nn.Module, Workload], nn.Module]
     cached: bool = False  # stepped inside `cached`: W' is kept from forward to backward
+    compiled: bool = False  # stepped with its blocks compiled; left out where a workload has not several
     ours: bool = True  # whether it is evaluated inside `merged`
     attention_only: bool = False  # adapts the workload's `attention`, and is left out where there is none
 
@@ -73,8 +75,8 @@ def _adapted(method: Method, model: nn.Module, workload: Workload) -> nn.Module:
     return model
 
 
-def _ours(method: Method, cached: bool = False) -> Variant:
-    return Variant(partial(_adapted, method), cached)
+def _ours(method: Method, cached: bool = False, compiled: bool = False) -> Variant:
+    return Variant(partial(_adapted, method), cached, compiled)
 
 
 def _peft(config: str, **settings: int) -> Variant:
@@ -110,15 +112,22 @@ def lora_rank(model: nn.Module, targets: Sequence[str]) -> int:
     return round(report.trainable_parameters / sum(s.out_features + s.in_features for s in report.sites))
 
 
+def _lora(model: nn.Module, workload: Workload) -> nn.Module:
+    return _adapted(LoRA(rank=lora_rank(model, workload.targets)), model, workload)
+
+
 VARIANTS = {
     "frozen": Variant(lambda model, _: model.requires_grad_(False)),  # the floor: nothing is trained
     "full": _ours(FullFineTuning(train="targets")),
-    "lora": Variant(lambda model, load: _adapted(LoRA(rank=lora_rank(model, load.targets)), model, load)),
+    "lora": Variant(_lora),
+    "lora_compiled": Variant(_lora, compiled=True),
     "randlora": _ours(RandLoRA(rank=RANK)),
+    "randlora_compiled": _ours(RandLoRA(rank=RANK), compiled=True),
     "randlora_bf16": _ours(RandLoRA(rank=RANK, delta_dtype="bfloat16")),
     "randlora_cached": _ours(RandLoRA(rank=RANK), cached=True),
     "randlora_kronecker": _ours(RandLoRA(rank=RANK, basis="kronecker")),
     "randlora_kronecker_bf16": _ours(RandLoRA(rank=RANK, basis="kronecker", delta_dtype="bfloat16")),
+    "randlora_kronecker_compiled": _ours(RandLoRA(rank=RANK, basis="kronecker"), compiled=True),
     "vera": _ours(VeRA(rank=1024)),
     "vera_kronecker": _ours(VeRA(rank=1024, basis="kronecker")),
     "nola": _ours(NoLA(rank=1, num_bases=1024)),
@@ -210,12 +219,17 @@ def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch
         timed = {name: partial(device_seconds_of, call, device) for name, call in calls.items()}
         return {name: statistics.median(seconds) for name, seconds in interleaved(timed, rounds, warm_up=2).items()}
 
+    with torch.device("meta"):
+        several = len([*workload.build().children()]) > 1
     names = [name for name in names if workload.attention or not VARIANTS[name].attention_only]
+    names = [name for name in names if several or not VARIANTS[name].compiled]
     trials = {name: Trial(workload, VARIANTS[name], device) for name in names}
-    with ExitStack() as contexts:
+    with ExitStack() as contexts, ExitStack() as compilations:
         for name, trial in trials.items():
             if VARIANTS[name].cached:
                 contexts.enter_context(cached(trial.model))
+            if VARIANTS[name].compiled:
+                compilations.enter_context(CompiledBlocks(nn.Sequential(trial.model)))
         step_seconds = medians({name: trial.step for name, trial in trials.items()})
         figures: Figures = {
             name: {
@@ -228,6 +242,7 @@ def measure(workload: Workload, names: Sequence[str], rounds: int, device: torch
             }
             for name, trial in trials.items()
         }
+        compilations.close()  # scores are taken without
         for name, trial in trials.items():
             if VARIANTS[name].ours:
                 contexts.enter_context(merged(trial.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
 from randlora.records.memory import PeakMemory
@@ -22,7 +24,9 @@ def peak_bytes(experiment: Experiment) -> int:
     if getattr(experiment.model, "quantization", None):
         import torchao  # noqa: F401 - a library, not the model's memory
     before = 0 if device.type == "cuda" else PeakMemory(device).bytes()
-    backbone = experiment.model.load()
+    random = None in (getattr(experiment.model, "weights", ""), getattr(experiment.model, "pretrained", ""))
+    with device if random and device.type == "cuda" else nullcontext():  # where a large model's take seconds to draw
+        backbone = experiment.model.load()
     for tensor in [*backbone.module.parameters(), *backbone.module.buffers()]:
         tensor.data = tensor.data.clone()  # a mapped file would count whole, read or not
     experiment.adapt(backbone)
