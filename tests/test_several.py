@@ -152,7 +152,7 @@ def test_heads_belong_to_their_adapters(tmp_path: Path) -> None:
     assert torch.equal(several["score"].bias, 2 * torch.tensor([1e8, -1e-8, 0.1]))  # which no sum of others gives
     adapters.use({"a": 0.5, "b": 0.25})
     torch.testing.assert_close(several["score"].weight, start + 1)
-    with pytest.raises(SettingsError, match=r"a has score\.weight of its own"), adapters.each(["a", None]):
+    with pytest.raises(SettingsError, match=r"a has score\.\w+ of its own"), adapters.each(["a", None]):
         pass
     adapters.use(None)
     assert torch.equal(several["score"].weight, start)
