@@ -25,6 +25,7 @@ STUDIES = REPOSITORY / "experiments"
 PAGES = sorted(STUDIES.glob("*/README.md"))
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import figure  # noqa: E402 - scripts are no package
+import forgetting  # noqa: E402
 import searches  # noqa: E402
 import table  # noqa: E402
 
@@ -73,7 +74,11 @@ def test_tables_are_what_the_pages_commands_print(page: Path, monkeypatch: pytes
     monkeypatch.chdir(REPOSITORY)
     expected = [
         text
-        for script, main in (("scripts/table.py", table.main), ("scripts/searches.py", searches.main))
+        for script, main in (
+            ("scripts/table.py", table.main),
+            ("scripts/searches.py", searches.main),
+            ("scripts/forgetting.py", forgetting.main),
+        )
         for arguments in commands(page, script)
         if arguments[0].startswith("experiments/")
         for text in tables_of(printed(main, arguments))
