@@ -441,32 +441,34 @@ def test_clip_is_scored_on_another_task(runs: list[Path], tmp_path: Path, progra
 def test_a_run_is_asked_where_it_first_reached_a_score(
     tmp_path: Path, program: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    """Oracle: a run that ended there; the validation scores are written by hand."""
+    """Oracle: a run that ended there, and the norm that it logged; the validation scores are written by hand."""
     of_both = ("model=clip_tiny", "method=lora", "trainer.learning_rate=2e-2", "trainer.schedule=constant")
     kept = ("trainer.evaluate_every=1", "trainer.keep_adapters=true")
-    folder = finished(tmp_path / "kept", *of_both, *kept, "trainer.max_steps=3")
-    ended = finished(tmp_path / "ended", *of_both, "trainer.evaluate_every=1", "trainer.max_steps=2")
-    two = folder / "adapters" / "step_0000002"
-    tensors, expected_tensors = (load_file(path / "adapter.safetensors") for path in (two, ended / "adapter"))
+    folder = finished(tmp_path / "kept", *of_both, *kept, "trainer.max_steps=2")
+    ended = finished(tmp_path / "ended", *of_both, "trainer.evaluate_every=1", "trainer.max_steps=1")
+    first = folder / "adapters" / "step_0000001"
+    tensors, expected_tensors = (load_file(path / "adapter.safetensors") for path in (first, ended / "adapter"))
     assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected_tensors)
     config = Result.read(folder / "result.json").config
     assert signature(config) == signature(config | {"trainer": {**config["trainer"], "keep_adapters": False}})
-    rows = (Row(step, 0.0, {"validation/accuracy": score}) for step, score in enumerate((0.3, 0.5, 0.4), 1))
+    rows = (Row(step, 0.0, {"validation/accuracy": score}) for step, score in enumerate((0.5, 0.4), 1))
     (folder / "metrics.jsonl").write_text("".join(row.line() for row in rows))
     other, into = ["task=digits", "task.name=other", "task.test_size=16"], tmp_path / "rows.jsonl"
     asked = ["forgetting", folder, *other, "--at-score", "0.4", "0.6", "--into", into]
     assert program(REPOSITORY / "train.py", *asked) == FINISHED
     reached, never = (json.loads(line) for line in into.read_text().splitlines())
-    (expected,) = forgetting([ended], other)
-    assert (reached["at_score"], reached["step"], reached["validation"]) == (0.4, 2, 0.5)
-    assert {key: reached[key] for key in expected} == expected
-    assert (never["step"], never["validation"], never["after"], never["change"]) == (2, 0.5, None, None)
-    assert "lora: never reaches 0.6; its best is 0.5, at step 2" in capsys.readouterr().err
-    shutil.rmtree(two)
-    with pytest.raises(SettingsError, match=r"reaches 0.4 at step 2, whose adapter was not kept"):
+    norm = Row.of((ended / "metrics.jsonl").read_text().splitlines()[-1]).metrics["update/relative_norm_mean"]
+    assert reached["relative_norm"] == pytest.approx(norm, rel=1e-5)
+    assert (reached["method"], reached["arm"], reached["seed"]) == ("lora", "lora", 0)
+    assert reached["change"] == reached["after"] - reached["before"]
+    assert (reached["at_score"], reached["step"], reached["validation"]) == (0.4, 1, 0.5)
+    assert (never["step"], never["validation"], never["after"], never["change"]) == (1, 0.5, None, None)
+    assert "lora: never reaches 0.6; its best is 0.5, at step 1" in capsys.readouterr().err
+    shutil.rmtree(first)
+    with pytest.raises(SettingsError, match=r"reaches 0.4 at step 1, whose adapter was not kept"):
         first_at(folder, 0.4)
-    (folder / "metrics.jsonl").write_text(Row(3, 0.0, {"validation/accuracy": 0.5}).line())
-    assert first_at(folder, 0.4) == (3, 0.5, folder / "adapter")
+    (folder / "metrics.jsonl").write_text(Row(2, 0.0, {"validation/accuracy": 0.5}).line())
+    assert first_at(folder, 0.4) == (2, 0.5, folder / "adapter")
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(SettingsError, match="no validation/accuracy"):
         first_at(folder, 0.4)
