@@ -6,7 +6,8 @@ The file is what `randlora forgetting RUNS --at-score … --into FILE` or `randl
 written, of runs of several methods, each with as many values of one setting, its scale, and several seeds. Three tables
 for each model and score: the mean change of each arm over its seeds; differences seed by seed, methods over all scales
 and the ends of each method's, with Student's 95 % interval and p corrected for the number of the table's (Holm); and
-what part of the changes' sum of squares goes with the method, with the scale, and with the seed.
+what part of the changes' sum of squares goes with the method, with the scale, and with the seed, of the methods of
+which every run got there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from randlora.errors import SettingsError, exit_code
 from randlora.studies.analyses import read_rows
-from randlora.studies.equal_scores import by_arm, contrasts, shares
+from randlora.studies.equal_scores import by_arm, complete, contrasts, shares
 from randlora.studies.tables import difference_cells, markdown
 
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except SettingsError as error:
             print(f"\n{where}: {error}\n")
             continue
-        print("\n" + markdown([where, *parts], [["share", *(f"{part:.0%}" for part in parts.values())]]) + "\n")
+        shown = [", ".join(complete(rows)), *(f"{part:.0%}" for part in parts.values())]
+        print("\n" + markdown([where, *parts], [shown]) + "\n")
 
 
 if __name__ == "__main__":

@@ -101,21 +101,21 @@ def contrasts(rows: Rows, factor: float = 1.0) -> list[Contrast]:
 def shares(rows: Rows) -> dict[str, float]:
     """Of the changes' sum of squares the parts of method, scale, their interaction, the seed, and what is left.
 
-    Of the seeds in which every arm got there, so that the parts add up to 1.
+    Of the methods of which every run got there, and the seeds that all their arms have, so that the parts add up to 1.
 
     Raises:
-        SettingsError: Fewer than two such seeds.
+        SettingsError: Fewer than two such methods or two such seeds.
     """
-    place = levels(rows)
-    methods, count = sorted({row["method"] for row in rows}), max(place.values()) + 1
-    known = {
-        (row["seed"], row["method"], place[row["arm"]]): row["change"] for row in rows if row["change"] is not None
-    }
-    every = [(method, level) for method in methods for level in range(count)]
+    place, methods = levels(rows), complete(rows)
+    known = {(row["seed"], row["method"], place[row["arm"]]): row["change"] for row in rows}
+    every = [(method, level) for method in methods for level in range(max(place.values()) + 1)]
     seeds = [seed for seed in sorted({row["seed"] for row in rows}) if all((seed, *one) in known for one in every)]
-    if len(seeds) < 2:
-        raise SettingsError(f"{len(seeds)} seeds have every arm: shares of the variance need two; give a lower score")
-    values = np.array([[known[seed, *one] for one in every] for seed in seeds]).reshape(-1, len(methods), count)
+    if len(methods) < 2 or len(seeds) < 2:
+        raise SettingsError(
+            f"{len(methods)} methods have got there in every run, and {len(seeds)} seeds have all their arms: shares "
+            "of the variance need two of each; give a lower score"
+        )
+    values = np.array([[known[seed, *one] for one in every] for seed in seeds]).reshape(len(seeds), len(methods), -1)
     values -= values.mean()
     of_seed, of_method, of_scale = (values.mean(axis) for axis in ((1, 2), (0, 2), (0, 1)))
     both = values.mean(0) - of_method[:, None] - of_scale
@@ -125,3 +125,8 @@ def shares(rows: Rows) -> dict[str, float]:
         "method and scale together": np.square(both).mean() / total, "seed": np.square(of_seed).mean() / total,
     }  # fmt: skip
     return {name: float(part) for name, part in parts.items()} | {"rest": float(1 - sum(parts.values()))}
+
+
+def complete(rows: Rows) -> list[str]:
+    """The methods of which every run got there."""
+    return sorted({row["method"] for row in rows} - {row["method"] for row in rows if row["change"] is None})
