@@ -14,7 +14,7 @@ from scipy import stats
 from conftest import REPOSITORY
 from randlora.errors import SettingsError
 from randlora.studies.analyses import Analysis
-from randlora.studies.equal_scores import by_arm, contrasts, levels, numbers, shares
+from randlora.studies.equal_scores import by_arm, complete, contrasts, levels, numbers, shares
 from randlora.studies.statistics import holm
 from randlora.use.figures import draw
 
@@ -65,7 +65,11 @@ def test_contrasts_are_paired_by_seed_and_corrected_together() -> None:
     }
     assert list(found) == list(expected)
     assert [one.difference.p for one in found.values()] == pytest.approx([test.pvalue for test in expected.values()])
-    assert [one.holm for one in found.values()] == pytest.approx(holm([test.pvalue for test in expected.values()]))
+    gaps = [means[:, i] - means[:, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    gaps += [CHANGES[:, i, 2] - CHANGES[:, i, 0] for i in range(3)]
+    signs = np.array(list(product((1, -1), repeat=4)))  # by enumeration
+    flipped = [np.mean(np.abs((signs * gap).mean(1)) >= abs(gap.mean()) - 1e-12) for gap in gaps]
+    assert [one.holm for one in found.values()] == pytest.approx(holm(flipped))
     assert found["full - lora"].difference.mean == pytest.approx(100 * (means[:, 0] - means[:, 1]).mean())
 
 
@@ -90,8 +94,12 @@ def test_runs_that_never_get_there_are_counted_and_leave_their_pairs_out() -> No
 
 def test_scales_are_ordered_by_their_numbers() -> None:
     assert numbers("full, trainer.learning_rate=3e-05") == [3e-05]
-    assert numbers("vera, d_initial=0.1, rank=256") == [0.1, 256]
+    assert numbers("vera, trainer.learning_rate=0.025, d_initial=0.1, rank=256, basis=uniform") == [0.1, 256, 0.025]
     assert levels(rows())["lora, alpha=16"] == 1
+    rate = [row | {"arm": row["arm"].replace("alpha", "trainer.learning_rate")} for row in rows()]
+    some = [row for row in rows() if row["method"] != "full"] + [row for row in rate if row["method"] == "full"]
+    assert complete(some) == ["lora", "vera"]
+    assert [one.name for one in contrasts(some)][:2] == ["lora - vera", "full: largest - smallest scale"]
 
 
 def test_the_script_prints_a_table_for_each_score(tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ import numpy as np
 
 from randlora.errors import SettingsError
 from randlora.studies.groups import spread
-from randlora.studies.statistics import Difference, holm, student_difference
+from randlora.studies.statistics import Difference, holm, sign_flip_p, student_difference
 
 Rows = Sequence[Mapping[str, Any]]
+_NUMBER = re.compile(r"\d+\.?\d*(e[+-]?\d+)?")
 
 
 def numbers(arm: str) -> list[float]:
-    """The numbers in an arm's label, by which its siblings are ordered."""
-    return [float(number) for number in re.findall(r"(?<![a-z_])\d+\.?\d*(?:e[+-]?\d+)?", arm)]
+    """The numbers in an arm's label, by which its siblings are ordered: the method's own first, then the trainer's."""
+    parts = sorted(arm.split(", ")[1:], key=lambda part: part.startswith("trainer."))
+    return [float(part.partition("=")[2]) for part in parts if _NUMBER.fullmatch(part.partition("=")[2])]
 
 
 def levels(rows: Rows) -> dict[str, int]:
@@ -57,7 +59,10 @@ def by_arm(rows: Rows, factor: float = 1.0) -> list[list[str]]:
 
 
 class Contrast(NamedTuple):
-    """A difference of changes, seed by seed, and its p corrected for all contrasts of a table."""
+    """A difference of changes, seed by seed, with Student's interval, and the p of `sign_flip_p`, Holm's for a table.
+
+    Accuracies are few values, so that differences of some seeds may be equal by chance; Student's p is then nought.
+    """
 
     name: str
     difference: Difference
@@ -65,7 +70,7 @@ class Contrast(NamedTuple):
 
 
 def contrasts(rows: Rows, factor: float = 1.0) -> list[Contrast]:
-    """Every two methods, each by its mean over the levels that both reached in a seed; and the ends of each method's.
+    """Every two `scaled` methods, by means over the levels that both have in a seed; and the ends of each method's.
 
     Args:
         rows: Of one model and one score.
@@ -82,7 +87,7 @@ def contrasts(rows: Rows, factor: float = 1.0) -> list[Contrast]:
     methods, seeds = sorted({row["method"] for row in rows}), sorted({row["seed"] for row in rows})
     count = max(place.values()) + 1
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for first, second in combinations(methods, 2):
+    for first, second in combinations(scaled(rows), 2):
         for seed in seeds:
             both = [i for i in range(count) if (first, i, seed) in known and (second, i, seed) in known]
             if both:
@@ -94,14 +99,14 @@ def contrasts(rows: Rows, factor: float = 1.0) -> list[Contrast]:
             if largest in known and smallest in known:
                 pairs.setdefault(f"{method}: largest - smallest scale", []).append((known[largest], known[smallest]))
     found = {name: student_difference(*zip(*values, strict=True)) for name, values in pairs.items() if len(values) > 1}
-    corrected = holm([difference.p for difference in found.values()])
+    corrected = holm([sign_flip_p(np.subtract(*zip(*pairs[name], strict=True))) for name in found])
     return [Contrast(name, found[name], p) for name, p in zip(found, corrected, strict=True)]
 
 
 def shares(rows: Rows) -> dict[str, float]:
     """Of the changes' sum of squares the parts of method, scale, their interaction, the seed, and what is left.
 
-    Of the methods of which every run got there, and the seeds that all their arms have, so that the parts add up to 1.
+    Of the methods that are `complete`, and the seeds that all their arms have, so that the parts add up to 1.
 
     Raises:
         SettingsError: Fewer than two such methods or two such seeds.
@@ -127,6 +132,13 @@ def shares(rows: Rows) -> dict[str, float]:
     return {name: float(part) for name, part in parts.items()} | {"rest": float(1 - sum(parts.values()))}
 
 
+def scaled(rows: Rows) -> list[str]:
+    """The methods with a scale of their own, whose arms do not differ in the trainer's settings alone."""
+    own = (row["method"] for row in rows if any(not part.startswith("trainer.") for part in row["arm"].split(", ")[1:]))
+    return sorted(set(own))
+
+
 def complete(rows: Rows) -> list[str]:
-    """The methods of which every run got there."""
-    return sorted({row["method"] for row in rows} - {row["method"] for row in rows if row["change"] is None})
+    """Those of the `scaled` methods of which every run got there."""
+    never = {row["method"] for row in rows if row["change"] is None}
+    return [method for method in scaled(rows) if method not in never]
