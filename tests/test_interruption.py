@@ -85,7 +85,8 @@ def experiment(root: Path, resume: bool | str = True, loggers: tuple = (), **cha
     """8 steps; a step in two, its parameters scored; test examples in six batches."""
     settings = {
         "max_steps": 8, "batch_size": 8, "learning_rate": 0.05, "evaluation_batch_size": 10, "evaluate_every": 2,
-        "select": "best", "log_every": 1, "device": "cpu", "save_minutes": None, "keep_adapters": True,
+        "select": "best", "log_every": 1, "device": "cpu", "save_minutes": None,
+        "keep_adapters": changes.get("evaluate_every", 2) is not None,
     }  # fmt: skip
     trainer = Trainer(**settings | changes)  # type: ignore[arg-type]
     config = {
