@@ -233,7 +233,7 @@ def test_what_is_finished_anyway_is_finished(tmp_path: Path) -> None:
     def signalled() -> int:
         before = randlora.finetune.save_adapter
         randlora.finetune.save_adapter = lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or before(*rest)
-        return run_code(tmp_path)
+        return run_code(tmp_path, keep_adapters=False)
 
     assert code_of(forked(signalled)) == FINISHED
     assert record_of(tmp_path)["status"] == "finished"
