@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from randlora.adapters import save_adapter
-from randlora.adapters.interface import describe, method_from
+from randlora.adapters.core import require_adaptation
+from randlora.adapters.interface import Method, describe, method_from
 from randlora.experiment import Experiment
 from randlora.integrity import Damaged, read_json, write_json
 from randlora.models.base import Backbone
+from randlora.records.kept import kept_adapter
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record
 from randlora.records.result import Headline
 from randlora.signals import STOP
-from randlora.tasks.base import Splits
+from randlora.tasks.base import Bound, Splits
 from randlora.training.cached_features import cache_features
 from randlora.training.evaluate import brief, norms, prefixed
 from randlora.training.processes import of_the_main_process
@@ -57,6 +61,10 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
     def scores(name: str, split: str) -> dict[str, float]:
         return prefixed(name, trainer.evaluate(task, bound.model, getattr(splits, split), record, accelerator))
 
+    def keep(step: int) -> None:
+        if accelerator.is_main_process:
+            keep_adapter(backbone, bound, kept_adapter(record.folder, step))
+
     metrics: dict[str, float] = {}
     if task.zero_shot and bound.head is None and trainer.stop_at is None:  # of a paused run no test example is scored
         metrics = scores("zero_shot", "test")
@@ -64,7 +72,7 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
     fit = trainer.fit(
         task, bound, splits, seed=seed, folder=record.checkpoints, observer=record, accelerator=accelerator,
         optimizer=experiment.optimizer, steps=trainer.steps(examples["train"]),
-        strict=experiment.config["resume"] == "strict",
+        strict=experiment.config["resume"] == "strict", keep=keep if trainer.keep_adapters else None,
     )  # fmt: skip
     headline, grown = f"test/{task.headline}", fit.trainable_parameters - report.trainable_parameters
     known = {key: value for key, value in vars(fit).items() if key != "paused"} | {
@@ -93,6 +101,16 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
         "adapter_bytes": adapter_bytes,
         "peak_memory_bytes": memory.bytes(),
     }
+
+
+def keep_adapter(backbone: Backbone, bound: Bound, folder: Path) -> None:
+    """Writes the adapter of a training that goes on, as it would be if it ended here."""
+    module = backbone.module
+    if type(require_adaptation(module).method).finish is not Method.finish:  # which changes the updates
+        module = copy.deepcopy(module)
+        adaptation = require_adaptation(module)
+        adaptation.method = adaptation.method.finish(adaptation.updates)
+    save_adapter(module, folder, bound.modules())
 
 
 def calibrated(

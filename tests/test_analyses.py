@@ -6,12 +6,14 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.optimize import minimize
 from torch import nn
 
@@ -21,9 +23,14 @@ from letters import Letters, llama
 from randlora.adapters.core import adapted_layers, require_adaptation
 from randlora.errors import FINISHED, WRONG_SETTINGS, SettingsError
 from randlora.experiment import Experiment
-from randlora.methods import DoRA, LoRA, MELoRA, Method, NoLA, RandLoRA, RandLoRAa, SoRA, VeRA
+from randlora.finetune import keep_adapter
+from randlora.methods import DoRA, IncreLoRA, LoRA, MELoRA, Method, NoLA, RandLoRA, RandLoRAa, SoRA, VeRA
 from randlora.records import Result
+from randlora.records.kept import first_at
+from randlora.records.metrics import Row
+from randlora.records.signature import signature
 from randlora.run import run
+from randlora.training import Trainer
 from randlora.use.approximate import Fit, _layer, errors, nearest, truncated
 from randlora.use.cka import cka, gram_matrices, hsic
 from randlora.use.figures import draw
@@ -429,6 +436,60 @@ def test_clip_is_scored_on_another_task(runs: list[Path], tmp_path: Path, progra
     names = [name.replace("in_proj.weight", "in_proj_weight") for name in names]
     norms = [((merged[name] - unfused[name]).norm() / unfused[name].norm()).item() for name in names]
     assert rows[0]["relative_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_a_run_is_asked_where_it_first_reached_a_score(
+    tmp_path: Path, program: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    """Oracle: a run that ended there, and the norm that it logged; the validation scores are written by hand."""
+    of_both = ("model=clip_tiny", "method=lora", "trainer.learning_rate=2e-2", "trainer.schedule=constant")
+    kept = ("trainer.evaluate_every=1", "trainer.keep_adapters=true")
+    folder = finished(tmp_path / "kept", *of_both, *kept, "trainer.max_steps=2")
+    ended = finished(tmp_path / "ended", *of_both, "trainer.evaluate_every=1", "trainer.max_steps=1")
+    first = folder / "adapters" / "step_0000001"
+    tensors, expected_tensors = (load_file(path / "adapter.safetensors") for path in (first, ended / "adapter"))
+    assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected_tensors)
+    config = Result.read(folder / "result.json").config
+    assert signature(config) == signature(config | {"trainer": {**config["trainer"], "keep_adapters": False}})
+    rows = (Row(step, 0.0, {"validation/accuracy": score}) for step, score in enumerate((0.5, 0.4), 1))
+    (folder / "metrics.jsonl").write_text("".join(row.line() for row in rows))
+    other, into = ["task=digits", "task.name=other", "task.test_size=16"], tmp_path / "rows.jsonl"
+    asked = ["forgetting", folder, *other, "--at-score", "0.4", "0.6", "--into", into]
+    assert program(REPOSITORY / "train.py", *asked) == FINISHED
+    reached, never = (json.loads(line) for line in into.read_text().splitlines())
+    norm = Row.of((ended / "metrics.jsonl").read_text().splitlines()[-1]).metrics["update/relative_norm_mean"]
+    assert reached["relative_norm"] == pytest.approx(norm, rel=1e-5)
+    assert (reached["method"], reached["arm"], reached["seed"]) == ("lora", "lora", 0)
+    assert reached["change"] == reached["after"] - reached["before"]
+    assert (reached["at_score"], reached["step"], reached["validation"]) == (0.4, 1, 0.5)
+    assert (never["step"], never["validation"], never["after"], never["change"]) == (1, 0.5, None, None)
+    assert "lora: never reaches 0.6; its best is 0.5, at step 1" in capsys.readouterr().err
+    shutil.rmtree(first)
+    with pytest.raises(SettingsError, match=r"reaches 0.4 at step 1, whose adapter was not kept"):
+        first_at(folder, 0.4)
+    (folder / "metrics.jsonl").write_text(Row(2, 0.0, {"validation/accuracy": 0.5}).line())
+    assert first_at(folder, 0.4) == (2, 0.5, folder / "adapter")
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(SettingsError, match="no validation/accuracy"):
+        first_at(folder, 0.4)
+    with pytest.raises(SettingsError, match=r"keep_adapters=true: give trainer\.evaluate_every"):
+        Trainer(keep_adapters=True)
+
+
+@pytest.mark.parametrize("method", [SoRA(rank=4), IncreLoRA(rank=4), RandLoRA(rank=4)])
+def test_an_adapter_on_the_way_is_as_if_it_ended_there(method: Method, tmp_path: Path) -> None:
+    """Of methods that change at their end, too; the training goes on with what it had."""
+    subject = language(method)
+    adaptation = require_adaptation(subject.backbone.module)
+    names, words = set(adaptation.saved()), torch.arange(12)[None]
+    with torch.no_grad():
+        expected = subject.backbone.module.eval()(words).logits
+    keep_adapter(subject.backbone, subject.bound, tmp_path / "kept")
+    assert (adaptation.method, set(adaptation.saved())) == (method, names)
+    fresh = llama().module.eval()
+    randlora.load_adapter(fresh, tmp_path / "kept")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(words).logits, expected)
 
 
 def test_what_cannot_be_asked_is_refused(

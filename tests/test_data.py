@@ -55,12 +55,15 @@ class Noise(Encoder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_augmentation_depends_on_the_position_alone(workers: int) -> None:
+def test_augmentation_depends_on_the_position_alone(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves devices alone, where the noise of a step is drawn."""
     table = ArrayImages(np.zeros((6, 4, 4), np.uint8), np.arange(6))
     split = Split(table, np.arange(6), Noise(), augment_seed=3)
     keys = list(training_keys(6, 3, range(4), seed=0))
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device is seeded"))
     drawn = torch.cat([batch["value"] for (batch,) in loader(split, iter(keys), workers)])
+    monkeypatch.undo()
     torch.manual_seed(99)
     again = torch.cat([batch["value"] for (batch,) in loader(split, iter(keys[2:]), 0)])
     assert torch.equal(drawn[6:], again)

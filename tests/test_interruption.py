@@ -87,6 +87,7 @@ def experiment(root: Path, resume: bool | str = True, loggers: tuple = (), **cha
     settings = {
         "max_steps": 8, "batch_size": 8, "learning_rate": 0.05, "evaluation_batch_size": 10, "evaluate_every": 2,
         "select": "best", "log_every": 1, "device": "cpu", "save_minutes": None,
+        "keep_adapters": changes.get("evaluate_every", 2) is not None,
     }  # fmt: skip
     trainer = Trainer(**settings | changes)  # type: ignore[arg-type]
     config = {
@@ -219,6 +220,12 @@ def test_a_signal_at_any_moment_is_recorded_and_gone_on_from(moment: str, tmp_pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     without_time = [[{**line, "time": 0} for line in lines_of(root)] for root in (tmp_path, unbroken)]
     assert without_time[0] == without_time[1]
+    kept_adapters = [
+        {path.parent.name: path.read_bytes() for path in root.rglob("adapters/*/adapter.safetensors")}
+        for root in (tmp_path, unbroken)
+    ]
+    assert kept_adapters[0] == kept_adapters[1]
+    assert sorted(kept_adapters[0]) == [f"step_000000{step}" for step in (2, 4, 6, 8)]
 
 
 def test_what_is_finished_anyway_is_finished(tmp_path: Path) -> None:
@@ -227,7 +234,7 @@ def test_what_is_finished_anyway_is_finished(tmp_path: Path) -> None:
     def signalled() -> int:
         before = randlora.finetune.save_adapter
         randlora.finetune.save_adapter = lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or before(*rest)
-        return run_code(tmp_path)
+        return run_code(tmp_path, keep_adapters=False)
 
     assert code_of(forked(signalled)) == FINISHED
     assert record_of(tmp_path)["status"] == "finished"

@@ -26,6 +26,7 @@ STUDIES = REPOSITORY / "experiments"
 PAGES = sorted(STUDIES.glob("*/README.md"))
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import figure  # noqa: E402 - scripts are no package
+import forgetting  # noqa: E402
 import searches  # noqa: E402
 import table  # noqa: E402
 
@@ -75,7 +76,11 @@ def test_tables_are_what_the_pages_commands_print(page: Path, monkeypatch: pytes
     monkeypatch.chdir(REPOSITORY)
     expected = [
         text
-        for script, main in (("scripts/table.py", table.main), ("scripts/searches.py", searches.main))
+        for script, main in (
+            ("scripts/table.py", table.main),
+            ("scripts/searches.py", searches.main),
+            ("scripts/forgetting.py", forgetting.main),
+        )
         for arguments in commands(page, script)
         if arguments[0].startswith("experiments/")
         for text in tables_of(printed(main, arguments))
@@ -257,8 +262,8 @@ def test_table_of_baselines() -> None:
 def test_halvings_third_setting() -> None:
     """VeRA's two seeds on CIFAR-10: p in the page's words. Oracle: SciPy's paired t test."""
     chosen, best = [0.333, 0.346], [0.338, 0.348]
-    found = json.loads((STUDIES / "halving" / "second" / "cifar10_grid.json").read_text())["findings"]
-    assert {tuple(trial["each"]["270"]) for trial in found[0]["trials"]} >= {tuple(chosen), tuple(best)}
+    found = json.loads((STUDIES / "halving" / "second_grid.json").read_text())["findings"]
+    assert {tuple(trial["each"]["270"]) for trial in found[1]["trials"]} >= {tuple(chosen), tuple(best)}
     assert ttest_rel(chosen, best).pvalue == pytest.approx(0.26, abs=0.005)
 
 

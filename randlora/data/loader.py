@@ -128,7 +128,8 @@ class Split(Dataset):
         if self.augment_seed is None:
             return {"row": index, **self.encode(example)}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer("augmentation", self.augment_seed, position))
+            # Not torch.manual_seed: it seeds devices too, where a step's noise is drawn, or formats a stack for later.
+            torch.default_generator.manual_seed(integer("augmentation", self.augment_seed, position))
             return {"row": index, **self.encode(example)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 # Where data and records lie, who watches, and how often it is logged and saved do not change a result.
 EXCLUDED_FROM_HASH = {
-    "run_root", "data_root", "dry_run", "resume", "retry", "tags", "logger", "trainer.stop_at",
+    "run_root", "data_root", "dry_run", "resume", "retry", "tags", "logger", "trainer.stop_at", "trainer.keep_adapters",
     "trainer.device", "trainer.workers", "trainer.log_every", "trainer.evaluation_batch_size", "trainer.save_every",
     "trainer.save_minutes", "trainer.keep_last", "trainer.peer_timeout", "trainer.auto_batch",
     "predictions",
@@ -43,9 +43,10 @@ def _first_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def modern(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record's settings as today's: `trainer.betas` become the optimiser's, later ones are there, no logger is.
 
-    Nor is `trainer.stop_at`, which says where a run paused and not what it is.
+    Nor are `trainer.stop_at` and `keep_adapters`, which say where a run paused and what it left, and not what it is.
     """
-    trainer = {key: value for key, value in config.get("trainer", {}).items() if key != "stop_at"}
+    beside = ("stop_at", "keep_adapters")
+    trainer = {key: value for key, value in config.get("trainer", {}).items() if key not in beside}
     adamw = {"_target_": "randlora.training.Optimizer", "algorithm": "AdamW", "betas": trainer.pop("betas", None)}
     later = {key.partition(".")[2]: value for key, value in CAME_LATER.items() if key.startswith("trainer.")}
     return {"optimizer": adamw, "predictions": True, "retry": False, **config, "trainer": later | trainer, "logger": {}}

@@ -58,7 +58,7 @@ class Analysis(NamedTuple):
             if summary.only is None or row[summary.only[0]] == summary.only[1]:
                 groups.setdefault(tuple(row[key] for key in summary.keys), []).append(row)
         return [
-            [*map(str, names), *(f"{statistics.mean(row[name] for row in group):.4g}" for name in summary.means)]
+            [*map(str, names), *(_mean([row[name] for row in group]) for name in summary.means)]
             for names, group in groups.items()
         ]
 
@@ -82,6 +82,12 @@ SUMMARIES = {  # by command
         figure=False,
     ),
 }  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Of those that are known; blank where none is."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.4g}" if known else ""
 
 
 def analyses(folder: Path) -> list[Analysis]:

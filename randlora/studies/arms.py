@@ -156,8 +156,7 @@ def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> 
     keys = [key for key in varying(settings) if key not in _OF_A_RUN and not (known and key in SEARCHED)]
     variants: dict[str, list[Sequence[Result]]] = {}
     for runs, of_run in zip(groups, settings, strict=True):
-        texts = (f"{key.removeprefix('method.')}={text(of_run.get(key))}" for key in keys)
-        variants.setdefault(", ".join([method, *texts]), []).append(runs)
+        variants.setdefault(label_of(method, of_run, keys), []).append(runs)
     return [
         Arm(where, method, label, max(done, key=_choice), tried)
         for label, tried in variants.items()
@@ -168,6 +167,11 @@ def _of_method(where: Cell, method: str, groups: Sequence[Sequence[Result]]) -> 
 def _choice(runs: Sequence[Result]) -> tuple[int, float]:
     scores = [run.validation for run in runs if run.validation is not None]
     return len(runs), statistics.mean(scores) if scores else 0.0
+
+
+def label_of(method: str, settings: Mapping[str, object], keys: Sequence[str]) -> str:
+    """An arm's label: its method, and what its settings of the `keys` are."""
+    return ", ".join([method, *(f"{key.removeprefix('method.')}={text(settings.get(key))}" for key in keys)])
 
 
 def flat_settings(result: Result) -> dict[str, object]:

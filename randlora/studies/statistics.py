@@ -69,7 +69,7 @@ def student_difference(first: Sequence[float], second: Sequence[float]) -> Diffe
     """The mean of first - second over runs in one order, with Student's 95 % interval and p-value."""
     points = np.subtract(first, second)
     mean = float(points.mean())
-    if np.ptp(points) == 0:  # no deviation to test against
+    if np.ptp(points) <= 1e-12 * np.abs(points).max():  # no deviation to test against, but for rounding
         return Difference(mean, mean, mean, float(mean == 0), len(points))
     test = stats.ttest_1samp(points, 0.0)
     interval = test.confidence_interval(0.95)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +46,13 @@ class Loop:
     def __init__(
         self, settings: Settings, task: Task, bound: Bound, splits: Splits, seed: int, folder: Path, observer: Observer,
         accelerator: Accelerator, optimizer: Optimizer, steps: int | None = None,
+        keep: Callable[[int], None] | None = None,
     ):  # fmt: skip
         self.settings, self.task, self.splits, self.seed = settings, task, splits, seed
         self.folder, self.observer, self.accelerator = folder, observer, accelerator
         self.adaptation = require_adaptation(bound.model)
         self.plain = bound.model.to(accelerator.device)  # .to before the optimiser sees the parameters
-        self.bound, self.algorithm = bound, optimizer
+        self.bound, self.algorithm, self.keep = bound, optimizer, keep
         if accelerator.ddp_handler is not None:
             # Every forward reaches every update; of a whole model it may leave out some (a mask token).
             accelerator.ddp_handler.find_unused_parameters = bool(self.adaptation.unfrozen)
@@ -170,7 +171,7 @@ class Loop:
         return Step(step, self.steps, rate, self.seed)
 
     def validate(self, done: int) -> None:
-        """Scores the validation set, and keeps the parameters where its loss is the lowest so far and that matters."""
+        """Scores the validation set; keeps the adapter, and the parameters of the lowest loss, where that is wished."""
         about = self.observer, self.accelerator
         scores = self.settings.evaluate(self.task, self.plain, self.splits.validation, *about)
         if self.best and self.splits.labelled is not None:
@@ -179,6 +180,8 @@ class Loop:
         named = self.scores | norms(self.plain)
         self.observer.log(named, done)
         self.observer.say(f"step {done}: {brief(named)}")
+        if self.keep:
+            self.keep(done)
         if self.best:
             self.best = self.best.or_now(done, scores, self.trained)
 

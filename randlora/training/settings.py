@@ -73,6 +73,7 @@ class Settings(Bounded):
         max_grad_norm: Gradients are clipped to this norm, all together; None: not at all.
         precision: fp32, or bf16 for autocast; trained tensors stay float32.
         evaluate_every: Steps between scores on the validation set; None: none while training.
+        keep_adapters: Whether every one of these steps leaves its adapter, in ``adapters/step_N`` of the run's folder.
         select: The parameters that a run ends with: ``last``, or ``best``, those of lowest validation loss among every
             `evaluate_every` steps and the last one, the first of equals.
         sampling: How training examples are drawn: ``permutation``, each once an epoch, or ``replacement``.
@@ -106,6 +107,7 @@ class Settings(Bounded):
     max_grad_norm: Positive | None = 1.0
     precision: Precision = "fp32"
     evaluate_every: Count | None = None
+    keep_adapters: bool = False
     select: Literal["last", "best"] = "last"
     sampling: Literal["permutation", "replacement"] = "permutation"
     save_every: Count | None = None
@@ -125,6 +127,8 @@ class Settings(Bounded):
             )
         if self.select == "best" and self.evaluate_every is None:
             raise SettingsError("trainer.select=best: give trainer.evaluate_every, the steps between the candidates")
+        if self.keep_adapters and self.evaluate_every is None:
+            raise SettingsError("trainer.keep_adapters=true: give trainer.evaluate_every, the steps between them")
         if self.select == "best" and self.stop_at is not None:
             raise SettingsError(
                 f"trainer.stop_at={self.stop_at}: a paused run is scored as it stands; use trainer.select=last"

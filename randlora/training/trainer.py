@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ class Trainer(Settings):
     def fit(
         self, task: Task, bound: Bound, splits: Splits, *, seed: int, folder: Path, observer: Observer,
         accelerator: Accelerator, optimizer: Optimizer | None = None, steps: int | None = None, strict: bool = False,
+        keep: Callable[[int], None] | None = None,
     ) -> Fit:  # fmt: skip
         """Trains an adapted model with its head; goes on from the newest valid checkpoint in `folder`.
 
@@ -37,11 +39,14 @@ class Trainer(Settings):
             optimizer: None for AdamW.
             steps: How many; None for what the settings make of the training split's length.
             strict: Whether to stop where there are checkpoints and none is valid, instead of starting again.
+            keep: Called with the number of steps whenever the validation split has been scored, the model being as it
+                was then; None: nothing is kept.
 
         Raises:
             Diverged: When the loss or the gradient's norm is not finite.
             Interrupted: When a signal asked for it, with a checkpoint to go on from.
             SettingsError: As `strict` says; nothing to train; the best step to select and no validation loss.
         """
-        loop = Loop(self, task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps)
+        given = task, bound, splits, seed, folder, observer, accelerator, optimizer or Optimizer(), steps, keep
+        loop = Loop(self, *given)
         return loop.fit(strict)

@@ -95,11 +95,20 @@ def forgetting_command(arguments: Sequence[str]) -> int:
     """randlora forgetting RUN … [task=NAME …]"""
     parser = _parser("forgetting", "Scores before and after training, on what the runs were not trained on.")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="a text a line, in place of the built-in sentences")
+    parser.add_argument(
+        "--at-score", type=float, nargs="+", default=[], metavar="SCORE",
+        help="ask each run at its first evaluated step with this validation score; needs trainer.keep_adapters",
+    )  # fmt: skip
     options = _parsed(parser, arguments)
     if options.texts is not None and not options.texts.is_file():
         raise SettingsError(f"--texts {options.texts}: there is no such file")
     texts = None if options.texts is None else [line for line in options.texts.read_text().splitlines() if line.strip()]
-    return _finish(options, forgetting(options.runs, options.overrides, texts, options.base))
+    rows = forgetting(options.runs, options.overrides, texts, options.base, options.at_score)
+    for row in rows:
+        if row["change"] is None:
+            about = f"never reaches {row['at_score']:g}; its best is {row['validation']:g}, at step {row['step']}"
+            print(f"{row['run']}: {about}", file=sys.stderr)
+    return _finish(options, rows)
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from randlora.errors import SettingsError
+from randlora.studies.equal_scores import numbers
 from randlora.studies.figures import COLOURS, MARKERS, OTHER_COLOUR, blank, save
 from randlora.use.landscape import CLAMP
 from randlora.use.sample import BASE
@@ -116,6 +118,37 @@ def _draw_errors(rows: Rows, paths: Sequence[Path]) -> None:
     save(figure, *paths)
 
 
+def _draw_at_scores(rows: Rows, paths: Sequence[Path]) -> None:
+    """A panel for each model and thing scored: the change at each validation score, a mean over seeds with deviation.
+
+    A method has its colour, and its arms, by the numbers in their settings, markers that are the same for all methods.
+    """
+    panels = _by(rows, "model", "on", "metric")
+    figure = blank(7.2 * len(panels), 4.4)
+    for axis, ((model, on, metric), part) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        scores = sorted({row["at_score"] for row in part})
+        arms = sorted(_by(part, "method", "arm").items(), key=lambda item: (item[0][0], numbers(item[0][1])))
+        siblings: Counter[str] = Counter()
+        for number, ((method, arm), own) in enumerate(arms):
+            changes = [[r["change"] for r in own if r["at_score"] == s and r["change"] is not None] for s in scores]
+            known = [place for place, values in enumerate(changes) if values]
+            axis.errorbar(
+                [place + (number / len(arms) - 0.5) * 0.8 for place in known],
+                [np.mean(changes[place]) for place in known],
+                [np.std(changes[place], ddof=1) if len(changes[place]) > 1 else 0.0 for place in known],
+                fmt=MARKERS[siblings[method] % len(MARKERS)], color=_colour(method), label=arm, capsize=2,
+            )  # fmt: skip
+            siblings[method] += 1
+        axis.axhline(0, linestyle="--", color="#999999", linewidth=1)
+        axis.set_xticks(range(len(scores)), [f"{score:g}" for score in scores])
+        axis.set(title=f"{model} on {on}", xlabel="first validation score of", ylabel=f"change of {metric}")
+        axis.grid(alpha=0.3, axis="y")
+        axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, *paths)
+
+
 def _draw_forgetting(rows: Rows, paths: Sequence[Path]) -> None:
     """A panel for each model and thing scored: the change against the size of the update."""
     panels = _by(rows, "model", "on", "metric")
@@ -132,10 +165,11 @@ def _draw_forgetting(rows: Rows, paths: Sequence[Path]) -> None:
     save(figure, *paths)
 
 
-DRAWINGS = {  # by a column that only its rows have
+DRAWINGS = {  # by a column that only its rows have, or that comes first
     "cka": _draw_cka,
     "part": _draw_landscape,
     "error": _draw_errors,
+    "at_score": _draw_at_scores,
     "change": _draw_forgetting,
 }
 

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from randlora.adapters.core import adapted_layers
+from randlora.config import leaves
 from randlora.data.texts import pad, pad_inputs
 from randlora.errors import SettingsError
+from randlora.experiment import Experiment
+from randlora.records.kept import Reached, first_at
+from randlora.records.signature import EXCLUDED_FROM_HASH, modern
+from randlora.studies.arms import label_of, varying
 from randlora.tasks.language_model import IGNORED, LanguageModel, learned
 from randlora.training.evaluate import evaluate, norms, to_device
 from randlora.use.retention import SENTENCES
@@ -19,8 +24,9 @@ RETENTION = "retention"  # what the built-in sentences are called among tasks
 
 
 def forgetting(
-    folders: Sequence[Path], overrides: Sequence[str] = (), texts: Sequence[str] | None = None, base: Base = "same"
-) -> list[dict[str, Any]]:
+    folders: Sequence[Path], overrides: Sequence[str] = (), texts: Sequence[str] | None = None, base: Base = "same",
+    at_scores: Sequence[float] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
     """Scores of the models of runs, and of the model before training.
 
     Args:
@@ -29,15 +35,20 @@ def forgetting(
             about `texts`.
         texts: For a language model; None for SENTENCES.
         base: As `Trained.load` takes it.
+        at_scores: Validation scores, at the first evaluated step with which each run is asked, instead of at its end;
+            see `randlora.records.kept`.
 
     Returns:
-        A row for each run, with ``model``, ``task`` (it was trained on), ``run``, ``on`` (what is scored), ``metric``,
-        ``before``, ``after``, ``change`` and ``relative_norm``, the mean of ‖ΔW‖ / ‖W0‖ over its layers. The metric is
-        the other task's headline, or ``token_loss``, in nats.
+        A row for each run, with ``model``, ``task`` (it was trained on), ``run``, ``method``, ``arm`` (the method, and
+        what differs between its runs but for the seed), ``seed``, ``on`` (what is scored), ``metric``, ``before``,
+        ``after``, ``change`` and ``relative_norm``, the mean of ‖ΔW‖ / ‖W0‖ over its layers. The metric is the other
+        task's headline, or ``token_loss``, in nats. With `at_scores` a row for each run and score, with ``at_score``,
+        ``step`` and ``validation`` too; where no step has reached it, ``validation`` is the best, ``step`` is that
+        one's, and ``after``, ``change`` and ``relative_norm`` are None.
 
     Raises:
         SettingsError: The model has a head, which is its own task's alone; or it writes no texts, and no other task is
-            named; or the task is the runs' own.
+            named; or the task is the runs' own; or as `first_at` says.
     """
     runs = named(folders)
     first = experiment_of(folders[0], data=False)
@@ -51,17 +62,39 @@ def forgetting(
         )
     if texts is not None and not any(text.strip() for text in texts):
         raise SettingsError("the texts are empty: give at least a sentence")
-    before = _scored(Trained.before(folders[0], bool(overrides), overrides), overrides, texts)
+    named_runs = zip(runs.items(), _arms([experiment_of(folder, data=False) for folder in folders]), strict=True)
+    stages = [(name, folder, arm, stage) for (name, folder), arm in named_runs for stage in _stages(folder, at_scores)]
+    on, metric, before = _scored(Trained.before(folders[0], bool(overrides), overrides), overrides, texts)
     rows = []
-    for name, folder in runs.items():
-        subject = Trained.load(folder, base, bool(overrides), overrides)
-        on, metric, after = _scored(subject, overrides, texts)
-        rows.append({
-            "model": first.model.name, "task": first.task.name, "run": name, "on": on, "metric": metric,
-            "before": before[2], "after": after, "change": after - before[2],
-            "relative_norm": _mean_norm(subject),
-        })  # fmt: skip
+    for name, folder, arm, (score, reached) in stages:
+        about: dict[str, Any] = {"model": first.model.name, "task": first.task.name, "run": name, **arm}
+        about |= {"at_score": score, "step": reached.step, "validation": reached.validation} if reached else {}
+        known: dict[str, Any] = {"on": on, "metric": metric, "before": before}
+        if reached and reached.adapter is None:
+            rows.append(about | known | {"after": None, "change": None, "relative_norm": None})
+            continue
+        subject = Trained.load(folder, base, bool(overrides), overrides, reached.adapter if reached else None)
+        *_, after = _scored(subject, overrides, texts)
+        known |= {"after": after, "change": after - before, "relative_norm": _mean_norm(subject)}
+        rows.append(about | known)
     return rows
+
+
+def _arms(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """The method, the arm and the seed of each."""
+    settings = [dict(leaves(modern(experiment.config))) for experiment in experiments]
+    methods = [experiment.method.name for experiment in experiments]
+    rows = []
+    for method, own in zip(methods, settings, strict=True):
+        keys = varying([other for name, other in zip(methods, settings, strict=True) if name == method])
+        keys = [key for key in keys if key != "seed" and key not in EXCLUDED_FROM_HASH]
+        rows.append({"method": method, "arm": label_of(method, own, keys), "seed": own["seed"]})
+    return rows
+
+
+def _stages(folder: Path, at_scores: Sequence[float]) -> list[tuple[float | None, Reached | None]]:
+    """When a run is asked: its scores and where it has reached them, or at its end."""
+    return [(score, first_at(folder, score)) for score in at_scores] or [(None, None)]
 
 
 def token_loss(subject: Trained, texts: Sequence[str], batch_size: int = 16) -> float:

@@ -36,7 +36,10 @@ class Trained:
     bound: Bound
 
     @classmethod
-    def load(cls, run: Path | str, base: Base = "same", data: bool = False, overrides: Sequence[str] = ()) -> Trained:
+    def load(
+        cls, run: Path | str, base: Base = "same", data: bool = False, overrides: Sequence[str] = (),
+        adapter: Path | None = None,
+    ) -> Trained:  # fmt: skip
         """From the folder of a run.
 
         Args:
@@ -44,6 +47,7 @@ class Trained:
             base: ``same`` refuses other weights than the run's; ``any`` takes them.
             data: Whether the task's data are needed, and so looked for before anything is loaded.
             overrides: A task and settings in place of the run's own.
+            adapter: One that the run has kept on its way; None for its last.
 
         Raises:
             SettingsError: There is no finished run there, or the task's head is not the run's.
@@ -51,9 +55,10 @@ class Trained:
         run = local(run)
         experiment = experiment_of(run, overrides, data)
         backbone = experiment.model.load()
-        load_adapter(backbone.module, run / "adapter", base, modules={})
+        adapter = adapter or run / "adapter"
+        load_adapter(backbone.module, adapter, base, modules={})
         bound = experiment.bind(backbone)
-        _load_head(bound, run / "adapter")
+        _load_head(bound, adapter)
         bound.model.eval()
         return cls(experiment, backbone, bound)
 
