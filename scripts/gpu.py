@@ -21,8 +21,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA start
 
 import torch
 
-from randlora.analysis.device_checks import CHECKS, Place
-from randlora.analysis.device_report import failed, run_checks, sections, table
+from randlora.analysis.device import CHECKS
+from randlora.analysis.device.place import Place
+from randlora.analysis.device.report import failed, run_checks, sections, table
 from randlora.bounds import count
 
 PAGE = """# Checked on a GPU, and on a CPU

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from randlora.analysis import device_checks, device_report
-from randlora.analysis.device_checks import CHECKS, Place, measured
-from randlora.analysis.device_report import NotHere, Wrong, run_checks, table, within
+from randlora.analysis.device import CHECKS, updates
+from randlora.analysis.device import report as device_report
+from randlora.analysis.device.place import Place
+from randlora.analysis.device.report import NotHere, Wrong, run_checks, table, within
+from randlora.analysis.device.steps import measured
 from randlora.analysis.workloads import Block, Workload
 from randlora.methods.randlora import RandLoRAUpdate
 
@@ -82,7 +84,7 @@ def test_a_gradient_that_is_missing_on_one_side_is_infinitely_wrong(monkeypatch:
     right = RandLoRAUpdate.forward
     monkeypatch.setattr(RandLoRAUpdate, "forward", lambda self, x, base: right(self, x, base).detach() + 0 * x.sum())
     with pytest.raises(Wrong, match="randlora: inf"):
-        device_checks.in_float32(CPU)
+        updates.in_float32(CPU)
 
 
 def test_the_page_is_made_of_the_records(program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
