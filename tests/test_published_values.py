@@ -217,6 +217,17 @@ def test_nola_starts_as_in_the_randlora_authors_code() -> None:
     assert update.bank_A.matrix.std().item() == pytest.approx(1, rel=0.05)
 
 
+def test_nola_with_coefficients_of_one_starts_like_lora() -> None:
+    """Our own option: A is a sum of 64 bases with LoRA's deviation at its start, 1/√(3·in); a basis of B has 1/√64."""
+    _, update = update_of(NoLA(rank=300, num_bases=64, alpha=300, start="ones"))
+    A, B = update.factors(OUT, INTO)
+    assert A.std().item() == pytest.approx(1 / math.sqrt(3 * INTO), rel=0.03)
+    assert not B.any()
+    with torch.no_grad():
+        update.beta[5] = 1.0
+    assert update.factors(OUT, INTO)[1].std().item() == pytest.approx(1 / 8, rel=0.03)
+
+
 def test_adapters_of_nola_from_before_its_start_was_a_setting_keep_their_meaning() -> None:
     description = describe(NoLA(num_bases=8, start="ones"))
     del description["start"]
