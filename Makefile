@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/table.py runs/demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 # What this machine's GPU computes, and how fast, in ten minutes; without one, what its CPU can check (docs/cuda.md).
 gpu: .venv/installed-dev

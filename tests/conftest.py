@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import re
 import runpy
@@ -27,6 +28,7 @@ from torch import nn
 from letters import llama
 from randlora.config import build
 from randlora.config import settings as settings  # what tests compose is what train.py composes
+from randlora.models import pretrained
 from randlora.models.base import Backbone
 from randlora.tasks import Task
 
@@ -63,6 +65,14 @@ def offline() -> Iterator[None]:
     REACHED.clear()
     yield
     assert REACHED == [], "the test tried to reach these addresses"
+
+
+def few_layers(name: str, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The architecture of this name has so many layers, and its own widths; all are written into the folder."""
+    for path in pretrained.ARCHITECTURES.glob("*.json"):
+        shape = json.loads(path.read_text()) | ({"num_hidden_layers": count} if path.stem == name else {})
+        (folder / path.name).write_text(json.dumps(shape))
+    monkeypatch.setattr(pretrained, "ARCHITECTURES", folder)
 
 
 FORKING = ("bounds", "campaign", "checkpoints", "interruption", "processes", "searches", "submit", "sweeps")

@@ -1,15 +1,13 @@
 """The memory plan of a dry run says what a real step keeps; checkpointing keeps less and changes no gradient."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_models import needs
 
-import randlora.models.pretrained
-from conftest import DATA, MODELS, settings, shared
+from conftest import DATA, MODELS, few_layers, settings, shared
 from randlora.adapters import adapt
 from randlora.experiment import Experiment
 from randlora.plan import counts, memory_plan, saved
@@ -30,14 +28,8 @@ def experiment(*overrides: str) -> Experiment:
 
 
 @pytest.fixture(autouse=True)
-def few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolLM2 has four of its thirty layers here."""
-    architectures = randlora.models.pretrained.ARCHITECTURES
-    for path in architectures.glob("*.json"):
-        shape = json.loads(path.read_text())
-        more = {"num_hidden_layers": 4} if path.stem == "smollm2_135m" else {}
-        (tmp_path / path.name).write_text(json.dumps(shape | more))
-    monkeypatch.setattr(randlora.models.pretrained, "ARCHITECTURES", tmp_path)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_layers("smollm2_135m", 4, tmp_path, monkeypatch)
 
 
 def skip_without(overrides: list[str]) -> None:

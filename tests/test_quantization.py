@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import randlora
-from conftest import settings
+from conftest import few_layers, settings
 from randlora.adapters.core import relative_norms
 from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.nf4 import NF4Weight
@@ -230,13 +231,24 @@ def test_a_model_without_linear_maps_is_refused_before_it_is_loaded() -> None:
         memory_plan(Experiment.from_config(settings(*overrides)))
 
 
-def test_the_memory_plan_counts_the_bits() -> None:
+def test_the_memory_plan_counts_the_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of LLaMA-3-8B with two layers; the embedding and the output head stay at two bytes."""
+    few_layers("llama3_8b", 2, tmp_path, monkeypatch)
     plans = {}
     for kind in ("int8", "int4", "nf4"):
-        overrides = (f"model.quantization={kind}", "task=arc_easy", "method=lora", "trainer.batch_size=1")
+        overrides = (
+            f"model.quantization={kind}",
+            "task=arc_easy",
+            "method=lora",
+            "method.rank=8",
+            "trainer.batch_size=1",
+        )
         one = Experiment.from_config(settings("dry_run=true", "model=llama3_8b", *overrides))
-        plans[kind] = memory_plan(one)["weights"] / 2**30
-    # 8.03 billion weights, of which 1.05 billion, in the embedding and the output head, stay at two bytes.
-    assert plans["int8"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9) / 2**30, abs=0.1)
-    assert plans["int4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 * (1 / 2 + 4 / 128)) / 2**30, abs=0.1)
-    assert plans["nf4"] == pytest.approx((2 * 2 * 0.525e9 + 6.98e9 * (1 / 2 + 4 / 64)) / 2**30, abs=0.1)
+        plans[kind] = memory_plan(one)["weights"]
+    plain = 2 * 2 * 128_256 * 4096 + 2 * (2 * 2 + 1) * 4096  # with the norms
+    plain += 4 * 2 * 8 * (2 * 4096 + 2 * (4096 + 1024) + 2 * (4096 + 14_336))  # LoRA's factors, in float32
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14_336 * 4096
+    rows = 4096 + 2 * 1024 + 4096 + 2 * 14_336 + 4096  # a scale of two bytes each in int8
+    assert plans["int8"] == pytest.approx(plain + 2 * (layer + 2 * rows), rel=1e-4)
+    assert plans["int4"] == pytest.approx(plain + 2 * layer * (1 / 2 + 4 / 128), rel=1e-4)
+    assert plans["nf4"] == pytest.approx(plain + 2 * layer * (1 / 2 + 4 / 64), rel=1e-4)

@@ -40,7 +40,7 @@ from randlora.sweeps.progress import Display, Progress, duration, progress
 from randlora.sweeps.status import status
 from randlora.sweeps.sweep import NAME, TO_DO, Job, Standing, Sweep, standing
 
-RUNS = int(os.environ.get("RANDLORA_SWEEP_RUNS", 8))
+RUNS = int(os.environ.get("RANDLORA_SWEEP_RUNS", 7))
 
 
 @pytest.fixture(scope="module")
