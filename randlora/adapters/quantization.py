@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +25,14 @@ def quantise(module: nn.Module, quantization: str) -> None:
     Raises:
         SettingsError: torchao or bitsandbytes is missing, or something that it needs here, or a matrix does not fit.
     """
-    package = "bitsandbytes" if quantization == "nf4" else "torchao"
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        extra = "nf4" if quantization == "nf4" else "quant"
-        raise SettingsError(
-            f"model.quantization={quantization} needs the package {package}: pip install 'randlora[{extra}]'"
-        ) from error
+    load_library(quantization)
     chosen = quantised_maps(module)
     try:
-        (_to_nf4 if quantization == "nf4" else partial(_to_integers, quantization=quantization))(module, chosen)
+        if quantization == "nf4":
+            for linear in chosen.values():
+                linear.weight = nn.Parameter(NF4Weight.of(linear.weight), requires_grad=False)
+        else:
+            _to_integers(module, chosen, quantization)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
@@ -51,16 +47,22 @@ def quantise(module: nn.Module, quantization: str) -> None:
             )
 
 
+def load_library(quantization: str) -> None:
+    """Imports what quantises so; SettingsError where it is missing."""
+    package, extra = ("bitsandbytes", "nf4") if quantization == "nf4" else ("torchao", "quant")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise SettingsError(
+            f"model.quantization={quantization} needs the package {package}: pip install 'randlora[{extra}]'"
+        ) from error
+
+
 def _to_integers(module: nn.Module, chosen: Mapping[str, nn.Linear], quantization: str) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     configuration = Int8WeightOnlyConfig() if quantization == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
     quantize_(module, configuration, filter_fn=lambda linear, name: name in chosen)
-
-
-def _to_nf4(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
-    for linear in chosen.values():
-        linear.weight = nn.Parameter(NF4Weight.of(linear.weight), requires_grad=False)
 
 
 def quantised_maps(module: nn.Module) -> dict[str, nn.Linear]:

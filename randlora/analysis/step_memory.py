@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+from randlora.adapters.quantization import load_library
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
 from randlora.records.memory import PeakMemory
@@ -21,8 +22,8 @@ def peak_bytes(experiment: Experiment) -> int:
     task, trainer, device = experiment.task, experiment.trainer, experiment.trainer.accelerator().device
     if not isinstance(task, KnownShapes):
         raise SettingsError(f"task={task.name}: the shapes of its batches are not known without data")
-    if getattr(experiment.model, "quantization", None):
-        import torchao  # noqa: F401 - a library, not the model's memory
+    if quantization := getattr(experiment.model, "quantization", None):
+        load_library(quantization)  # whose memory is not the model's
     before = 0 if device.type == "cuda" else PeakMemory(device).bytes()
     random = None in (getattr(experiment.model, "weights", ""), getattr(experiment.model, "pretrained", ""))
     with device if random and device.type == "cuda" else nullcontext():  # where a large model's take seconds to draw
