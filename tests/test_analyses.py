@@ -31,6 +31,7 @@ from randlora.records.metrics import Row
 from randlora.records.signature import signature
 from randlora.run import run
 from randlora.training import Trainer
+from randlora.use.analysis_commands import forgetting_command
 from randlora.use.approximate import Fit, _layer, errors, nearest, truncated
 from randlora.use.cka import cka, gram_matrices, hsic
 from randlora.use.figures import draw
@@ -469,9 +470,17 @@ def test_a_run_is_asked_where_it_first_reached_a_score(
         first_at(folder, 0.4)
     (folder / "metrics.jsonl").write_text(Row(2, 0.0, {"validation/accuracy": 0.5}).line())
     assert first_at(folder, 0.4) == (2, 0.5, folder / "adapter")
+    losses = (Row(step, 0.0, {"validation/loss": loss}) for step, loss in enumerate((3.0, 1.5, 2.0), 1))
+    (folder / "metrics.jsonl").write_text("".join(row.line() for row in losses))
+    assert first_at(folder, 1.6, "loss") == (2, 1.5, folder / "adapter")
+    assert first_at(folder, 1.4, "loss") == (2, 1.5, None)
     (folder / "metrics.jsonl").unlink()
-    with pytest.raises(SettingsError, match="no validation/accuracy"):
+    with pytest.raises(SettingsError, match=r"no validation/accuracy; run it with trainer\.evaluate_every$"):
         first_at(folder, 0.4)
+    with pytest.raises(SettingsError, match=r"no validation/loss; .* and trainer\.select=best$"):
+        first_at(folder, 0.4, "loss")
+    with pytest.raises(SettingsError, match="--by loss: it says what --at-score is of"):
+        forgetting_command([str(folder), "--by", "loss"])
     with pytest.raises(SettingsError, match=r"keep_adapters=true: give trainer\.evaluate_every"):
         Trainer(keep_adapters=True)
 

@@ -114,6 +114,11 @@ def test_the_script_prints_a_table_for_each_score(tmp_path: Path) -> None:
     assert [text.count(f"| m, {where} |") for where in ("at 0.4", "at 0.9", "at the end")] == [3, 2, 3]
     change = 100 * CHANGES[:, 1, 2]
     assert f"| lora, alpha=64 | 4 of 4 | 10 | 41.0 | 0.100 | {change.mean():+.2f} ± {change.std(ddof=1):.2f} |" in text
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(by="loss", metric="token_loss")))
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        forgetting.main([str(file)])
+    assert "| m, at loss 0.4 | runs | steps | validation loss | ‖ΔW‖/‖W0‖ | change, nats |" in output.getvalue()
+    assert f"| 10 | 0.410 | 0.100 | {change.mean() / 100:+.2f} ±" in output.getvalue()
     file.write_text("")
     with pytest.raises(SettingsError, match="there are no rows"):
         forgetting.main([str(file)])

@@ -10,6 +10,8 @@ from randlora.records.metrics import NAME as METRICS
 from randlora.records.metrics import Row
 from randlora.records.result import Result
 
+LOSS = "loss"  # the validation metric of which less is better
+
 
 class Reached(NamedTuple):
     """A step of a run, its score on the validation split, and its adapter; None where no step has reached the score.
@@ -27,24 +29,28 @@ def kept_adapter(run: Path, step: int) -> Path:
     return run / "adapters" / f"step_{step:07d}"
 
 
-def first_at(run: Path, score: float) -> Reached:
-    """The first evaluated step of a finished run whose validation score is `score` or more.
+def first_at(run: Path, score: float, metric: str | None = None) -> Reached:
+    """The first evaluated step of a finished run whose validation score is `score` or better.
 
     Args:
         run: Its folder.
-        score: Of the task's headline, in its own unit: 0.5 for an accuracy of 50 %.
+        score: In the metric's own unit: 0.5 for an accuracy of 50 %.
+        metric: Of which more is better, but for `LOSS`; None: the task's headline.
 
     Raises:
-        SettingsError: The run has no validation score, or has not kept that step's adapter.
+        SettingsError: The run has no such validation score, or has not kept that step's adapter.
     """
     result = Result.read(run / "result.json")
-    name = f"validation/{result.metric}"
+    name = f"validation/{metric or result.metric}"
+    sign = -1 if metric == LOSS else 1
     rows = [*map(Row.of, (run / METRICS).read_text().splitlines())] if (run / METRICS).is_file() else []
     scores = [(row.step, row.metrics[name]) for row in rows if name in row.metrics]
     if not scores:
-        raise SettingsError(f"{run}: its {METRICS} has no {name}; run it with trainer.evaluate_every")
-    step, reached = next((pair for pair in scores if pair[1] >= score), max(scores, key=lambda pair: pair[1]))
-    if reached < score:
+        wish = "trainer.evaluate_every" + " and trainer.select=best" * (metric == LOSS)
+        raise SettingsError(f"{run}: its {METRICS} has no {name}; run it with {wish}")
+    there = (pair for pair in scores if sign * pair[1] >= sign * score)
+    step, reached = next(there, max(scores, key=lambda pair: sign * pair[1]))
+    if sign * reached < sign * score:
         return Reached(step, reached, None)
     kept = kept_adapter(run, step)
     if not kept.is_dir() and step == (result.selected_step or result.steps):

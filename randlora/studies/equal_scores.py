@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from randlora.errors import SettingsError
+from randlora.records.kept import LOSS
 from randlora.studies.groups import spread
 from randlora.studies.statistics import Difference, holm, sign_flip_p, student_difference
 
@@ -50,12 +51,17 @@ def by_arm(rows: Rows, factor: float = 1.0) -> list[list[str]]:
         if there:
             line += [
                 f"{np.mean([row['step'] for row in there]):.0f}" if "step" in there[0] else "",
-                f"{100 * np.mean([row['validation'] for row in there]):.1f}" if "step" in there[0] else "",
+                _validation(there) if "step" in there[0] else "",
                 f"{np.mean([row['relative_norm'] for row in there]):.3f}",
                 spread([factor * row["change"] for row in there], "+.2f", ".2f"),
             ]
         lines.append(line + [""] * (6 - len(line)))
     return lines
+
+
+def _validation(rows: Rows) -> str:
+    mean = float(np.mean([row["validation"] for row in rows]))
+    return f"{mean:.3f}" if rows[0].get("by") == LOSS else f"{100 * mean:.1f}"
 
 
 class Contrast(NamedTuple):

@@ -99,11 +99,18 @@ def forgetting_command(arguments: Sequence[str]) -> int:
         "--at-score", type=float, nargs="+", default=[], metavar="SCORE",
         help="ask each run at its first evaluated step with this validation score; needs trainer.keep_adapters",
     )  # fmt: skip
+    parser.add_argument(
+        "--by", metavar="METRIC",
+        help="the validation metric of --at-score, in place of the task's headline; loss, which trainer.select=best "
+        "computes, is reached where it has fallen to the score",
+    )  # fmt: skip
     options = _parsed(parser, arguments)
+    if options.by and not options.at_score:
+        raise SettingsError(f"--by {options.by}: it says what --at-score is of; give both")
     if options.texts is not None and not options.texts.is_file():
         raise SettingsError(f"--texts {options.texts}: there is no such file")
     texts = None if options.texts is None else [line for line in options.texts.read_text().splitlines() if line.strip()]
-    rows = forgetting(options.runs, options.overrides, texts, options.base, options.at_score)
+    rows = forgetting(options.runs, options.overrides, texts, options.base, options.at_score, options.by)
     for row in rows:
         if row["change"] is None:
             about = f"never reaches {row['at_score']:g}; its best is {row['validation']:g}, at step {row['step']}"

@@ -25,7 +25,7 @@ RETENTION = "retention"  # what the built-in sentences are called among tasks
 
 def forgetting(
     folders: Sequence[Path], overrides: Sequence[str] = (), texts: Sequence[str] | None = None, base: Base = "same",
-    at_scores: Sequence[float] = (),
+    at_scores: Sequence[float] = (), by: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Scores of the models of runs, and of the model before training.
 
@@ -37,14 +37,15 @@ def forgetting(
         base: As `Trained.load` takes it.
         at_scores: Validation scores, at the first evaluated step with which each run is asked, instead of at its end;
             see `randlora.records.kept`.
+        by: The validation metric of these scores; None: the task's headline.
 
     Returns:
         A row for each run, with ``model``, ``task`` (it was trained on), ``run``, ``method``, ``arm`` (the method, and
         what differs between its runs but for the seed), ``seed``, ``on`` (what is scored), ``metric``, ``before``,
         ``after``, ``change`` and ``relative_norm``, the mean of ‖ΔW‖ / ‖W0‖ over its layers. The metric is the other
         task's headline, or ``token_loss``, in nats. With `at_scores` a row for each run and score, with ``at_score``,
-        ``step`` and ``validation`` too; where no step has reached it, ``validation`` is the best, ``step`` is that
-        one's, and ``after``, ``change`` and ``relative_norm`` are None.
+        ``by``, ``step`` and ``validation`` too; where no step has reached it, ``validation`` is the best, ``step`` is
+        that one's, and ``after``, ``change`` and ``relative_norm`` are None.
 
     Raises:
         SettingsError: The model has a head, which is its own task's alone; or it writes no texts, and no other task is
@@ -63,12 +64,13 @@ def forgetting(
     if texts is not None and not any(text.strip() for text in texts):
         raise SettingsError("the texts are empty: give at least a sentence")
     named_runs = zip(runs.items(), _arms([experiment_of(folder, data=False) for folder in folders]), strict=True)
-    stages = [(name, folder, arm, stage) for (name, folder), arm in named_runs for stage in _stages(folder, at_scores)]
+    stages = [(*run, arm, stage) for run, arm in named_runs for stage in _stages(run[1], at_scores, by)]
     on, metric, before = _scored(Trained.before(folders[0], bool(overrides), overrides), overrides, texts)
     rows = []
     for name, folder, arm, (score, reached) in stages:
         about: dict[str, Any] = {"model": first.model.name, "task": first.task.name, "run": name, **arm}
-        about |= {"at_score": score, "step": reached.step, "validation": reached.validation} if reached else {}
+        if reached:
+            about |= {"at_score": score, "by": by, "step": reached.step, "validation": reached.validation}
         known: dict[str, Any] = {"on": on, "metric": metric, "before": before}
         if reached and reached.adapter is None:
             rows.append(about | known | {"after": None, "change": None, "relative_norm": None})
@@ -92,9 +94,9 @@ def _arms(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     return rows
 
 
-def _stages(folder: Path, at_scores: Sequence[float]) -> list[tuple[float | None, Reached | None]]:
+def _stages(folder: Path, at_scores: Sequence[float], by: str | None) -> list[tuple[float | None, Reached | None]]:
     """When a run is asked: its scores and where it has reached them, or at its end."""
-    return [(score, first_at(folder, score)) for score in at_scores] or [(None, None)]
+    return [(score, first_at(folder, score, by)) for score in at_scores] or [(None, None)]
 
 
 def token_loss(subject: Trained, texts: Sequence[str], batch_size: int = 16) -> float:
