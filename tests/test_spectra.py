@@ -94,3 +94,11 @@ def test_the_command_has_a_row_for_each_site(tmp_path: Path, program: Callable) 
     (row,) = map(json.loads, means.read_text().splitlines())
     assert row["relative_norm"] == pytest.approx(float(mean["relative_norm"]))
     assert row["rank"] == 2
+    other = Experiment.from_config(settings(f"run_root={tmp_path}", "model=clip_tiny_vision", "method=lora", *short))
+    assert run(other, "as: given\n").code == FINISHED
+    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, "--into", means) == FINISHED
+    both = [json.loads(line) for line in means.read_text().splitlines()]
+    assert both[0] == row | {"run": f"lora {experiment.folder.name}"}
+    assert both[1]["rank"] == other.method.rank > 2
+    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, "--into", into) == FINISHED
+    assert [row["run"] for row in csv.DictReader(into.open())] == [both[0]["run"]] * 19 + [both[1]["run"]] * 19

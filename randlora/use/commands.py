@@ -109,30 +109,38 @@ def push_command(arguments: Sequence[str]) -> int:
 
 
 def spectra_command(arguments: Sequence[str]) -> int:
-    """randlora spectra RUN"""
-    parser = _parser("spectra", "Spectrum, rank, size and alignment of the update at every site, and their means.")
+    """randlora spectra RUN …"""
+    parser = argparse.ArgumentParser(
+        prog="randlora spectra",
+        description="Spectrum, rank, size and alignment of the update at every site.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=RUN)
+    parser.add_argument("--any-base", action="store_true", help="on other weights than the runs'")
     parser.add_argument("--directions", type=count, default=8, help="how many singular directions count")
     parser.add_argument("--likeness", type=float, default=0.5, help="the cosine below which a direction is an intruder")
     parser.add_argument(
-        "--into", type=Path, help="a .csv file, in place of the screen; a .jsonl file is given the means"
+        "--into", type=Path, help="a .csv file, in place of the screen; a .jsonl file is given the means, a row a run"
     )
     options = parser.parse_args(arguments)
     check_into(options.into, (".csv", ".jsonl"))
-    look = Look(options.directions, options.likeness)
-    subject = _trained(options)
-    rows = [dataclasses.asdict(site) for site in spectra(subject.backbone.module, look)]
-    sites = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
-    mean = {name: statistics.mean(row[name] for row in rows) for name in QUANTITIES}
-    table = table_of([*sites, {"site": "mean", "shape": "", **mean}])
-    if options.into and options.into.suffix == ".jsonl":
-        (run,) = named([options.run])
+    look, several = Look(options.directions, options.likeness), len(options.runs) > 1
+    table, means = [], []
+    for run, folder in named(options.runs).items():
+        subject = Trained.load(folder, "any" if options.any_base else "same")
+        rows = [dataclasses.asdict(site) for site in spectra(subject.backbone.module, look)]
+        mean = {name: statistics.mean(row[name] for row in rows) for name in QUANTITIES}
+        first = {"run": run} if several else {}
+        table += [{**first, **row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
+        table += [{**first, "site": "mean", "shape": "", **mean}]
         least = min(row["rank"] for row in rows)
         about = {"model": subject.experiment.model.name, "run": run, "sites": len(rows), "least_rank": least}
-        write(options.into, written([about | mean], ".jsonl"))
+        means.append(about | mean)
+    if options.into and options.into.suffix == ".jsonl":
+        write(options.into, written(means, ".jsonl"))
     elif options.into:
-        write(options.into, table)
+        write(options.into, table_of(table))
     else:
-        print(table, end="")
+        print(table_of(table), end="")
     return FINISHED
 
 
