@@ -1,6 +1,6 @@
 """What runs have forgotten at equal scores: by arm, by pairs, and how much of it is of the method or of its scale.
 
-python scripts/forgetting.py experiments/forgetting/at_score.jsonl
+python scripts/forgetting.py experiments/forgetting/forgetting.jsonl
 
 The file is what `randlora forgetting RUNS --at-score … [--by loss] --into FILE`, or that without `--at-score`, has
 written, of runs of several methods, each with as many values of one setting, its scale, and several seeds. Three tables

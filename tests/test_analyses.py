@@ -108,6 +108,23 @@ def test_cka_is_that_of_the_centred_features_when_examples_are_many() -> None:
     assert cka((X @ X.T)[None], (turned @ turned.T)[None]) == pytest.approx(1, abs=1e-9)
 
 
+def test_cka_is_torch_ckas() -> None:
+    """Oracle: the package torch-cka (0.21), of three batches through two networks, in float32."""
+    from torch_cka import CKA
+
+    torch.manual_seed(0)
+    one, other = (torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)) for _ in range(2))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(30, 6)), batch_size=10)
+    peer = CKA(one, other, "one", "other", model1_layers=["0", "2"], model2_layers=["0", "2"])
+    with torch.no_grad():
+        peer.compare(loader, loader)
+        seen = [[part(x).double() for part in (net[0], net) for (x,) in loader] for net in (one, other)]
+    grams = [[torch.stack([x @ x.T for x in of_net[start : start + 3]]) for start in (0, 3)] for of_net in seen]
+    ours = [[cka(K, L) for L in grams[1]] for K in grams[0]]
+    torch.testing.assert_close(torch.tensor(ours), peer.export()["CKA"], atol=1e-4, rtol=0)
+    assert len({round(value, 3) for row in ours for value in row}) == 4
+
+
 def by_hand(subject: Trained, layer: str) -> torch.Tensor:
     """Gram matrices of the features of a layer of the merged model, of three batches of five images."""
     module, seen = randlora.merge(subject.backbone.module), []

@@ -242,7 +242,8 @@ def test_tables_of_analyses() -> None:
         models = {(row["model"], row["run"]): row["loss"] for row in kept["landscape"] if row["part"] == "model"}
         last = alike[-len(alike) // 3 :]
         assert texts == [
-            f"{own['full']:.2f}", f"{own['stable_rank']:.1f}", f"{own['relative_norm']:.3f}", f"{own['intruders']:.1f}",
+            f"{own['full']:.2f}", f"{own['stable_rank']:.1f}", f"{own['effective_rank']:.1f}",
+            f"{own['energy']:.2f}", f"{own['alignment']:.4f}", f"{own['relative_norm']:.3f}", f"{own['intruders']:.1f}",
             *([f"{statistics.mean(alike):.3f}", f"{statistics.mean(last):.3f}"] if alike else ["", ""]),
             f"{models[model, run]:.2f}", f"{100 * changed[model, run]:+.1f}" if (model, run) in changed else "",
         ]  # fmt: skip

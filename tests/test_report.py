@@ -465,6 +465,22 @@ def test_analyses_beside_the_records_have_a_place(tmp_path: Path) -> None:
     (alt, image) = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)">', text)[0]
     assert alt.startswith("Linear CKA")
     assert base64.b64decode(image) == (tmp_path / "report" / "figures" / "runs_cka.svg").read_bytes()
+    (runs / "cka.jsonl").unlink()
+    about = {"model": "m", "task": "dtd", "run": "lora 1", "method": "lora", "arm": "lora, alpha=4", "on": "retention"}
+    asked = about | {"metric": "token_loss", "at_score": 0.4, "before": 3.0, "relative_norm": 0.1, "validation": 0.5}
+    reached = [asked | {"seed": seed, "step": 4 + seed, "after": 3.5, "change": 0.5 + seed} for seed in range(2)]
+    never = asked | {"seed": 2, "step": 9, "after": None, "change": None, "relative_norm": None}
+    at_end = {key: value for key, value in reached[0].items() if key not in ("at_score", "step", "validation")}
+    (runs / "forgetting_late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*reached, never, at_end]))
+    ((late,),) = (part.analyses for part in load([runs]))
+    assert late.lines() == [
+        ["m", "dtd", "retention", "token_loss", "0.4", "lora, alpha=4", "6", "0.5", "1", "0.1"],
+        ["m", "dtd", "retention", "token_loss", "", "lora, alpha=4", "", "", "0.5", "0.1"],
+    ]
+    report.report(load([runs]), tmp_path / "late", "randlora", {})
+    assert "or at their end (`randlora forgetting`)" in (tmp_path / "late" / "tables.md").read_text()
+    assert "lora, alpha=4" in (tmp_path / "late" / "figures" / "runs_forgetting_late.svg").read_text()
+    (runs / "forgetting_late.jsonl").unlink()
     (runs / "cka.jsonl").write_text('{"model": "m"}\n')
     with pytest.raises(SettingsError, match=r"cka.jsonl has rows without against"):
         load([runs])

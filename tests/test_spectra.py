@@ -52,6 +52,9 @@ def test_known_spectra() -> None:
     assert across.alignment == pytest.approx(1 / 16)
     none = spectrum("site", weight, torch.zeros(4, 4), Look())
     assert (none.rank, none.relative_norm, none.intruders) == (0, 0.0, 0)
+    assert (scaled.values[0], scaled.values[16], scaled.values[-1]) == (1.0, 0.25, 0.125)
+    assert (*across.values[:6], *across.values[-6:]) == pytest.approx((*[1.0] * 6, *[0.0] * 6))
+    assert (len(scaled.values), none.values) == (33, (0.0,) * 33)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +97,13 @@ def test_the_command_has_a_row_for_each_site(tmp_path: Path, program: Callable) 
     (row,) = map(json.loads, means.read_text().splitlines())
     assert row["relative_norm"] == pytest.approx(float(mean["relative_norm"]))
     assert row["rank"] == 2
+    assert (row["values"][0], row["values"][-1]) == (1.0, pytest.approx(0.0, abs=1e-5))
     other = Experiment.from_config(settings(f"run_root={tmp_path}", "model=clip_tiny_vision", "method=lora", *short))
     assert run(other, "as: given\n").code == FINISHED
-    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, "--into", means) == FINISHED
+    figure = tmp_path / "spectra.svg"
+    given = ["--into", means, "--figure", figure]
+    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, *given) == FINISHED
+    assert f"lora {other.folder.name}" in figure.read_text()
     both = [json.loads(line) for line in means.read_text().splitlines()]
     assert both[0] == row | {"run": f"lora {experiment.folder.name}"}
     assert both[1]["rank"] == other.method.rank > 2

@@ -20,22 +20,22 @@ class Summary(NamedTuple):
         caption: Of the table, and of the figure where there is one.
         keys: The columns by which rows are grouped.
         means: The columns of which a group's mean is given.
-        figure: Whether `randlora.use.figures.draw` has one.
         only: The rows that count, as (column, value).
+        drawn: A column that only the figure needs.
     """
 
     caption: str
     keys: tuple[str, ...]
     means: tuple[str, ...]
-    figure: bool = True
     only: tuple[str, str] | None = None
+    drawn: tuple[str, ...] = ()
 
 
 class Analysis(NamedTuple):
     """A table that one of the commands has written.
 
     Args:
-        name: Of the command, and of the file.
+        name: Of the file: the command's, or that and more after a ``_``.
         rows: As in the file.
     """
 
@@ -43,9 +43,14 @@ class Analysis(NamedTuple):
     rows: Rows
 
     @property
+    def command(self) -> str:
+        """The command that has written it."""
+        return self.name.partition("_")[0]
+
+    @property
     def summary(self) -> Summary:
         """How it is shown."""
-        return SUMMARIES[self.name]
+        return AT_SCORES if any("at_score" in row for row in self.rows) else SUMMARIES[self.command]
 
     def columns(self) -> list[str]:
         """The names of the table's columns."""
@@ -58,7 +63,10 @@ class Analysis(NamedTuple):
             if summary.only is None or row[summary.only[0]] == summary.only[1]:
                 groups.setdefault(tuple(row[key] for key in summary.keys), []).append(row)
         return [
-            [*map(str, names), *(_mean([row[name] for row in group]) for name in summary.means)]
+            [
+                *("" if name is None else str(name) for name in names),
+                *(_mean([row[name] for row in group]) for name in summary.means),
+            ]
             for names, group in groups.items()
         ]
 
@@ -79,9 +87,14 @@ SUMMARIES = {  # by command
     "spectra": Summary(
         "Updates, means over sites", ("model", "run", "sites"),
         ("rank", "full", "stable_rank", "effective_rank", "energy", "relative_norm", "alignment", "intruders"),
-        figure=False,
+        drawn=("values",),
     ),
 }  # fmt: skip
+AT_SCORES = Summary(
+    "Scores on what was not trained on, where the arms first reached a validation score, or at their end",
+    ("model", "task", "on", "metric", "at_score", "arm"), ("step", "validation", "change", "relative_norm"),
+)  # fmt: skip
+_AT_THE_END = {"at_score": None, "step": None, "validation": None}
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -91,22 +104,27 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def analyses(folder: Path) -> list[Analysis]:
-    """The analyses in a study's folder, or in one of runs: ``cka.jsonl`` and so on.
+    """The analyses in a study's folder, or in one of runs: ``cka.jsonl``, ``cka_early.jsonl`` and so on.
 
     Raises:
         SettingsError: A file cannot be read, or is not what its command writes.
     """
     found = []
-    for name, summary in SUMMARIES.items():
-        path = folder / f"{name}.jsonl"
-        if path.is_file() and (rows := read_rows(path)):
-            needed = {*summary.keys, *summary.means, *(summary.only or ())[:1]}
+    for command in SUMMARIES:
+        for path in [folder / f"{command}.jsonl", *sorted(folder.glob(f"{command}_*.jsonl"))]:
+            if not path.is_file() or not (rows := read_rows(path)):
+                continue
+            if any("at_score" in row for row in rows):
+                rows = [_AT_THE_END | row for row in rows]
+            analysis = Analysis(path.stem, rows)
+            summary = analysis.summary
+            needed = {*summary.keys, *summary.means, *summary.drawn, *(summary.only or ())[:1]}
             if missing := [column for column in sorted(needed) if any(column not in row for row in rows)]:
                 raise SettingsError(
-                    f"{path} has rows without {missing[0]}: give what `randlora {name} … --into {path.name}` has "
+                    f"{path} has rows without {missing[0]}: give what `randlora {command} … --into {path.name}` has "
                     "written, or give the file another name"
                 )
-            found.append(Analysis(name, rows))
+            found.append(analysis)
     return found
 
 

@@ -112,12 +112,11 @@ def _pictures(part: Part, folder: Path) -> dict[str, str]:
     """The figures of a part's analyses, by name, as SVG for the page; they are written to `folder` in all formats."""
     pictures = {}
     for analysis in part.analyses:
-        if analysis.summary.figure:
-            from randlora.use.figures import draw as draw_analysis  # which imports torch
+        from randlora.use.figures import draw as draw_analysis  # which imports torch
 
-            stem = f"{part.name.replace(', ', '_')}_{analysis.name}"
-            draw_analysis(analysis.rows, *(folder / f"{stem}.{ending}" for ending in FORMATS))
-            pictures[analysis.name] = (folder / f"{stem}.svg").read_text()
+        stem = f"{part.name.replace(', ', '_')}_{analysis.name}"
+        draw_analysis(analysis.rows, *(folder / f"{stem}.{ending}" for ending in FORMATS))
+        pictures[analysis.name] = (folder / f"{stem}.svg").read_text()
     return pictures
 
 
@@ -143,7 +142,7 @@ def _section(
         texts.append(f"{note}\n\n{table}")
     for analysis in part.analyses:
         table = tables.markdown(analysis.columns(), analysis.lines())
-        texts.append(f"{analysis.summary.caption} (`randlora {analysis.name}`).\n\n{table}")
+        texts.append(f"{analysis.summary.caption} (`randlora {analysis.command}`).\n\n{table}")
     return "\n\n".join(texts)
 
 

@@ -121,26 +121,34 @@ def spectra_command(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--into", type=Path, help="a .csv file, in place of the screen; a .jsonl file is given the means, a row a run"
     )
+    parser.add_argument("--figure", type=Path, action="append", default=[], help="such as figure.svg")
     options = parser.parse_args(arguments)
     check_into(options.into, (".csv", ".jsonl"))
+    for path in options.figure:
+        check_into(path, (".svg", ".png", ".pdf"), "--figure")
     look, several = Look(options.directions, options.likeness), len(options.runs) > 1
     table, means = [], []
     for run, folder in named(options.runs).items():
         subject = Trained.load(folder, "any" if options.any_base else "same")
         rows = [dataclasses.asdict(site) for site in spectra(subject.backbone.module, look)]
+        values = [round(statistics.mean(place), 6) for place in zip(*(row.pop("values") for row in rows), strict=True)]
         mean = {name: statistics.mean(row[name] for row in rows) for name in QUANTITIES}
         first = {"run": run} if several else {}
         table += [{**first, **row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
         table += [{**first, "site": "mean", "shape": "", **mean}]
         least = min(row["rank"] for row in rows)
         about = {"model": subject.experiment.model.name, "run": run, "sites": len(rows), "least_rank": least}
-        means.append(about | mean)
+        means.append(about | mean | {"values": values})
     if options.into and options.into.suffix == ".jsonl":
         write(options.into, written(means, ".jsonl"))
     elif options.into:
         write(options.into, table_of(table))
     else:
         print(table_of(table), end="")
+    if options.figure:
+        from randlora.use.figures import draw
+
+        draw(means, *options.figure)
     return FINISHED
 
 

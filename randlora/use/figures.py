@@ -22,7 +22,8 @@ def draw(rows: Rows, *paths: Path) -> None:
     """Writes the figure of an analysis to every one of the paths; the ending decides the format.
 
     Args:
-        rows: Of `cka_of_runs`, `landscape`, `approximate` or `forgetting`, of one model or of several.
+        rows: Of `cka_of_runs`, `landscape`, `approximate` or `forgetting`, or means of `spectra`, of one model or of
+            several.
         paths: Such as ``figure.svg``, ``.png`` or ``.pdf``.
 
     Raises:
@@ -30,7 +31,9 @@ def draw(rows: Rows, *paths: Path) -> None:
     """
     drawing = next((DRAWINGS[column] for column in DRAWINGS if rows and column in rows[0]), None)
     if drawing is None:
-        raise SettingsError("these rows have no figure: give those of cka, landscape, approximate or forgetting")
+        raise SettingsError(
+            "these rows have no figure: give those of cka, landscape, approximate, forgetting or spectra"
+        )
     drawing(rows, paths)
 
 
@@ -123,7 +126,7 @@ def _draw_at_scores(rows: Rows, paths: Sequence[Path]) -> None:
 
     A method has its colour, and its arms, by the numbers in their settings, markers that are the same for all methods.
     """
-    panels = _by(rows, "model", "on", "metric")
+    panels = _by([row for row in rows if row.get("at_score") is not None], "model", "on", "metric")
     figure = blank(7.2 * len(panels), 4.4)
     for axis, ((model, on, metric), part) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
@@ -165,12 +168,27 @@ def _draw_forgetting(rows: Rows, paths: Sequence[Path]) -> None:
     save(figure, *paths)
 
 
+def _draw_spectra(rows: Rows, paths: Sequence[Path]) -> None:
+    """A panel for each model: singular values as parts of the largest, means over sites, a line for each run."""
+    panels = _by(rows, "model")
+    figure = blank(4.6 * len(panels), 3.6)
+    for axis, ((model,), part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for row in part:
+            shares = np.linspace(0, 100, len(row["values"]))
+            axis.plot(shares, row["values"], marker=".", color=_colour(row["run"]), label=row["run"])
+        axis.set(title=model, xlabel="singular directions, %", ylabel="σ / σ₁", yscale="log", ylim=(1e-4, 1.5))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    save(figure, *paths)
+
+
 DRAWINGS = {  # by a column that only its rows have, or that comes first
     "cka": _draw_cka,
     "part": _draw_landscape,
     "error": _draw_errors,
     "at_score": _draw_at_scores,
     "change": _draw_forgetting,
+    "values": _draw_spectra,
 }
 
 

@@ -12,6 +12,7 @@ from randlora.adapters.core import adapted_layers, require_adaptation
 from randlora.adapters.quantization import dense
 from randlora.bounds import Bounded, Count, Part
 
+PLACES = 33  # of singular values that are kept, from the first to the last
 _EPSILON = torch.finfo(torch.float32).eps  # updates are computed in float32
 
 
@@ -44,6 +45,7 @@ class Spectrum:
         alignment: ‖UᵀΔWV‖²_F / ‖ΔW‖²_F, with W0's k largest singular directions in U and V.
         intruders: How many of the k largest left singular vectors of W' are like none of W0's (Shuttleworth et al.,
             2024, arXiv 2410.21228).
+        values: σ / σ₁ of PLACES singular values, evenly spaced from the first to the last.
     """
 
     site: str
@@ -56,9 +58,10 @@ class Spectrum:
     relative_norm: float
     alignment: float
     intruders: int
+    values: tuple[float, ...]
 
 
-QUANTITIES = [field.name for field in dataclasses.fields(Spectrum) if field.name not in ("site", "shape")]
+QUANTITIES = [field.name for field in dataclasses.fields(Spectrum) if field.name not in ("site", "shape", "values")]
 
 
 @torch.no_grad()
@@ -81,10 +84,11 @@ def spectrum(site: str, weight: Tensor, delta: Tensor, look: Look) -> Spectrum:
     values = torch.linalg.svdvals(delta)
     squares, total = values.square(), values.square().sum().item()
     if not total:
-        return Spectrum(site, (weight.shape[0], weight.shape[1]), 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+        return Spectrum(site, (weight.shape[0], weight.shape[1]), 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, (0.0,) * PLACES)
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     rank = int((values > values[0] * max(weight.shape) * _EPSILON).sum())
     share = values / values.sum()
+    kept = values[torch.linspace(0, len(values) - 1, PLACES).round().long()] / values[0]
     new, *_ = torch.linalg.svd(weight + delta, full_matrices=False)
     likest = (left.T @ new[:, :k]).abs().amax(0)
     return Spectrum(
@@ -98,4 +102,5 @@ def spectrum(site: str, weight: Tensor, delta: Tensor, look: Look) -> Spectrum:
         relative_norm=total**0.5 / weight.norm().item(),
         alignment=(left[:, :k].T @ delta @ right[:k].T).square().sum().item() / total,
         intruders=int((likest < look.likeness).sum()),
+        values=tuple(kept.tolist()),
     )
