@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -399,6 +400,97 @@ def test_modules_to_save_travel_and_train_on(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="untouched needs"):
         randlora.from_peft(without, tmp_path / "theirs")
     assert isinstance(without.square, nn.Linear)
+
+
+SIZE = {"num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 40}
+WORDS = torch.arange(40).view(2, 20)
+
+
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(num_key_value_heads=1, tie_word_embeddings=tied, initializer_range=0.3, **SIZE)
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(WORDS).logits.detach()
+
+
+def assert_same_logits(*models: nn.Module) -> None:
+    first, *others = map(logits, models)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=2e-5, atol=2e-5)
+
+
+def train_words(model: nn.Module) -> None:
+    """Twenty steps of AdamW towards the next word."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(20):
+        optimiser.zero_grad()
+        model(WORDS, labels=WORDS.roll(7, 1)).loss.backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+def test_modules_to_save_that_are_tied_become_modules_of_their_own(saved: list[str], tmp_path: Path) -> None:
+    """As PEFT, which trains a copy; read, trained on, kept as ours, among several, written back and merged."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    theirs = peft.get_peft_model(llama(), config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = llama()
+    randlora.from_peft(ours, tmp_path / "theirs")
+    assert_same_logits(ours, theirs)
+    train_words(ours), train_words(theirs)
+    assert_same_logits(ours, theirs)
+    names = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}
+    modules = {names[name]: ours.get_submodule(names[name]) for name in saved}
+    randlora.to_peft(ours, tmp_path / "written", modules=modules)
+    assert_same_logits(ours, peft.PeftModel.from_pretrained(llama(), tmp_path / "written").eval())
+    randlora.save_adapter(ours, tmp_path / "ours", modules)
+    again = llama()
+    randlora.load_adapter(again, tmp_path / "ours")
+    assert_same_logits(ours, again)
+    several = llama()
+    adapters = randlora.Adapters(several, {name: several.get_submodule(name) for name in modules})
+    adapters.load("a", tmp_path / "written", randlora.from_peft)
+    adapters.load("b", tmp_path / "ours")
+    assert_same_logits(several, llama())
+    for name in ("a", "b"):
+        with adapters.using(name):
+            assert_same_logits(several, ours)
+    randlora.merge(again).save_pretrained(tmp_path / "merged")
+    assert_same_logits(ours, LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval())
+
+
+def test_what_is_trained_as_tied_stays_tied_or_is_refused(tmp_path: Path) -> None:
+    ours = llama()
+    randlora.adapt(ours, LoRA(rank=2), ["q_proj"])
+    ours.lm_head.requires_grad_(True)
+    randomise(ours)
+    with pytest.raises(SettingsError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        randlora.to_peft(ours, tmp_path / "peft", modules={"lm_head": ours.lm_head})
+    randlora.save_adapter(ours, tmp_path / "ours", {"lm_head": ours.lm_head})
+    again, untied = llama(), llama(tied=False)
+    randlora.load_adapter(again, tmp_path / "ours")
+    assert_same_logits(ours, again)
+    with pytest.raises(SettingsError, match="load a model that ties them"):
+        randlora.load_adapter(untied, tmp_path / "ours", base="any")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "own")
+    several = llama()
+    adapters = randlora.Adapters(several, {"lm_head": several.lm_head})
+    adapters.load("tied", tmp_path / "ours")
+    with pytest.raises(SettingsError, match="tied was trained with it tied"):
+        adapters.load("own", tmp_path / "own", randlora.from_peft)
+    assert adapters.names == ["tied"]
+    assert several.lm_head.weight is several.model.embed_tokens.weight
+    assert several.config.tie_word_embeddings
+    assert_same_logits(several, llama())
+    several = llama()
+    with pytest.raises(SettingsError, match=r"has lm_head\.weight, too"):
+        randlora.Adapters(several).load("own", tmp_path / "own", randlora.from_peft)
+    assert_same_logits(several, llama())
 
 
 OPTIONS = re.findall(

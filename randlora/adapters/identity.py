@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
 from randlora.adapters.fingerprint import difference, fingerprint
 from randlora.adapters.interface import Method, describe, method_from
+from randlora.adapters.ties import shared
 from randlora.bases import Basis
 from randlora.errors import SettingsError
 from randlora.integrity import MANIFEST, Damaged, verify
@@ -41,7 +42,7 @@ def description(model: nn.Module, modules: Mapping[str, nn.Module], whole: bool)
         "bases_sha256": _bases_sha256(adaptation),
         "base": fingerprint(frozen(model, adaptation, modules), whole),
         "modules": sorted(modules),
-    }
+    } | ({"tied": sorted(name for name, module in modules.items() if shared(model, module))} if modules else {})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
 from randlora.adapters.interface import Method
+from randlora.adapters.ties import separate
 from randlora.adapters.transaction import unchanged_on_failure
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
@@ -55,8 +56,9 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
     drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
-    `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, and are trained; give them to
-    `save_adapter` as its `modules`. Trained further, the adapter follows the path that it would have in PEFT.
+    `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, in parameters of their own (a
+    head that was tied to the embeddings is not, then), and are trained; give them to `save_adapter` as its `modules`.
+    Trained further, the adapter follows the path that it would have in PEFT.
 
     Raises:
         SettingsError: for pickles, unknown types and settings, and for modules that the model does not have; the model
@@ -71,6 +73,8 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
         method = _ranked(settings, by_site, folder)
     targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
     with unchanged_on_failure(model):
+        for module, _ in modules:
+            separate(model, module)
         report = adapt(model, method, targets, seed)
         adaptation = require_adaptation(model)
         _fill(adaptation, by_site, folder)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from randlora.adapters.attention import UnfusedAttention
 from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
 from randlora.adapters.interface import Site, Update
+from randlora.adapters.ties import shared
 from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
@@ -85,7 +86,8 @@ def to_peft(
 
     Raises:
         SettingsError: for methods and sites that PEFT does not have: slices of fused matrices, attention modules
-            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes.
+            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes; and for `modules`
+            that share parameters with the rest of the model.
     """
     adaptation, modules = require_adaptation(model), modules or {}
     _check_sites(model, adaptation)
@@ -94,6 +96,13 @@ def to_peft(
         raise SettingsError(
             f"modules: {strange[0]} is not the name of this module in the model, by which PEFT finds it"
         )
+    for name, module in modules.items():
+        for parameter, other in shared(model, module).items():
+            own = next(key for key, value in module.named_parameters() if value is parameter)
+            raise SettingsError(
+                f"modules: {name}.{own} is tied to {other}, and PEFT would train a copy of it: merge the model and "
+                "save it whole, or give the module a parameter of its own before it is trained"
+            )
     method = adaptation.method
     if isinstance(method, DoRA):
         settings, tensors, inference_only = _dora(method, adaptation)
