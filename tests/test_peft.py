@@ -431,6 +431,33 @@ def train_words(model: nn.Module) -> None:
         optimiser.step()
 
 
+def test_an_update_of_the_output_layer(tmp_path: Path) -> None:
+    """Both ways, with twenty further steps; PEFT stores the frozen matrix under it, and embeddings if asked to."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    theirs = peft.get_peft_model(llama(tied=False), config)
+    train_words(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    ours = llama(tied=False)
+    randlora.from_peft(ours, tmp_path / "theirs")
+    assert_same_logits(ours, theirs)
+    train_words(ours), train_words(theirs)
+    assert_same_logits(ours, theirs)
+    randlora.to_peft(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(llama(tied=False), tmp_path / "ours", is_trainable=True)
+    train_words(ours), train_words(again)
+    assert_same_logits(ours, again)
+    other = llama(tied=False)
+    with torch.no_grad():
+        other.lm_head.weight[3, 5] += 1e-3
+    with pytest.raises(SettingsError, match=r"lm_head\.weight with other values"):
+        randlora.from_peft(other, tmp_path / "theirs")
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "tied")
+    with pytest.raises(SettingsError, match=r"lm_head and model\.embed_tokens share one weight"):
+        randlora.from_peft(llama(), tmp_path / "tied")
+
+
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
 def test_modules_to_save_that_are_tied_become_modules_of_their_own(saved: list[str], tmp_path: Path) -> None:
     """As PEFT, which trains a copy; read, trained on, kept as ours, among several, written back and merged."""

@@ -68,6 +68,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     settings, tensors = _read(folder)
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
     modules = _modules(model, settings, tensors, folder)
+    _take_frozen(model, tensors, folder)
     by_site = _by_site(tensors, folder)
     if any(settings.get(name) for name in _PATTERNS):
         method = _ranked(settings, by_site, folder)
@@ -154,6 +155,23 @@ def _modules(
         if left := [key for key in tensors if f".{wanted}." in key and ".lora_" not in key]:
             raise SettingsError(f"{folder / TENSORS} has {left[0]}, and this model has no module for it")
     return modules
+
+
+def _take_frozen(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Takes out what PEFT stores of the model itself: embeddings, and an output layer under an update.
+
+    SettingsError unless it is what this model has, rounded to the other's dtype at most.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key in [*tensors]:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if key.startswith(PREFIX) and name in own:
+            here, stored = own[name].detach(), tensors.pop(key).to(own[name].device)
+            if not (torch.equal(here, stored.to(here.dtype)) or torch.equal(here.to(stored.dtype), stored)):
+                raise SettingsError(
+                    f"{folder / TENSORS} has {name} with other values or of another shape than in this model: load the "
+                    "weights that PEFT adapted"
+                )
 
 
 def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> RankedLoRA:
