@@ -520,10 +520,72 @@ def test_what_is_trained_as_tied_stays_tied_or_is_refused(tmp_path: Path) -> Non
     assert_same_logits(several, llama())
 
 
+@pytest.mark.parametrize(
+    ("name", "which"), [("lora", "all"), ("lora", "only"), ("dora", "only"), ("vera", "only"), ("randlora", "all")]
+)
+def test_biases_are_trained_beside(name: str, which: str, tmp_path: Path) -> None:
+    """Read, trained on, kept as ours and written back."""
+    config = CONFIGS[name]()
+    config.target_modules = set(TARGETS[:3])
+    config.bias = which if which == "all" else f"{config.peft_type.value.lower()}_only"
+    config.modules_to_save = ["untouched"] if name == "lora" else None
+    theirs = peft.get_peft_model(Net(16), config)
+    train(theirs, 2)
+    theirs.save_pretrained(tmp_path / "read")
+    ours = Net(16)
+    report = randlora.from_peft(ours, tmp_path / "read")
+    modules = {"untouched": ours.untouched} if name == "lora" else {}
+    beside = sum(p.numel() for module in modules.values() for p in module.parameters())
+    assert report.trainable_parameters + beside == theirs.get_nb_trainable_parameters()[0]
+    assert_same(ours, theirs)
+    rounding = 10 if name == "dora" else 1
+    train(ours, 3), train(theirs, 3)
+    assert_same(ours, theirs, rounding)
+    randlora.to_peft(ours, tmp_path / "written", modules=modules)
+    again = peft.PeftModel.from_pretrained(Net(16), tmp_path / "written", is_trainable=True)
+    assert again.peft_config["default"].bias == config.bias
+    assert_same(ours, again, rounding)
+    randlora.save_adapter(ours, tmp_path / "ours", modules)
+    kept = Net(16)
+    assert randlora.load_adapter(kept, tmp_path / "ours") == report
+    assert_same(ours, kept)
+    for module in modules:
+        kept.get_submodule(module).requires_grad_(True)
+    train(again, 4), train(kept, 4)
+    assert_same(kept, again, rounding)
+    with pytest.raises(SettingsError, match=r"has square\.bias, too|has more of the model"):
+        randlora.Adapters(Net(16), {"untouched": Net(16).untouched}).load("a", tmp_path / "read", randlora.from_peft)
+    randlora.to_peft(kept, tmp_path / "kept", modules=modules and {"untouched": kept.untouched})
+    assert_same(randlora.merge(kept), peft.PeftModel.from_pretrained(Net(16), tmp_path / "kept").eval(), rounding)
+
+
+def test_biases_that_are_not_those_of_peft_are_refused(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Net(16), peft.LoraConfig(r=2, target_modules=["square"], bias="all"))
+    theirs.save_pretrained(tmp_path / "all")
+    path = tmp_path / "all" / "adapter_config.json"
+    other = Net(16)
+    other.tall.bias = None
+    with pytest.raises(SettingsError, match=r"tall\.bias as \(60,\), and in this model it is None"):
+        randlora.from_peft(other, tmp_path / "all")
+    ours = Net(16)
+    randlora.from_peft(ours, tmp_path / "all")
+    randlora.save_adapter(ours, tmp_path / "ours")
+    with pytest.raises(SettingsError, match=r"trained with tall\.bias, and this model has none"):
+        randlora.load_adapter(other, tmp_path / "ours")
+    with pytest.raises(SettingsError, match="has more of the model than matrices"):
+        randlora.Adapters(Net(16)).load("a", tmp_path / "ours")
+    require_adaptation(ours).unfrozen.pop("tall.bias")
+    with pytest.raises(SettingsError, match="neither all biases of the model nor those of its sites"):
+        randlora.to_peft(ours, tmp_path / "no")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": "some"}))
+    with pytest.raises(SettingsError, match="has bias='some'"):
+        randlora.from_peft(Net(16), tmp_path / "all")
+
+
 OPTIONS = re.findall(
     r"^\| `(\w+)` \| [^|]* \| (read|no effect|refused)", (REPOSITORY / "docs/peft.md").read_text(), re.M
 )
-GIVEN: dict[str, object] = {"bias": "all", "layer_replication": [[0, 2]], "trainable_token_indices": [1]}
+GIVEN: dict[str, object] = {"layer_replication": [[0, 2]], "trainable_token_indices": [1]}
 
 
 def test_the_page_has_every_option_of_peft() -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, train_beside
 from randlora.adapters.identity import (
     MODULES,
     SETTINGS,
@@ -95,7 +95,9 @@ def load_adapter(
     settings = read_settings(folder)
     with unchanged_on_failure(model):
         _untie(model, settings, modules, folder)
+        beside = _beside(model, settings, folder)
         report = adapt(model, method_of(settings, folder), settings["targets"], settings["seed"])
+        report = train_beside(model, beside, report)
         adaptation = require_adaptation(model)
         check_sites(adaptation, settings, folder)
         if base == "same" and "base" in settings:
@@ -171,6 +173,17 @@ def _untie(
                 f"the adapter in {folder} was trained with {name} tied to another module of its model, and in this "
                 "model it is not: load a model that ties them"
             )
+
+
+def _beside(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> dict[str, nn.Parameter]:
+    """What was trained as it is beside what the method trains."""
+    own = dict(model.named_parameters())
+    for name in (names := settings.get("unfrozen", [])):
+        if name not in own:
+            raise SettingsError(
+                f"the adapter in {folder} was trained with {name}, and this model has none of that name"
+            )
+    return {name: own[name] for name in names}
 
 
 def _submodule(model: nn.Module, name: str, folder: Path) -> nn.Module:

@@ -32,7 +32,7 @@ def description(model: nn.Module, modules: Mapping[str, nn.Module], whole: bool)
     adaptation = require_adaptation(model)
     if not all(basis.reproducible for basis in _bases(adaptation)):
         raise SettingsError("this adapter's bases came from a file and no seed gives them: write it with to_peft")
-    return {
+    settings = {
         "format": FORMAT,
         "method": describe(adaptation.method),
         "targets": adaptation.targets,
@@ -42,7 +42,12 @@ def description(model: nn.Module, modules: Mapping[str, nn.Module], whole: bool)
         "bases_sha256": _bases_sha256(adaptation),
         "base": fingerprint(frozen(model, adaptation, modules), whole),
         "modules": sorted(modules),
-    } | ({"tied": sorted(name for name, module in modules.items() if shared(model, module))} if modules else {})
+    }
+    if modules:
+        settings["tied"] = sorted(name for name, module in modules.items() if shared(model, module))
+    if adaptation.added:
+        settings["unfrozen"] = adaptation.added
+    return settings
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

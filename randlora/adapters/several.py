@@ -238,7 +238,9 @@ class Adapters:
         saved = settings.get("modules", [])
         if missing := [module for module in saved if module not in self.modules]:
             raise SettingsError(f"{folder} has {missing[0]}, too: name it among the `modules` of Adapters")
-        if method_of(settings, folder).unfreezes([name for name, _ in self.model.named_parameters()]):
+        if settings.get("unfrozen") or method_of(settings, folder).unfreezes(
+            [name for name, _ in self.model.named_parameters()]
+        ):
             raise SettingsError(f"{folder} has more of the model than matrices: load it into a model of its own")
         return partial(load_adapter, modules={module: self.modules[module] for module in saved})
 

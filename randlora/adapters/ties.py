@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 TIED = "tie_word_embeddings"  # in transformers' configurations
@@ -30,8 +32,14 @@ def separate(model: nn.Module, module: nn.Module) -> None:
         for part in model.modules():
             if getattr(config := getattr(part, "config", None), TIED, False):
                 setattr(config, TIED, False)
-    own = {old: nn.Parameter(old.detach().clone(), old.requires_grad) for old in module.parameters()}
-    for part in module.modules():
+    replace_parameters(
+        module, {old: nn.Parameter(old.detach().clone(), old.requires_grad) for old in module.parameters()}
+    )
+
+
+def replace_parameters(model: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Puts other parameters in the place of some of `model`'s, wherever it has them."""
+    for part in model.modules():
         for key, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[key] = own[parameter]
+            if parameter is not None and parameter in others:
+                part._parameters[key] = others[parameter]

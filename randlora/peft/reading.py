@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, train_beside
 from randlora.adapters.interface import Method
-from randlora.adapters.ties import separate
+from randlora.adapters.ties import replace_parameters, separate
 from randlora.adapters.transaction import unchanged_on_failure
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
@@ -26,6 +26,7 @@ from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA
 from randlora.methods.ranked_lora import RankedLoRA
 from randlora.methods.vera import VeRA
+from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
 
 # Settings that are read, and those that change neither the outputs nor the training of an adapter once it is there: its
@@ -33,7 +34,7 @@ from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "modules_to_save", "vera_dropout", "d_initial", "randlora_alpha", "randlora_dropout", "projection_prng_key",
-    "init_lora_weights",
+    "init_lora_weights", "bias",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -48,6 +49,7 @@ _TRAINED = {
     "lora_A": "A", "lora_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d", "randlora_lambda": "lambda_",
     "randlora_gamma": "gamma", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
+_WRAPPED = ("modules_to_save.", "original_module.")
 _REPEATED = ("randlora_A", "randlora_B")  # PEFT repeats the bases at every site
 
 
@@ -58,7 +60,8 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
     `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, in parameters of their own (a
     head that was tied to the embeddings is not, then), and are trained; give them to `save_adapter` as its `modules`.
-    Trained further, the adapter follows the path that it would have in PEFT.
+    Biases that PEFT has trained are read and trained, too, and `save_adapter` keeps them by itself. Trained further,
+    the adapter follows the path that it would have in PEFT.
 
     Raises:
         SettingsError: for pickles, unknown types and settings, and for modules that the model does not have; the model
@@ -68,15 +71,22 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     settings, tensors = _read(folder)
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
     modules = _modules(model, settings, tensors, folder)
+    given = _take_biases(settings, tensors)
     _take_frozen(model, tensors, folder)
     by_site = _by_site(tensors, folder)
+    known = biases(model, settings.get("bias") or NONE, by_site, [module for module, _ in modules])
+    _check_biases(known, given, folder)
     if any(settings.get(name) for name in _PATTERNS):
         method = _ranked(settings, by_site, folder)
     targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
     with unchanged_on_failure(model):
         for module, _ in modules:
             separate(model, module)
-        report = adapt(model, method, targets, seed)
+        own = {bias: nn.Parameter(given[name].to(bias)) for name, bias in known.items()}
+        replace_parameters(model, own)
+        named = {bias: name for name, bias in known.items()}  # once, where modules share it
+        trained = {name: own[bias] for bias, name in named.items()}
+        report = train_beside(model, trained, adapt(model, method, targets, seed))
         adaptation = require_adaptation(model)
         _fill(adaptation, by_site, folder)
         _replace_bases(adaptation, tensors, folder)
@@ -111,10 +121,10 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     if peft_type not in ("LORA", "VERA", "RANDLORA"):
         raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
     strange = [
-        name
-        for name, value in settings.items()
-        if name not in _READ | _WITHOUT_EFFECT and value not in _NOT_GIVEN and (name, value) != ("bias", "none")
+        name for name, value in settings.items() if name not in _READ | _WITHOUT_EFFECT and value not in _NOT_GIVEN
     ]
+    if (bias := settings.get("bias") or NONE) not in (NONE, ALL) and not str(bias).endswith(ONLY):
+        strange.append("bias")
     if settings.get("init_lora_weights", True) not in _STARTS:
         strange.append("init_lora_weights")
     if peft_type != "LORA" or settings.get("use_dora"):
@@ -148,6 +158,8 @@ def _modules(
             if not f".{name}".endswith(f".{wanted}") or not any(key.startswith(prefix) for key in tensors):
                 continue
             state = {key.removeprefix(prefix): tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
+            # With bias="all" PEFT writes biases twice more, by the names of its wrapper.
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(_WRAPPED)}
             shapes, needed = ({key: tuple(t.shape) for key, t in of.items()} for of in (state, module.state_dict()))
             if shapes != needed:
                 raise SettingsError(f"{folder / TENSORS}: {name} needs {needed}, found {shapes}")
@@ -155,6 +167,25 @@ def _modules(
         if left := [key for key in tensors if f".{wanted}." in key and ".lora_" not in key]:
             raise SettingsError(f"{folder / TENSORS} has {left[0]}, and this model has no module for it")
     return modules
+
+
+def _take_biases(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes out the biases that were trained beside, by their names in the model."""
+    if (settings.get("bias") or NONE) == NONE:
+        return {}
+    keys = [key for key in tensors if key.startswith(PREFIX) and f".{key}".endswith(".bias")]
+    return {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensors.pop(key) for key in keys}
+
+
+def _check_biases(known: Mapping[str, nn.Parameter], given: Mapping[str, Tensor], folder: Path) -> None:
+    """SettingsError unless the file has just those biases that this model has."""
+    shapes, needed = ({name: tuple(t.shape) for name, t in of.items()} for of in (given, known))
+    if shapes != needed:
+        wrong = min(name for name in {*shapes, *needed} if shapes.get(name) != needed.get(name))
+        raise SettingsError(
+            f"{folder / TENSORS} has {wrong} as {shapes.get(wrong)}, and in this model it is {needed.get(wrong)}: load "
+            "the model that PEFT adapted"
+        )
 
 
 def _take_frozen(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -29,6 +29,7 @@ from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
 from randlora.methods.ranked_lora import RankedLoRA
 from randlora.methods.vera import VeRA, VeRAUpdate
+from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
@@ -115,12 +116,14 @@ def to_peft(
     else:
         raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
     names = [site.name for site in adaptation.sites]
+    bias, trained = _biases(model, adaptation, names, modules, settings["peft_type"])
+    tensors |= trained
     for name, module in modules.items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     settings |= {
         "modules_to_save": [*modules] or None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": all(layer.transposed for layer in adapted_layers(model).values()),
         "inference_mode": True,
         "target_modules": "|".join(map(re.escape, names)),  # a pattern is matched whole, a list at the end of names
@@ -146,8 +149,23 @@ def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
             raise SettingsError(f"{site.name} is a slice of a fused matrix, which PEFT cannot adapt: merge instead")
         if isinstance(model.get_submodule(site.name.rpartition(".")[0]), UnfusedAttention):
             raise SettingsError(f"{site.name} lies inside nn.MultiheadAttention, unlike in PEFT: merge instead")
-    if adaptation.unfrozen:
-        raise SettingsError("the method trains parameters beside its updates, which PEFT's file does not hold")
+
+
+def _biases(
+    model: nn.Module, adaptation: Adaptation, sites: list[str], modules: Mapping[str, nn.Module], peft_type: str
+) -> tuple[str, dict[str, Tensor]]:
+    """PEFT's `bias` for what is trained beside the updates, and its tensors."""
+    if not adaptation.unfrozen:
+        return NONE, {}
+    for which in (peft_type.lower() + ONLY, ALL):
+        found = biases(model, which, sites, modules.values())
+        if {*found.values()} == {*adaptation.unfrozen.values()}:
+            inner = {f"{site}.bias": f"{site}.base_layer.bias" for site in sites}
+            return which, {f"{PREFIX}{inner.get(name, name)}": bias.detach().clone() for name, bias in found.items()}
+    raise SettingsError(
+        "parameters are trained beside the updates that are neither all biases of the model nor those of its sites, "
+        "and PEFT's file does not hold them: merge the model and save it whole"
+    )
 
 
 def _number(value: float) -> float | int:
