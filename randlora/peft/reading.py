@@ -24,7 +24,7 @@ from randlora.errors import SettingsError
 from randlora.methods.dora import DoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA
-from randlora.methods.ranked_lora import RankedLoRA
+from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA
 from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
@@ -58,10 +58,10 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
     drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
-    `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, in parameters of their own (a
-    head that was tied to the embeddings is not, then), and are trained; give them to `save_adapter` as its `modules`.
-    Biases that PEFT has trained are read and trained, too, and `save_adapter` keeps them by itself. Trained further,
-    the adapter follows the path that it would have in PEFT.
+    `RankedLoRA`, a DoRA a `RankedDoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, in
+    parameters of their own (a head that was tied to the embeddings is not, then), and are trained; give them to
+    `save_adapter` as its `modules`. Biases that PEFT has trained are read and trained, too, and `save_adapter` keeps
+    them by itself. Trained further, the adapter follows the path that it would have in PEFT.
 
     Raises:
         SettingsError: for pickles, unknown types and settings, and for modules that the model does not have; the model
@@ -127,7 +127,7 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
         strange.append("bias")
     if settings.get("init_lora_weights", True) not in _STARTS:
         strange.append("init_lora_weights")
-    if peft_type != "LORA" or settings.get("use_dora"):
+    if peft_type != "LORA":
         strange += [name for name in _PATTERNS if settings.get(name)]
     if strange:
         raise SettingsError(
@@ -206,7 +206,7 @@ def _take_frozen(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> 
 
 
 def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> RankedLoRA:
-    """LoRA with the rank and the alpha that PEFT's patterns give each site: those of the first that matches its end."""
+    """LoRA or DoRA of the ranks and alphas that PEFT's patterns give the sites: of the first that matches an end."""
 
     def of(name: str, site: str, common: float) -> Any:
         patterns = (settings.get(name) or {}).items()
@@ -218,7 +218,8 @@ def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> Ran
         alphas = {site: of("alpha_pattern", site, settings["lora_alpha"]) * root for site, root in roots.items()}
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise SettingsError(f"{folder / CONFIG} has patterns that give no ranks or alphas: {error}") from error
-    return RankedLoRA(ranks, alphas, settings.get("lora_dropout", 0.0))
+    method = RankedDoRA if settings.get("use_dora") else RankedLoRA
+    return method(ranks, alphas, settings.get("lora_dropout", 0.0))
 
 
 def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from randlora.methods.dora import DoRA, DoRAUpdate
 from randlora.methods.gelora import GeLoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
-from randlora.methods.ranked_lora import RankedLoRA
+from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA, VeRAUpdate
 from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
@@ -105,8 +105,8 @@ def to_peft(
                 "save it whole, or give the module a parameter of its own before it is trained"
             )
     method = adaptation.method
-    if isinstance(method, DoRA):
-        settings, tensors, inference_only = _dora(method, adaptation)
+    if isinstance(method, DoRA | RankedDoRA):
+        settings, tensors, inference_only = _dora(adaptation)
     elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
         settings, tensors, inference_only = _low_rank(adaptation)
     elif isinstance(method, VeRA):
@@ -174,15 +174,31 @@ def _number(value: float) -> float | int:
 
 
 def _low_rank(adaptation: Adaptation) -> Contents:
-    """A LoRA of each site's own rank and scale; one without any rank left gets one that is zero, which PEFT needs."""
     updates = _updates(adaptation, LowRankUpdate)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for site, update in updates:
-        A, B = update.low_rank()
-        factors[site.name] = (A, B) if len(A) else (A.new_zeros(1, site.in_features), B.new_zeros(site.out_features, 1))
+    settings, tensors = _loras([(site, update, update.low_rank()) for site, update in updates])
+    plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
+    return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
+
+
+def _dora(adaptation: Adaptation) -> Contents:
+    updates = _updates(adaptation, DoRAUpdate)
+    settings, tensors = _loras([(site, update, update.factors()) for site, update in updates])
+    tensors |= {f"{PREFIX}{site.name}.lora_magnitude_vector": update.magnitude for site, update in updates}
+    detached = all(update.detach_norm for _, update in updates)
+    return Contents(settings | {"use_dora": True}, tensors, "" if detached else NORM_IS_CONSTANT)
+
+
+def _loras(
+    updates: Sequence[tuple[Site, LowRankUpdate | DoRAUpdate, tuple[Tensor, Tensor]]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A LoRA of each site's own rank and scale; one without any rank left gets one that is zero, which PEFT needs."""
+    factors = {
+        site.name: (A, B) if len(A) else (A.new_zeros(1, site.in_features), B.new_zeros(site.out_features, 1))
+        for site, _, (A, B) in updates
+    }
     ranks = {name: len(A) for name, (A, _) in factors.items()}
-    alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update in updates}
-    dropouts = {update.dropout for _, update in updates}
+    alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update, _ in updates}
+    dropouts = {update.dropout for _, update, _ in updates}
     if len(dropouts) > 1:
         raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
     (rank, rank_pattern), (alpha, alpha_pattern) = _commonest(ranks), _commonest(alphas)
@@ -192,27 +208,13 @@ def _low_rank(adaptation: Adaptation) -> Contents:
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-    plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
-    return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
+    return settings, tensors
 
 
 def _commonest(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     """The commonest of the sites' values, and those of the other sites by the pattern that matches that site alone."""
     ((common, _),) = Counter(values.values()).most_common(1)
     return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
-
-
-def _dora(method: DoRA, adaptation: Adaptation) -> Contents:
-    alpha = _number(relative_scale(method.rank, method.alpha) * method.rank)
-    settings = {
-        "peft_type": "LORA", "r": method.rank, "lora_alpha": alpha, "lora_dropout": method.dropout, "use_dora": True,
-    }  # fmt: skip
-    tensors: dict[str, Tensor] = {}
-    for site, update in _updates(adaptation, DoRAUpdate):
-        tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.low_rank.A
-        tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.low_rank.B
-        tensors[f"{PREFIX}{site.name}.lora_magnitude_vector"] = update.magnitude
-    return Contents(settings, tensors, "" if method.detach_norm else NORM_IS_CONSTANT)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
