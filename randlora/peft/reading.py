@@ -28,22 +28,9 @@ from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA
 from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
+from randlora.peft.options import NOT_GIVEN, READ, REFUSED, STARTS, UNKNOWN, WITHOUT_EFFECT
 
-# Settings that are read, and those that change neither the outputs nor the training of an adapter once it is there: its
-# sites are those that have tensors. Any other must be as if it were not given; see docs/peft.md.
-_READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "vera_dropout", "d_initial", "randlora_alpha", "randlora_dropout", "projection_prng_key",
-    "init_lora_weights", "bias",
-}  # fmt: skip
-_WITHOUT_EFFECT = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "save_projection",
-    "init_weights", "eva_config", "qalora_group_size", "megatron_core", "runtime_config",
-}  # fmt: skip
-_NOT_GIVEN: tuple[Any, ...] = (None, False, {}, [])
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # a LoRA's: the ranks and alphas of the sites that are not as the others
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
 # PEFT's names of the tensors of a site, and ours.
 _TRAINED = {
     "lora_A": "A", "lora_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d", "randlora_lambda": "lambda_",
@@ -120,19 +107,17 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     peft_type = settings.get("peft_type")
     if peft_type not in ("LORA", "VERA", "RANDLORA"):
         raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
-    strange = [
-        name for name, value in settings.items() if name not in _READ | _WITHOUT_EFFECT and value not in _NOT_GIVEN
-    ]
+    strange = [name for name, value in settings.items() if name not in READ | WITHOUT_EFFECT and value not in NOT_GIVEN]
     if (bias := settings.get("bias") or NONE) not in (NONE, ALL) and not str(bias).endswith(ONLY):
         strange.append("bias")
-    if settings.get("init_lora_weights", True) not in _STARTS:
+    if settings.get("init_lora_weights", True) not in STARTS:
         strange.append("init_lora_weights")
     if peft_type != "LORA":
         strange += [name for name in _PATTERNS if settings.get(name)]
     if strange:
         raise SettingsError(
-            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
-            "merge it with PEFT and load the plain model"
+            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not read here, since "
+            f"{REFUSED.get(strange[0], UNKNOWN)}: merge it with PEFT, where PEFT can, and load the plain model"
         )
     try:
         if peft_type == "LORA":
