@@ -65,8 +65,11 @@ def randomise(model: nn.Module) -> None:
 
 def assert_same(ours: nn.Module, theirs: nn.Module, rounding: float = 1) -> None:
     x = torch.randn(9, 24)
-    expected = theirs(x).detach()
-    assert (ours(x) - expected).abs().max() <= rounding * 2e-6 * expected.abs().max()
+    modes = [(model, model.training) for model in (ours, theirs)]
+    expected, found = theirs.eval()(x).detach(), ours.eval()(x)
+    assert (found - expected).abs().max() <= rounding * 2e-6 * expected.abs().max()
+    for model, training in modes:
+        model.train(training)
 
 
 @pytest.mark.parametrize(
@@ -139,23 +142,32 @@ def test_peft_reads_a_finished_method_of_ranks_of_its_own(method: Method, tmp_pa
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=TARGETS),
-    "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=TARGETS),
+    "rslora": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, lora_dropout=0.2, init_lora_weights="gaussian", target_modules=TARGETS
+    ),
+    "lora, orthogonal": lambda: peft.LoraConfig(r=4, init_lora_weights="orthogonal", target_modules=TARGETS),
+    "lora, eva": lambda: peft.LoraConfig(r=4, init_lora_weights="eva", target_modules=TARGETS),
     "lora of patterns": lambda: peft.LoraConfig(
-        r=4, lora_alpha=6, rank_pattern={"w..e": 2, "^tall": 5}, alpha_pattern={"tall|conv": 3}, target_modules=TARGETS
+        r=4, lora_alpha=6, rank_pattern={"w..e": 2, "^tall": 5}, alpha_pattern={"tall|conv": 3}, target_modules=TARGETS,
+        init_lora_weights=False,
     ),
     "rslora of patterns": lambda: peft.LoraConfig(
-        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS
+        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS,
+        lora_dropout=0.2,
     ),
     "dora of patterns": lambda: peft.LoraConfig(
-        r=4, lora_alpha=6, use_dora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS
+        r=4, lora_alpha=6, use_dora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS,
+        lora_dropout=0.2,
     ),
     "vera": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, projection_prng_key=3),
-    "vera without bases": lambda: peft.VeraConfig(r=7, target_modules=TARGETS, save_projection=False),
+    "vera without bases": lambda: peft.VeraConfig(
+        r=7, target_modules=TARGETS, save_projection=False, d_initial=0.3, vera_dropout=0.2
+    ),
     "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=15, target_modules=TARGETS, projection_prng_key=3),
     "randlora without bases": lambda: peft.RandLoraConfig(
-        r=5, randlora_alpha=15, target_modules=TARGETS, save_projection=False
+        r=5, randlora_alpha=15, target_modules=TARGETS, save_projection=False, randlora_dropout=0.2
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -227,7 +239,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 
 def train(model: nn.Module, seed: int) -> None:
-    """Twenty steps of AdamW on a random regression."""
+    """Twenty steps of AdamW on a random regression, with the dropout of a seed."""
+    torch.manual_seed(seed)
     data = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(20):
@@ -250,14 +263,14 @@ def apart(ours: nn.Module, theirs: nn.Module, folder: Path) -> float:
 @pytest.mark.parametrize(
     ("net", "method", "bases"),
     [
-        ("uneven", LoRA(rank=4, alpha=3), True),
-        ("uneven", DoRA(rank=4, alpha=3), True),
+        ("uneven", LoRA(rank=4, alpha=3, dropout=0.2), True),
+        ("uneven", DoRA(rank=4, alpha=3, dropout=0.2), True),
         ("uneven", RankedLoRA({"square": 3, "tall": 0, "wide": 2, "conv": 3}, 5.0), True),
         ("uneven", RankedDoRA({"square": 3, "tall": 0, "wide": 2, "conv": 3}, 5.0), True),
         ("even", VeRA(rank=7), True),
         ("even", VeRA(rank=7, basis="sparse"), True),
-        ("uneven", VeRA(rank=7, basis="peft"), False),
-        ("one smaller side", RandLoRA(rank=5, alpha=7), True),
+        ("uneven", VeRA(rank=7, d_initial=0.3, dropout=0.2, basis="peft"), False),
+        ("one smaller side", RandLoRA(rank=5, alpha=7, dropout=0.2), True),
         ("one smaller side", RandLoRA(rank=5, divide_by_root=True), True),
         ("one smaller side", RandLoRA(rank=5, num_bases="floor", divide_by_root=True), True),
         ("one smaller side", RandLoRA(rank=5, basis="kronecker", divide_by_root=True), True),
@@ -377,9 +390,11 @@ def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:
         randlora.from_peft(nn.Sequential(nn.Linear(3, 3)), other)
 
 
-def test_modules_to_save_travel_and_train_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rslora", "vera without bases", "randlora without bases"])
+def test_modules_to_save_travel_and_train_on(name: str, tmp_path: Path) -> None:
     """Both ways; the two then train alike."""
-    config = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["untouched"])
+    config = CONFIGS[name]()
+    config.modules_to_save = ["untouched"]
     theirs = peft.get_peft_model(Net(), config)
     train(theirs, 2)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -388,7 +403,7 @@ def test_modules_to_save_travel_and_train_on(tmp_path: Path) -> None:
     assert_same(ours, theirs)
     train(ours, 3), train(theirs, 3)
     assert_same(ours, theirs)
-    randlora.to_peft(ours, tmp_path / "ours", modules={"untouched": ours.untouched})
+    randlora.to_peft(ours, tmp_path / "ours", "without" not in name, modules={"untouched": ours.untouched})
     again = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours", is_trainable=True)
     assert_same(ours, again)
     train(ours, 4), train(again, 4)
