@@ -342,15 +342,52 @@ def test_what_peft_cannot_hold_is_refused(method: Method, bases: bool, why: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_attention_and_slices_are_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.MultiheadAttention(24, 2))
-    randlora.adapt(model, LoRA(rank=2), ["0.out_proj"])
-    with pytest.raises(SettingsError, match=r"inside nn\.MultiheadAttention"):
-        randlora.to_peft(model, tmp_path)
-    randlora.merge(model)
-    randlora.adapt(model, LoRA(rank=2), ["0.in_proj[q]"])
-    with pytest.raises(SettingsError, match="slice"):
-        randlora.to_peft(model, tmp_path)
+class Fused(nn.Module):
+    """A fused projection as GPT-2's, and a fused attention as CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c_attn, self.attention = Conv1D(72, 24), nn.MultiheadAttention(24, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(*self.c_attn(x).chunk(3, dim=-1))[0]
+
+
+@pytest.mark.parametrize("method", [LoRA(3), DoRA(3), VeRA(3, basis="peft"), RandLoRA(3, basis="peft")], ids=str)
+def test_fused_matrices_are_written_whole_and_neither_sliced_nor_in_attention(method: Method, tmp_path: Path) -> None:
+    """As PEFT has them: VeRA and RandLoRA have no layer there for nn.MultiheadAttention, LoRA has one for all of it."""
+    ours = Fused()
+    randlora.adapt(ours, method, ["c_attn"])
+    randomise(ours)
+    randlora.to_peft(ours, tmp_path)
+    assert_same(ours, peft.PeftModel.from_pretrained(Fused(), tmp_path))
+    for target, why in (
+        ("c_attn[q]", r"c_attn\[q\] is a slice of a fused matrix, and PEFT adapts matrices whole"),
+        ("attention.in_proj", r"in_proj lies inside nn\.MultiheadAttention, which PEFT does not unfuse"),
+        ("attention.in_proj[v]", r"in_proj\[v\] lies inside nn\.MultiheadAttention"),
+        ("attention.out_proj", r"out_proj lies inside nn\.MultiheadAttention"),
+    ):
+        ours = Fused()
+        randlora.adapt(ours, method, [target])
+        with pytest.raises(SettingsError, match=why):
+            randlora.to_peft(ours, tmp_path)
+    if not isinstance(method, LoRA | DoRA):
+        config = peft.VeraConfig if isinstance(method, VeRA) else peft.RandLoraConfig
+        with pytest.raises(ValueError, match="No layers types compatible"):
+            peft.get_peft_model(Fused(), config(r=3, target_modules=["attention"]))
+
+
+def test_attention_that_peft_has_adapted_is_refused(tmp_path: Path) -> None:
+    """An update of out_proj alone is a thing that PEFT never uses, as it says itself."""
+    for target, why in (("attention", "which PEFT adapts as one layer"), ("out_proj", "never uses the update")):
+        theirs = peft.get_peft_model(Fused(), peft.LoraConfig(r=3, target_modules=[target]))
+        before = theirs(torch.ones(5, 24)).detach()
+        randomise(theirs)
+        assert torch.equal(theirs(torch.ones(5, 24)), before) == (target == "out_proj")
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(SettingsError, match=why):
+            randlora.from_peft(Fused(), tmp_path)
 
 
 def test_what_we_cannot_read_is_refused(tmp_path: Path) -> None:

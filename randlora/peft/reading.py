@@ -61,6 +61,7 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     given = _take_biases(settings, tensors)
     _take_frozen(model, tensors, folder)
     by_site = _by_site(tensors, folder)
+    _refuse_attention(model, by_site, folder)
     known = biases(model, settings.get("bias") or NONE, by_site, [module for module, _ in modules])
     _check_biases(known, given, folder)
     if any(settings.get(name) for name in _PATTERNS):
@@ -217,6 +218,22 @@ def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Te
     if not by_site:
         raise SettingsError(f"{folder / TENSORS} has no tensor of the form {PREFIX}<module>.<tensor>")
     return by_site
+
+
+def _refuse_attention(model: nn.Module, sites: Iterable[str], folder: Path) -> None:
+    """SettingsError for updates of nn.MultiheadAttention, or inside of one."""
+    whole = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    for site in sites:
+        if site in whole:
+            raise SettingsError(
+                f"{folder / TENSORS} has {site}, an nn.MultiheadAttention, which PEFT adapts as one layer, and which "
+                "is unfused here: merge it with PEFT and load the plain model"
+            )
+        if site.rpartition(".")[0] in whole:
+            raise SettingsError(
+                f"{folder / TENSORS} has {site}, inside an nn.MultiheadAttention, which in PEFT never uses the update: "
+                "leave it out"
+            )
 
 
 @torch.no_grad()

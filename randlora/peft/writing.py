@@ -145,10 +145,15 @@ def to_peft(
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
     whole = set(adapted_layers(model))
     for site in adaptation.sites:
-        if site.name not in whole:
-            raise SettingsError(f"{site.name} is a slice of a fused matrix, which PEFT cannot adapt: merge instead")
         if isinstance(model.get_submodule(site.name.rpartition(".")[0]), UnfusedAttention):
-            raise SettingsError(f"{site.name} lies inside nn.MultiheadAttention, unlike in PEFT: merge instead")
+            raise SettingsError(
+                f"{site.name} lies inside nn.MultiheadAttention, which PEFT does not unfuse: its LoRA has a layer for "
+                "all of it, and its DoRA, VeRA and RandLoRA have none; merge instead"
+            )
+        if site.name not in whole:
+            raise SettingsError(
+                f"{site.name} is a slice of a fused matrix, and PEFT adapts matrices whole: merge instead"
+            )
 
 
 def _biases(
