@@ -141,19 +141,19 @@ def test_peft_reads_a_finished_method_of_ranks_of_its_own(method: Method, tmp_pa
 
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS),
-    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=TARGETS),
+    "dora": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, use_dora=True, init_lora_weights="eva", target_modules=TARGETS
+    ),
     "rslora": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, lora_dropout=0.2, init_lora_weights="gaussian", target_modules=TARGETS
     ),
-    "lora, orthogonal": lambda: peft.LoraConfig(r=4, init_lora_weights="orthogonal", target_modules=TARGETS),
-    "lora, eva": lambda: peft.LoraConfig(r=4, init_lora_weights="eva", target_modules=TARGETS),
     "lora of patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, rank_pattern={"w..e": 2, "^tall": 5}, alpha_pattern={"tall|conv": 3}, target_modules=TARGETS,
         init_lora_weights=False,
     ),
     "rslora of patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS,
-        lora_dropout=0.2,
+        lora_dropout=0.2, init_lora_weights="orthogonal",
     ),
     "dora of patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, use_dora=True, rank_pattern={"wide": 2}, alpha_pattern={"tall": 3}, target_modules=TARGETS,
@@ -575,9 +575,7 @@ def test_what_is_trained_as_tied_stays_tied_or_is_refused(tmp_path: Path) -> Non
     assert_same_logits(several, llama())
 
 
-@pytest.mark.parametrize(
-    ("name", "which"), [("lora", "all"), ("lora", "only"), ("dora", "only"), ("vera", "only"), ("randlora", "all")]
-)
+@pytest.mark.parametrize(("name", "which"), [("lora", "all"), ("dora", "only"), ("vera", "only"), ("randlora", "all")])
 def test_biases_are_trained_beside(name: str, which: str, tmp_path: Path) -> None:
     """Read, trained on, kept as ours and written back."""
     config = CONFIGS[name]()
