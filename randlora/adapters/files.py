@@ -177,12 +177,11 @@ def _untie(
 
 def _beside(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> dict[str, nn.Parameter]:
     """What was trained as it is beside what the method trains."""
-    own = dict(model.named_parameters())
-    for name in (names := settings.get("unfrozen", [])):
-        if name not in own:
-            raise SettingsError(
-                f"the adapter in {folder} was trained with {name}, and this model has none of that name"
-            )
+    own, names = dict(model.named_parameters(remove_duplicate=False)), settings.get("unfrozen", [])
+    if missing := [name for name in names if name not in own]:
+        raise SettingsError(
+            f"the adapter in {folder} was trained with {missing[0]}, and this model has none of that name"
+        )
     return {name: own[name] for name in names}
 
 
