@@ -29,6 +29,7 @@ from randlora.methods import (
     NoLA,
     RandLoRA,
     RandLoRAa,
+    RankedDoRA,
     RankedLoRA,
     SoRA,
     VeRA,
@@ -72,6 +73,7 @@ METHODS = [
     SoRA(rank=5),
     IncreLoRA(rank=4, start=3),
     RankedLoRA({name: rank for rank, name in enumerate(TOY_TARGETS, 1)}),
+    RankedDoRA({name: rank for rank, name in enumerate(TOY_TARGETS, 1)}),
 ]
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -89,7 +91,7 @@ def closed_form(method: Method, site: Site) -> int:
     if isinstance(method, IncreLoRA):  # at the start
         return method.start * (total + 1)
     if isinstance(method, RankedLoRA):
-        return method.ranks[site.name] * total
+        return method.ranks[site.name] * total + isinstance(method, RankedDoRA) * site.out_features
     if isinstance(method, DoRA):
         return method.rank * total + site.out_features
     if isinstance(method, VeRA):
@@ -262,7 +264,7 @@ def test_forward_and_gradients_equal_the_naive_formula(method: Method, tokens: i
                 torch.testing.assert_close(mine, oracle, rtol=1e-11, atol=1e-11)
 
 
-LINEAR = [m for m in METHODS if not isinstance(m, DoRA | EDoRA)]
+LINEAR = [m for m in METHODS if not isinstance(m, DoRA | EDoRA | RankedDoRA)]
 OF_ALPHA = [m for m in LINEAR if hasattr(m, "rank") and getattr(m, "alpha", 0) is None]
 
 

@@ -18,7 +18,7 @@ STARTS = {
     "RandLoRAa-18": 6.52653, "MoRA-21": -2.52336, "MoRA-22": -2.52336, "MoRA-23": 0.0, "MoRA-24": 0.0, "MoRA-25": 0.0,
     "MELoRA-26": -1.23471, "MELoRA-27": -650.33770, "LoRAMini-28": 17.43488, "LoRTA-29": -6.26441,
     "LoRTA-30": -6.26441, "LoRTA-31": -6.26441, "FlatLoRA-32": 3.25469, "GeLoRA-33": 2.02108, "SoRA-34": 7.53032,
-    "IncreLoRA-35": -0.73174, "RankedLoRA-36": 1.85473,
+    "IncreLoRA-35": -0.73174, "RankedLoRA-36": 1.85473, "RankedDoRA-37": -5.48060,
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class Adaptation:
     sites: list[Site]
     updates: dict[str, Update]
     unfrozen: dict[str, nn.Parameter] = field(default_factory=dict)  # trained as they are, beside the sites
+    added: list[str] = field(default_factory=list)  # those of them that the method alone does not train
 
     def saved(self) -> dict[str, Tensor]:
         """Every tensor that a file of the adapter holds, by name: the trained ones and the updates' persistent buffers.
@@ -104,6 +105,21 @@ def adapt(model: nn.Module, method: Method, targets: Sequence[str], seed: int = 
     trainable = sum(site.trainable_parameters for site in sites) + sum(p.numel() for p in unfrozen.values())
     saved = sum(tensor.numel() for tensor in adaptation.saved().values())
     return Report(sites, trainable, total + beside, saved)
+
+
+def train_beside(model: nn.Module, parameters: Mapping[str, nn.Parameter], report: Report) -> Report:
+    """Has parameters of an adapted model trained as they are, beside what its method trains; the report with them.
+
+    `parameters` have the names that they had before `adapt`.
+    """
+    adaptation = require_adaptation(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    adaptation.unfrozen |= parameters
+    adaptation.added += parameters
+    count = sum(parameter.numel() for parameter in parameters.values())
+    trainable, saved = report.trainable_parameters + count, report.saved_parameters + count
+    return dataclasses.replace(report, trainable_parameters=trainable, saved_parameters=saved)
 
 
 def _build(

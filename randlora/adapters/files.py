@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, train_beside
 from randlora.adapters.identity import (
     MODULES,
     SETTINGS,
@@ -31,6 +32,7 @@ from randlora.adapters.identity import (
     read_settings,
 )
 from randlora.adapters.tensor_files import entry, header, write_tensors
+from randlora.adapters.ties import separate, shared
 from randlora.adapters.transaction import unchanged_on_failure
 from randlora.errors import SettingsError, check_choice
 from randlora.integrity import MANIFEST, Damaged, draft_folder, remove_drafts, seal, sync
@@ -92,7 +94,10 @@ def load_adapter(
     check_choice("base", base, ("same", "any"))
     settings = read_settings(folder)
     with unchanged_on_failure(model):
+        _untie(model, settings, modules, folder)
+        beside = _beside(model, settings, folder)
         report = adapt(model, method_of(settings, folder), settings["targets"], settings["seed"])
+        report = train_beside(model, beside, report)
         adaptation = require_adaptation(model)
         check_sites(adaptation, settings, folder)
         if base == "same" and "base" in settings:
@@ -150,6 +155,34 @@ def _state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Every tensor of modules by its name in the file."""
     states = {name: module.state_dict(keep_vars=True) for name, module in modules.items()}
     return {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+
+
+def _untie(
+    model: nn.Module, settings: Mapping[str, Any], modules: Mapping[str, nn.Module] | None, folder: Path
+) -> None:
+    """Modules that had parameters of their own in the training get some where `model` has them tied; not vice versa."""
+    if "tied" not in settings:  # of files without it nothing is known, and of those without modules nothing is needed
+        return
+    for name in settings["modules"] if modules is None else modules:
+        module = _submodule(model, name, folder) if modules is None else modules[name]
+        if name not in settings["tied"]:
+            if shared(model, module):
+                separate(model, module)
+        elif not shared(model, module):
+            raise SettingsError(
+                f"the adapter in {folder} was trained with {name} tied to another module of its model, and in this "
+                "model it is not: load a model that ties them"
+            )
+
+
+def _beside(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> dict[str, nn.Parameter]:
+    """What was trained as it is beside what the method trains."""
+    own, names = dict(model.named_parameters(remove_duplicate=False)), settings.get("unfrozen", [])
+    if missing := [name for name in names if name not in own]:
+        raise SettingsError(
+            f"the adapter in {folder} was trained with {missing[0]}, and this model has none of that name"
+        )
+    return {name: own[name] for name in names}
 
 
 def _submodule(model: nn.Module, name: str, folder: Path) -> nn.Module:

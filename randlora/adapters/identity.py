@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
 from randlora.adapters.fingerprint import difference, fingerprint
 from randlora.adapters.interface import Method, describe, method_from
+from randlora.adapters.ties import shared
 from randlora.bases import Basis
 from randlora.errors import SettingsError
 from randlora.integrity import MANIFEST, Damaged, verify
@@ -31,7 +32,7 @@ def description(model: nn.Module, modules: Mapping[str, nn.Module], whole: bool)
     adaptation = require_adaptation(model)
     if not all(basis.reproducible for basis in _bases(adaptation)):
         raise SettingsError("this adapter's bases came from a file and no seed gives them: write it with to_peft")
-    return {
+    settings = {
         "format": FORMAT,
         "method": describe(adaptation.method),
         "targets": adaptation.targets,
@@ -42,6 +43,11 @@ def description(model: nn.Module, modules: Mapping[str, nn.Module], whole: bool)
         "base": fingerprint(frozen(model, adaptation, modules), whole),
         "modules": sorted(modules),
     }
+    if modules:
+        settings["tied"] = sorted(name for name, module in modules.items() if shared(model, module))
+    if adaptation.added:
+        settings["unfrozen"] = adaptation.added
+    return settings
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

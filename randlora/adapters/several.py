@@ -17,6 +17,8 @@ from randlora.adapters.files import load_adapter
 from randlora.adapters.identity import method_of, read_settings
 from randlora.adapters.layer import AdaptedLinear
 from randlora.adapters.quantization import dense
+from randlora.adapters.ties import shared
+from randlora.adapters.transaction import unchanged_on_failure
 from randlora.errors import SettingsError
 
 
@@ -149,13 +151,16 @@ class Adapters:
         folder = Path(folder)
         if reader is None:
             reader = self._reader(folder)
-        with self._plain():
+        with self._plain(), unchanged_on_failure(self.model):
+            tied, parameters = self._tied(), dict(self.model.named_parameters(remove_duplicate=False))
             reader(self.model, folder)
-            self._layers[name] = adapted_layers(self.model)
+            layers = adapted_layers(self.model)
+            unload(self.model)
+            self._check_written(folder, parameters, tied - self._tied())
+            self._layers[name] = layers
             self._tensors[name] = {
                 key: tensor.clone() for key, tensor in self._own().items() if not tensor.equal(self._base[key])
             }
-            unload(self.model)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; SettingsError while it is in use."""
@@ -233,9 +238,35 @@ class Adapters:
         saved = settings.get("modules", [])
         if missing := [module for module in saved if module not in self.modules]:
             raise SettingsError(f"{folder} has {missing[0]}, too: name it among the `modules` of Adapters")
-        if method_of(settings, folder).unfreezes([name for name, _ in self.model.named_parameters()]):
+        if settings.get("unfrozen") or method_of(settings, folder).unfreezes(
+            [name for name, _ in self.model.named_parameters()]
+        ):
             raise SettingsError(f"{folder} has more of the model than matrices: load it into a model of its own")
         return partial(load_adapter, modules={module: self.modules[module] for module in saved})
+
+    def _check_written(self, folder: Path, before: Mapping[str, nn.Parameter], untied: set[str]) -> None:
+        """SettingsError where a reader has given the model other parameters, but for those of `modules`.
+
+        Nor can it take modules out of a tie with which an adapter here was trained.
+        """
+        allowed = {parameter for module in self.modules.values() for parameter in module.parameters()}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if before.get(name) is not parameter and parameter not in allowed:
+                raise SettingsError(
+                    f"{folder} has {name}, too: name its module among the `modules` of Adapters, or load it into a "
+                    "model of its own"
+                )
+        for module in untied:
+            for name, own in self._tensors.items():
+                if any(key.startswith(f"{module}.") for key in own):
+                    raise SettingsError(
+                        f"{folder} has {module} in parameters of its own, and {name} was trained with it tied to "
+                        "another module: load them into models of their own"
+                    )
+
+    def _tied(self) -> set[str]:
+        """Those of `modules` that share parameters with the rest of the model."""
+        return {name for name, module in self.modules.items() if shared(self.model, module)}
 
     def _known(self, names: Iterator[str] | Sequence[str] | Mapping[str, float]) -> None:
         for name in names:

@@ -7,12 +7,19 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from randlora.adapters.ties import TIED
+
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Whatever ends the code inside early, the model has its modules, parameters and `requires_grad` of before."""
+    """Whatever ends the code inside early, the model has its modules, parameters and `requires_grad` of before.
+
+    Transformers' configurations say of ties what they said.
+    """
     parts = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    configs = [config for module, _, _ in parts if hasattr(config := getattr(module, "config", None), TIED)]
+    ties = [(config, getattr(config, TIED)) for config in configs]
     adapted = {id(module) for module in model.modules() if "_adaptation" in module.__dict__}
     try:
         yield
@@ -26,4 +33,6 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
                 module.__dict__.pop("_adaptation", None)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        for config, tied in ties:
+            setattr(config, TIED, tied)
         raise

@@ -16,7 +16,7 @@ from randlora.methods.mora import MoRA
 from randlora.methods.nola import NoLA
 from randlora.methods.randlora import RandLoRA
 from randlora.methods.randlora_a import RandLoRAa
-from randlora.methods.ranked_lora import RankedLoRA
+from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.sora import SoRA
 from randlora.methods.vera import VeRA
 
@@ -37,6 +37,7 @@ __all__ = [
     "NoLA",
     "RandLoRA",
     "RandLoRAa",
+    "RankedDoRA",
     "RankedLoRA",
     "SoRA",
     "VeRA",

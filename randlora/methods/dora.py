@@ -32,7 +32,10 @@ class DoRA(Method):
     detach_norm: bool = True
 
     def updates(self, sites: Sequence[Site], context: Context) -> Mapping[str, Update]:
-        return {site.name: DoRAUpdate(self, site, context) for site in sites}
+        scale = relative_scale(self.rank, self.alpha)
+        return {
+            site.name: DoRAUpdate(site, self.rank, scale, self.dropout, self.detach_norm, context) for site in sites
+        }
 
 
 class MagnitudeUpdate(Update):
@@ -87,11 +90,10 @@ class MagnitudeUpdate(Update):
 class DoRAUpdate(MagnitudeUpdate):
     """The update of one site."""
 
-    def __init__(self, method: DoRA, site: Site, context: Context):
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float, detach_norm: bool, context: Context):
         super().__init__()
-        self.detach_norm, self.dropout = method.detach_norm, method.dropout
-        self.scale = relative_scale(method.rank, method.alpha)
-        self.low_rank = LoRAUpdate(site, method.rank, self.scale, 0.0, context)
+        self.scale, self.dropout, self.detach_norm = scale, dropout, detach_norm
+        self.low_rank = LoRAUpdate(site, rank, scale, 0.0, context)
         self.start_magnitude(context.weights[site.name])
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""LoRA with a rank for each site: what methods that choose ranks end as."""
+"""LoRA with a rank for each site, what methods that choose ranks end as; and DoRA with one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from randlora.adapters.interface import Context, Method, Site, Update
 from randlora.bounds import CountOrZero, Positive, Share
 from randlora.errors import SettingsError
 from randlora.methods.common import relative_scale
+from randlora.methods.dora import DoRAUpdate
 from randlora.methods.lora import LoRAUpdate
 
 
@@ -31,8 +32,23 @@ class RankedLoRA(Method):
         for site in sites:
             for name, values in (("ranks", self.ranks), ("alpha", alphas)):
                 if site.name not in values:
-                    raise SettingsError(f"RankedLoRA.{name} has no {site.name}: name every site that the targets match")
-            rank = self.ranks[site.name]
-            scale = relative_scale(max(rank, 1), alphas[site.name])
-            updates[site.name] = LoRAUpdate(site, rank, scale, self.dropout, context)
+                    where = f"{type(self).__name__}.{name}"
+                    raise SettingsError(f"{where} has no {site.name}: name every site that the targets match")
+            updates[site.name] = self.update(site, self.ranks[site.name], alphas[site.name], context)
         return updates
+
+    def update(self, site: Site, rank: int, alpha: float | None, context: Context) -> Update:
+        """The update of one site."""
+        return LoRAUpdate(site, rank, relative_scale(max(rank, 1), alpha), self.dropout, context)
+
+
+@dataclass(frozen=True)
+class RankedDoRA(RankedLoRA):
+    """DoRA, of `detach_norm`, with a rank of each site's own: Σ ρ·(in + out) + out trained parameters.
+
+    At rank 0 a site keeps its directions, and its magnitudes alone are trained.
+    """
+
+    def update(self, site: Site, rank: int, alpha: float | None, context: Context) -> Update:
+        scale = relative_scale(max(rank, 1), alpha)
+        return DoRAUpdate(site, rank, scale, self.dropout, detach_norm=True, context=context)

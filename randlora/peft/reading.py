@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation
+from randlora.adapters.core import Adaptation, Report, adapt, require_adaptation, train_beside
 from randlora.adapters.interface import Method
+from randlora.adapters.ties import replace_parameters, separate
 from randlora.adapters.transaction import unchanged_on_failure
 from randlora.bases import DenseBasis
 from randlora.bases.peft import columns_by_basis
@@ -23,30 +24,19 @@ from randlora.errors import SettingsError
 from randlora.methods.dora import DoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA
-from randlora.methods.ranked_lora import RankedLoRA
+from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA
+from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, PICKLE, PREFIX, SHARED, TENSORS
+from randlora.peft.options import NOT_GIVEN, READ, REFUSED, STARTS, UNKNOWN, WITHOUT_EFFECT
 
-# Settings that are read, and those that change neither the outputs nor the training of an adapter once it is there: its
-# sites are those that have tensors. Any other must be as if it were not given; see docs/peft.md.
-_READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "vera_dropout", "d_initial", "randlora_alpha", "randlora_dropout", "projection_prng_key",
-    "init_lora_weights",
-}  # fmt: skip
-_WITHOUT_EFFECT = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "save_projection",
-    "init_weights", "eva_config", "qalora_group_size", "megatron_core", "runtime_config",
-}  # fmt: skip
-_NOT_GIVEN: tuple[Any, ...] = (None, False, {}, [])
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # a LoRA's: the ranks and alphas of the sites that are not as the others
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others (PiSSA, OLoRA, …) change W0 as well
 # PEFT's names of the tensors of a site, and ours.
 _TRAINED = {
     "lora_A": "A", "lora_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d", "randlora_lambda": "lambda_",
     "randlora_gamma": "gamma", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
+_WRAPPED = ("modules_to_save.", "original_module.")
 _REPEATED = ("randlora_A", "randlora_B")  # PEFT repeats the bases at every site
 
 
@@ -55,8 +45,10 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
 
     Adapters saved without their bases get the ones that PEFT would draw; others keep theirs, and if those cannot be
     drawn again, `save_adapter` refuses and `to_peft` writes them. A LoRA with rank_pattern or alpha_pattern becomes a
-    `RankedLoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, and are trained; give them to
-    `save_adapter` as its `modules`. Trained further, the adapter follows the path that it would have in PEFT.
+    `RankedLoRA`, a DoRA a `RankedDoRA`. The modules of modules_to_save take the tensors that PEFT saved of them, in
+    parameters of their own (a head that was tied to the embeddings is not, then), and are trained; give them to
+    `save_adapter` as its `modules`. Biases that PEFT has trained are read and trained, too, and `save_adapter` keeps
+    them by itself. Trained further, the adapter follows the path that it would have in PEFT.
 
     Raises:
         SettingsError: for pickles, unknown types and settings, and for modules that the model does not have; the model
@@ -66,12 +58,23 @@ def from_peft(model: nn.Module, folder: str | Path) -> Report:
     settings, tensors = _read(folder)
     method, seed = _method(settings, folder), int(settings.get("projection_prng_key") or 0)
     modules = _modules(model, settings, tensors, folder)
+    given = _take_biases(settings, tensors)
+    _take_frozen(model, tensors, folder)
     by_site = _by_site(tensors, folder)
+    _refuse_attention(model, by_site, folder)
+    known = biases(model, settings.get("bias") or NONE, by_site, [module for module, _ in modules])
+    _check_biases(known, given, folder)
     if any(settings.get(name) for name in _PATTERNS):
         method = _ranked(settings, by_site, folder)
     targets = [re.sub(r"([*?[])", r"[\1]", module) for module in by_site]
     with unchanged_on_failure(model):
-        report = adapt(model, method, targets, seed)
+        for module, _ in modules:
+            separate(model, module)
+        own = {bias: nn.Parameter(given[name].to(bias)) for name, bias in known.items()}
+        replace_parameters(model, own)
+        named = {bias: name for name, bias in known.items()}  # once, where modules share it
+        trained = {name: own[bias] for bias, name in named.items()}
+        report = train_beside(model, trained, adapt(model, method, targets, seed))
         adaptation = require_adaptation(model)
         _fill(adaptation, by_site, folder)
         _replace_bases(adaptation, tensors, folder)
@@ -105,19 +108,17 @@ def _method(settings: dict[str, Any], folder: Path) -> Method:
     peft_type = settings.get("peft_type")
     if peft_type not in ("LORA", "VERA", "RANDLORA"):
         raise SettingsError(f"{folder / CONFIG} has peft_type={peft_type!r}; LORA, VERA and RANDLORA can be read")
-    strange = [
-        name
-        for name, value in settings.items()
-        if name not in _READ | _WITHOUT_EFFECT and value not in _NOT_GIVEN and (name, value) != ("bias", "none")
-    ]
-    if settings.get("init_lora_weights", True) not in _STARTS:
+    strange = [name for name, value in settings.items() if name not in READ | WITHOUT_EFFECT and value not in NOT_GIVEN]
+    if (bias := settings.get("bias") or NONE) not in (NONE, ALL) and not str(bias).endswith(ONLY):
+        strange.append("bias")
+    if settings.get("init_lora_weights", True) not in STARTS:
         strange.append("init_lora_weights")
-    if peft_type != "LORA" or settings.get("use_dora"):
+    if peft_type != "LORA":
         strange += [name for name in _PATTERNS if settings.get(name)]
     if strange:
         raise SettingsError(
-            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not understood here: "
-            "merge it with PEFT and load the plain model"
+            f"{folder / CONFIG} has {strange[0]}={settings[strange[0]]!r}, which is not read here, since "
+            f"{REFUSED.get(strange[0], UNKNOWN)}: merge it with PEFT, where PEFT can, and load the plain model"
         )
     try:
         if peft_type == "LORA":
@@ -143,6 +144,8 @@ def _modules(
             if not f".{name}".endswith(f".{wanted}") or not any(key.startswith(prefix) for key in tensors):
                 continue
             state = {key.removeprefix(prefix): tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
+            # With bias="all" PEFT writes biases twice more, by the names of its wrapper.
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(_WRAPPED)}
             shapes, needed = ({key: tuple(t.shape) for key, t in of.items()} for of in (state, module.state_dict()))
             if shapes != needed:
                 raise SettingsError(f"{folder / TENSORS}: {name} needs {needed}, found {shapes}")
@@ -152,8 +155,44 @@ def _modules(
     return modules
 
 
+def _take_biases(settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes out the biases that were trained beside, by their names in the model."""
+    if (settings.get("bias") or NONE) == NONE:
+        return {}
+    keys = [key for key in tensors if key.startswith(PREFIX) and f".{key}".endswith(".bias")]
+    return {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensors.pop(key) for key in keys}
+
+
+def _check_biases(known: Mapping[str, nn.Parameter], given: Mapping[str, Tensor], folder: Path) -> None:
+    """SettingsError unless the file has just those biases that this model has."""
+    shapes, needed = ({name: tuple(t.shape) for name, t in of.items()} for of in (given, known))
+    if shapes != needed:
+        wrong = min(name for name in {*shapes, *needed} if shapes.get(name) != needed.get(name))
+        raise SettingsError(
+            f"{folder / TENSORS} has {wrong} as {shapes.get(wrong)}, and in this model it is {needed.get(wrong)}: load "
+            "the model that PEFT adapted"
+        )
+
+
+def _take_frozen(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Takes out what PEFT stores of the model itself: embeddings, and an output layer under an update.
+
+    SettingsError unless it is what this model has, rounded to the other's dtype at most.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key in [*tensors]:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if key.startswith(PREFIX) and name in own:
+            here, stored = own[name].detach(), tensors.pop(key).to(own[name].device)
+            if not (torch.equal(here, stored.to(here.dtype)) or torch.equal(here.to(stored.dtype), stored)):
+                raise SettingsError(
+                    f"{folder / TENSORS} has {name} with other values or of another shape than in this model: load the "
+                    "weights that PEFT adapted"
+                )
+
+
 def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> RankedLoRA:
-    """LoRA with the rank and the alpha that PEFT's patterns give each site: those of the first that matches its end."""
+    """LoRA or DoRA of the ranks and alphas that PEFT's patterns give the sites: of the first that matches an end."""
 
     def of(name: str, site: str, common: float) -> Any:
         patterns = (settings.get(name) or {}).items()
@@ -165,7 +204,8 @@ def _ranked(settings: dict[str, Any], sites: Iterable[str], folder: Path) -> Ran
         alphas = {site: of("alpha_pattern", site, settings["lora_alpha"]) * root for site, root in roots.items()}
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise SettingsError(f"{folder / CONFIG} has patterns that give no ranks or alphas: {error}") from error
-    return RankedLoRA(ranks, alphas, settings.get("lora_dropout", 0.0))
+    method = RankedDoRA if settings.get("use_dora") else RankedLoRA
+    return method(ranks, alphas, settings.get("lora_dropout", 0.0))
 
 
 def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -178,6 +218,22 @@ def _by_site(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Te
     if not by_site:
         raise SettingsError(f"{folder / TENSORS} has no tensor of the form {PREFIX}<module>.<tensor>")
     return by_site
+
+
+def _refuse_attention(model: nn.Module, sites: Iterable[str], folder: Path) -> None:
+    """SettingsError for updates of nn.MultiheadAttention, or inside of one."""
+    whole = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    for site in sites:
+        if site in whole:
+            raise SettingsError(
+                f"{folder / TENSORS} has {site}, an nn.MultiheadAttention, which PEFT adapts as one layer, and which "
+                "is unfused here: merge it with PEFT and load the plain model"
+            )
+        if site.rpartition(".")[0] in whole:
+            raise SettingsError(
+                f"{folder / TENSORS} has {site}, inside an nn.MultiheadAttention, which in PEFT never uses the update: "
+                "leave it out"
+            )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from randlora.adapters.attention import UnfusedAttention
 from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
 from randlora.adapters.interface import Site, Update
+from randlora.adapters.ties import shared
 from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
@@ -26,8 +27,9 @@ from randlora.methods.dora import DoRA, DoRAUpdate
 from randlora.methods.gelora import GeLoRA
 from randlora.methods.lora import LoRA
 from randlora.methods.randlora import RandLoRA, RandLoRAUpdate
-from randlora.methods.ranked_lora import RankedLoRA
+from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA, VeRAUpdate
+from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
 
 AnyUpdate = TypeVar("AnyUpdate", bound=Update)
@@ -85,7 +87,8 @@ def to_peft(
 
     Raises:
         SettingsError: for methods and sites that PEFT does not have: slices of fused matrices, attention modules
-            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes.
+            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes; and for `modules`
+            that share parameters with the rest of the model.
     """
     adaptation, modules = require_adaptation(model), modules or {}
     _check_sites(model, adaptation)
@@ -94,9 +97,16 @@ def to_peft(
         raise SettingsError(
             f"modules: {strange[0]} is not the name of this module in the model, by which PEFT finds it"
         )
+    for name, module in modules.items():
+        for parameter, other in shared(model, module).items():
+            own = next(key for key, value in module.named_parameters() if value is parameter)
+            raise SettingsError(
+                f"modules: {name}.{own} is tied to {other}, and PEFT would train a copy of it: merge the model and "
+                "save it whole, or give the module a parameter of its own before it is trained"
+            )
     method = adaptation.method
-    if isinstance(method, DoRA):
-        settings, tensors, inference_only = _dora(method, adaptation)
+    if isinstance(method, DoRA | RankedDoRA):
+        settings, tensors, inference_only = _dora(adaptation)
     elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
         settings, tensors, inference_only = _low_rank(adaptation)
     elif isinstance(method, VeRA):
@@ -106,12 +116,14 @@ def to_peft(
     else:
         raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
     names = [site.name for site in adaptation.sites]
+    bias, trained = _biases(model, adaptation, names, modules, settings["peft_type"])
+    tensors |= trained
     for name, module in modules.items():
         tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     settings |= {
         "modules_to_save": [*modules] or None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": all(layer.transposed for layer in adapted_layers(model).values()),
         "inference_mode": True,
         "target_modules": "|".join(map(re.escape, names)),  # a pattern is matched whole, a list at the end of names
@@ -133,12 +145,32 @@ def to_peft(
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
     whole = set(adapted_layers(model))
     for site in adaptation.sites:
-        if site.name not in whole:
-            raise SettingsError(f"{site.name} is a slice of a fused matrix, which PEFT cannot adapt: merge instead")
         if isinstance(model.get_submodule(site.name.rpartition(".")[0]), UnfusedAttention):
-            raise SettingsError(f"{site.name} lies inside nn.MultiheadAttention, unlike in PEFT: merge instead")
-    if adaptation.unfrozen:
-        raise SettingsError("the method trains parameters beside its updates, which PEFT's file does not hold")
+            raise SettingsError(
+                f"{site.name} lies inside nn.MultiheadAttention, which PEFT does not unfuse: its LoRA has a layer for "
+                "all of it, and its DoRA, VeRA and RandLoRA have none; merge instead"
+            )
+        if site.name not in whole:
+            raise SettingsError(
+                f"{site.name} is a slice of a fused matrix, and PEFT adapts matrices whole: merge instead"
+            )
+
+
+def _biases(
+    model: nn.Module, adaptation: Adaptation, sites: list[str], modules: Mapping[str, nn.Module], peft_type: str
+) -> tuple[str, dict[str, Tensor]]:
+    """PEFT's `bias` for what is trained beside the updates, and its tensors."""
+    if not adaptation.unfrozen:
+        return NONE, {}
+    for which in (peft_type.lower() + ONLY, ALL):
+        found = biases(model, which, sites, modules.values())
+        if {*found.values()} == {*adaptation.unfrozen.values()}:
+            inner = {f"{site}.bias": f"{site}.base_layer.bias" for site in sites}
+            return which, {f"{PREFIX}{inner.get(name, name)}": bias.detach().clone() for name, bias in found.items()}
+    raise SettingsError(
+        "parameters are trained beside the updates that are neither all biases of the model nor those of its sites, "
+        "and PEFT's file does not hold them: merge the model and save it whole"
+    )
 
 
 def _number(value: float) -> float | int:
@@ -147,15 +179,31 @@ def _number(value: float) -> float | int:
 
 
 def _low_rank(adaptation: Adaptation) -> Contents:
-    """A LoRA of each site's own rank and scale; one without any rank left gets one that is zero, which PEFT needs."""
     updates = _updates(adaptation, LowRankUpdate)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for site, update in updates:
-        A, B = update.low_rank()
-        factors[site.name] = (A, B) if len(A) else (A.new_zeros(1, site.in_features), B.new_zeros(site.out_features, 1))
+    settings, tensors = _loras([(site, update, update.low_rank()) for site, update in updates])
+    plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
+    return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
+
+
+def _dora(adaptation: Adaptation) -> Contents:
+    updates = _updates(adaptation, DoRAUpdate)
+    settings, tensors = _loras([(site, update, update.factors()) for site, update in updates])
+    tensors |= {f"{PREFIX}{site.name}.lora_magnitude_vector": update.magnitude for site, update in updates}
+    detached = all(update.detach_norm for _, update in updates)
+    return Contents(settings | {"use_dora": True}, tensors, "" if detached else NORM_IS_CONSTANT)
+
+
+def _loras(
+    updates: Sequence[tuple[Site, LowRankUpdate | DoRAUpdate, tuple[Tensor, Tensor]]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A LoRA of each site's own rank and scale; one without any rank left gets one that is zero, which PEFT needs."""
+    factors = {
+        site.name: (A, B) if len(A) else (A.new_zeros(1, site.in_features), B.new_zeros(site.out_features, 1))
+        for site, _, (A, B) in updates
+    }
     ranks = {name: len(A) for name, (A, _) in factors.items()}
-    alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update in updates}
-    dropouts = {update.dropout for _, update in updates}
+    alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update, _ in updates}
+    dropouts = {update.dropout for _, update, _ in updates}
     if len(dropouts) > 1:
         raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
     (rank, rank_pattern), (alpha, alpha_pattern) = _commonest(ranks), _commonest(alphas)
@@ -165,27 +213,13 @@ def _low_rank(adaptation: Adaptation) -> Contents:
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-    plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
-    return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
+    return settings, tensors
 
 
 def _commonest(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     """The commonest of the sites' values, and those of the other sites by the pattern that matches that site alone."""
     ((common, _),) = Counter(values.values()).most_common(1)
     return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
-
-
-def _dora(method: DoRA, adaptation: Adaptation) -> Contents:
-    alpha = _number(relative_scale(method.rank, method.alpha) * method.rank)
-    settings = {
-        "peft_type": "LORA", "r": method.rank, "lora_alpha": alpha, "lora_dropout": method.dropout, "use_dora": True,
-    }  # fmt: skip
-    tensors: dict[str, Tensor] = {}
-    for site, update in _updates(adaptation, DoRAUpdate):
-        tensors[f"{PREFIX}{site.name}.lora_A.weight"] = update.low_rank.A
-        tensors[f"{PREFIX}{site.name}.lora_B.weight"] = update.low_rank.B
-        tensors[f"{PREFIX}{site.name}.lora_magnitude_vector"] = update.magnitude
-    return Contents(settings, tensors, "" if method.detach_norm else NORM_IS_CONSTANT)
 
 
 def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
