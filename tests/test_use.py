@@ -307,3 +307,4 @@ def test_what_cannot_be_merged_or_generated_is_refused(
         assert program(REPOSITORY / "train.py", *arguments) == WRONG_SETTINGS
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert said in line
+    assert not (tmp_path / "new").exists()
