@@ -16,6 +16,7 @@ from randlora.adapters.interface import Method, describe, method_from
 from randlora.experiment import Experiment
 from randlora.integrity import Damaged, read_json, write_json
 from randlora.models.base import Backbone
+from randlora.peft import export_warning
 from randlora.records.kept import kept_adapter
 from randlora.records.memory import PeakMemory
 from randlora.records.record import Record
@@ -55,6 +56,8 @@ def finetune(experiment: Experiment, record: Record, accelerator: Accelerator) -
         f"{len(report.sites)} sites, {head_size:,} in the head; {examples['train']:,} training examples; "
         f"loaded in {time.perf_counter() - began:.1f} s"
     )
+    if warning := export_warning(backbone.module):  # now, while the settings can still be changed
+        record.say(warning)
     STOP.check(accelerator)
     splits = cache_features(task, bound.model, splits, trainer, record, accelerator)
 

@@ -17,6 +17,7 @@ from randlora.adapters.quantization import quantised_maps, stored_bytes
 from randlora.errors import SettingsError
 from randlora.experiment import Experiment
 from randlora.models import Model
+from randlora.peft import export_warning
 from randlora.tasks.mixins import KnownShapes
 from randlora.training.precision import autocast
 
@@ -31,7 +32,8 @@ def dry_run(experiment: Experiment) -> dict[str, Any]:
 def counts(experiment: Experiment) -> dict[str, Any]:
     """The sites and the parameters of a run, found on the meta device.
 
-    `adapter_bytes` is the tensors' alone; the files have some 2 kB more, and 6 bytes for each frozen tensor.
+    `adapter_bytes` is the tensors' alone; the files have some 2 kB more, and 6 bytes for each frozen tensor. `export`
+    is there where the adapter cannot be exported to PEFT, though PEFT has the method.
     """
     backbone = experiment.model.meta_model()
     report = replace(experiment, method=experiment.method.grown()).adapt(backbone)
@@ -42,7 +44,7 @@ def counts(experiment: Experiment) -> dict[str, Any]:
         "head_parameters": head,
         "total_parameters": report.total_parameters + head,
         "adapter_bytes": 4 * report.saved_parameters,
-    }
+    } | ({"export": warning} if (warning := export_warning(backbone.module)) else {})
 
 
 def check_memory(experiment: Experiment, device: torch.device) -> None:
@@ -94,7 +96,7 @@ def table(plan: Mapping[str, Any]) -> str:
     if plan["memory"]:
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan["memory"].items() if name != "total")
         lines.append(f"memory of a step {plan['memory']['total'] / 2**30:.2f} GiB: {shares}")
-    lines += [plan["remark"]] if "remark" in plan else []
+    lines += [plan[name] for name in ("remark", "export") if name in plan]
     return "\n".join(lines)
 
 

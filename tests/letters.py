@@ -1,4 +1,4 @@
-"""A tokenizer and a language model small enough to compute by hand with."""
+"""Tokenizers and a language model small enough to compute by hand with."""
 
 import torch
 
@@ -19,6 +19,21 @@ class Letters:
 
     def batch_decode(self, rows, skip_special_tokens: bool = True) -> list[str]:  # type: ignore[no-untyped-def]
         return ["".join(WORDS[i] for i in row.tolist() if i > 1) for row in rows]
+
+
+def real_tokenizer(chat_template: str | None = None):  # type: ignore[no-untyped-def]
+    """The same letters as a tokenizer of transformers, which begins a text with </s>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", chat_template=chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def llama() -> Backbone:

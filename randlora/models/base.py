@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,17 @@ class Pixels:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class Source(NamedTuple):
+    """Where a model's weights come from, in `words` for others, and by name where it is the hub or this machine alone.
+
+    `hub` is the name there, as OWNER/NAME; `local` the setting that names a file or folder of this machine.
+    """
+
+    words: str
+    hub: str | None = None
+    local: str | None = None
 
 
 @dataclass
@@ -81,6 +92,10 @@ class Model(Bounded):
 
     def check(self) -> None:
         """Raises SettingsError for what can be known wrong at once, such as a missing folder."""
+
+    def source(self) -> Source:
+        """Where `load` has its weights from, by the settings alone."""
+        return Source(f"the weights that randlora's `model={self.name}` loads")
 
     def save(self, backbone: Backbone, folder: Path, head: nn.Module | None, names: Sequence[str]) -> bool:
         """Writes a checkpoint that the library which made the model loads without this one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from randlora.bounds import ImageSize, Share
 from randlora.errors import SettingsError
-from randlora.models.base import Backbone, Model, Pixels, require_a_patch
+from randlora.models.base import Backbone, Model, Pixels, Source, require_a_patch
 
 WEIGHTS = "open_clip_model.safetensors"  # what open_clip looks for in a folder
 EMBEDDED = Path(__file__).parent / "clip_tiny"
@@ -42,6 +43,20 @@ class OpenClip(Model):
     def check(self) -> None:
         if self.pretrained == "embedded" and not self._embedded().is_file():
             raise SettingsError(f"no weights for {self.architecture} are embedded; give pretrained a tag or a path")
+
+    def source(self) -> Source:
+        import open_clip
+
+        name = f"open_clip's `{self.architecture}`"
+        if self.pretrained is None:
+            return Source(f"{name} with random weights")
+        if self.pretrained == "embedded":
+            return Source(f"`{self.architecture}`, whose weights are in randlora")
+        if Path(self.pretrained).exists():
+            return Source(name, local=f"model.pretrained={self.pretrained}")
+        known = open_clip.get_pretrained_cfg(self.architecture, self.pretrained) or {}
+        repository = os.path.split(known.get("hf_hub", ""))[0]  # OWNER/NAME/FILE, as open_clip reads it
+        return Source(f"{name} with its weights `{self.pretrained}`", hub=repository or None)
 
     def meta_model(self) -> Backbone:
         with torch.device("meta"):

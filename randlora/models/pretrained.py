@@ -17,7 +17,7 @@ from torch import nn
 
 from randlora.adapters.quantization import quantise
 from randlora.errors import SettingsError
-from randlora.models.base import ARCHITECTURES, Backbone, Model, package_file
+from randlora.models.base import ARCHITECTURES, Backbone, Model, Source, package_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +75,17 @@ class Pretrained(Model):
                 f"the weights of {self.name} are in none of {looked}; set model.weights=FOLDER or $RANDLORA_MODELS"
             )
         return str(existing or self.weights)
+
+    def source(self) -> Source:
+        if self.weights is None:
+            return Source(f"random weights of the architecture `{self.architecture}`")
+        if self.weights.startswith("package:"):
+            package, _, inside = self.weights.removeprefix("package:").partition("/")
+            return Source(f"`{inside}` in the Python package `{package}` (`{self.install}`)")
+        if self.search or Path(self.weights).exists() or not _names_a_repository(self.weights):
+            return Source(f"`{self.weights}`", local=f"model.weights={self.weights}")
+        at = f" at revision `{self.revision}`" if self.revision else ""
+        return Source(f"`{self.weights}`{at}", hub=self.weights)
 
     def configuration(self) -> PretrainedConfig:
         """The transformers configuration, without the hub where an architecture is named."""
@@ -166,6 +177,18 @@ def named_outputs(config: PretrainedConfig, names: Sequence[str], outputs: int) 
     """A copy of a configuration for a classifier of so many outputs."""
     labels = dict(enumerate(names or [f"LABEL_{i}" for i in range(outputs)]))
     return type(config)(**config.to_dict() | {"id2label": labels, "label2id": {n: i for i, n in labels.items()}})
+
+
+def _names_a_repository(text: str) -> bool:
+    """Whether the hub could have something of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _without_pooler(cls: type) -> dict[str, bool]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from randlora.bounds import ImageSize
 from randlora.errors import SettingsError
-from randlora.models.base import Backbone, Model, Pixels, require_a_patch
+from randlora.models.base import Backbone, Model, Pixels, Source, require_a_patch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class TimmTransformer(Model):
     def check(self) -> None:
         if self.pretrained not in (None, "hub") and not Path(self.pretrained).is_file():
             raise SettingsError(f"model.pretrained={self.pretrained}: give hub, null or a checkpoint's path")
+
+    def source(self) -> Source:
+        import timm
+
+        name = f"timm's `{self.architecture}`"
+        if self.pretrained is None:
+            return Source(f"{name} with random weights")
+        if self.pretrained != "hub":
+            return Source(name, local=f"model.pretrained={self.pretrained}")
+        known = timm.get_pretrained_cfg(str(self.architecture))
+        return Source(name, hub=known.hf_hub_id if known else None)
 
     def meta_model(self) -> Backbone:
         with torch.device("meta"):

@@ -86,12 +86,12 @@ def to_peft(
         The bytes written.
 
     Raises:
-        SettingsError: for methods and sites that PEFT does not have: slices of fused matrices, attention modules
-            unfused into linear maps, Kronecker bases or RandLoRA's own over sites of several sizes; and for `modules`
-            that share parameters with the rest of the model.
+        SettingsError: for methods and sites that PEFT does not have (`refusal` says so beforehand): slices of fused
+            matrices, attention modules unfused into linear maps, Kronecker bases or RandLoRA's own over sites of
+            several sizes; and for `modules` that share parameters with the rest of the model.
     """
     adaptation, modules = require_adaptation(model), modules or {}
-    _check_sites(model, adaptation)
+    _check(model, adaptation, bases)
     known = dict(model.named_modules())
     if strange := [name for name, module in modules.items() if known.get(name) is not module]:
         raise SettingsError(
@@ -107,14 +107,12 @@ def to_peft(
     method = adaptation.method
     if isinstance(method, DoRA | RankedDoRA):
         settings, tensors, inference_only = _dora(adaptation)
-    elif all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values()):
-        settings, tensors, inference_only = _low_rank(adaptation)
     elif isinstance(method, VeRA):
         settings, tensors, inference_only = _vera(method, adaptation, bases)
     elif isinstance(method, RandLoRA):
         settings, tensors, inference_only = _randlora(method, adaptation, bases)
     else:
-        raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
+        settings, tensors, inference_only = _low_rank(adaptation)
     names = [site.name for site in adaptation.sites]
     bias, trained = _biases(model, adaptation, names, modules, settings["peft_type"])
     tensors |= trained
@@ -140,6 +138,74 @@ def to_peft(
         (folder / NOTE).write_text(note + "\n")
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return sum(file.stat().st_size for name in (CONFIG, TENSORS, NOTE) if (file := folder / name).exists())
+
+
+def refusal(model: nn.Module, bases: bool = True) -> str | None:
+    """Why `to_peft` refuses an adapted model, in a sentence with the remedy; None where it writes it.
+
+    Known as soon as the model is adapted: no value is looked at, and a model on the meta device will do.
+    """
+    adaptation = require_adaptation(model)
+    try:
+        _check(model, adaptation, bases)
+    except SettingsError as error:
+        return str(error)
+    return None
+
+
+def export_warning(model: nn.Module) -> str | None:
+    """What to say as training begins where PEFT has the method and `to_peft` will refuse these sites or settings."""
+    reason = refusal(model)
+    if reason is None or not _has_method(require_adaptation(model)):
+        return None
+    return f"the adapter cannot be exported to PEFT: {reason}"
+
+
+def _has_method(adaptation: Adaptation) -> bool:
+    """Whether PEFT has the method, or a LoRA that computes the same."""
+    low_rank = all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values())
+    return low_rank or isinstance(adaptation.method, DoRA | RankedDoRA | VeRA | RandLoRA)
+
+
+def _check(model: nn.Module, adaptation: Adaptation, bases: bool) -> None:
+    """Raises SettingsError for whatever PEFT does not have."""
+    _check_sites(model, adaptation)
+    method = adaptation.method
+    if not _has_method(adaptation):
+        raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
+    if isinstance(method, VeRA):
+        pairs = [(update.basis_A, update.basis_B) for _, update in _updates(adaptation, VeRAUpdate)]
+        if not bases:
+            _check_peft_draws(pairs[0][0], method.basis)
+        for one in zip(*pairs, strict=True) if bases else ():
+            _shared_matrix(one, method.basis)
+    elif isinstance(method, RandLoRA):
+        updates = _updates(adaptation, RandLoRAUpdate)
+        for site, update in updates:
+            if (n := len(update.lambda_)) > math.ceil(site.small / method.rank):
+                raise SettingsError(f"{site.name} has {n} bases; PEFT has at most {site.small} / {method.rank}")
+        if not bases:
+            _check_peft_draws(updates[0][1].basis_A, method.basis)
+        elif method.basis != PEFT:
+            _check_one_order(method.rank, updates)
+    elif len({update.dropout for update in adaptation.updates.values() if isinstance(update, LowRankUpdate)}) > 1:
+        raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
+
+
+def _check_one_order(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> None:
+    """Raises SettingsError unless one B of PEFT holds the columns of every site where PEFT looks for them."""
+    orders = []
+    for site, update in updates:
+        n, columns = math.ceil(site.small / rank), update.shape[1]
+        numbers = nn.functional.pad(torch.arange(columns)[None], (0, n * rank - columns), value=-1)
+        orders.append(columns_as_peft(numbers, n)[0])  # (n, rank): which column of ours is there
+    longest = max(orders, key=len)
+    alike = all(torch.equal(order, longest[: len(order)]) for order in orders)
+    if not alike or any(update.basis_B is not updates[0][1].basis_B for _, update in updates):
+        raise SettingsError(
+            "PEFT's order of B's columns depends on a matrix's smaller side, and the sites have several: "
+            "train with method.basis=peft, or merge the model and save it whole"
+        )
 
 
 def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
@@ -203,11 +269,8 @@ def _loras(
     }
     ranks = {name: len(A) for name, (A, _) in factors.items()}
     alphas = {site.name: _number(update.scale * ranks[site.name]) for site, update, _ in updates}
-    dropouts = {update.dropout for _, update, _ in updates}
-    if len(dropouts) > 1:
-        raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
     (rank, rank_pattern), (alpha, alpha_pattern) = _commonest(ranks), _commonest(alphas)
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropouts.pop()}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": updates[0][1].dropout}
     if rank_pattern or alpha_pattern:
         settings |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     tensors: dict[str, Tensor] = {}
@@ -234,8 +297,6 @@ def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
         A = _shared_matrix([update.basis_A for _, update in updates], method.basis)
         B = _shared_matrix([update.basis_B for _, update in updates], method.basis)
         tensors |= {f"{SHARED}vera_A": A * common, f"{SHARED}vera_B": B}
-    else:
-        _check_peft_draws([update.basis_A for _, update in updates], method.basis)
     for site, update in updates:
         tensors[f"{PREFIX}{site.name}.vera_lambda_b"] = update.b
         tensors[f"{PREFIX}{site.name}.vera_lambda_d"] = update.d * (update.scale / common)
@@ -255,15 +316,11 @@ def _randlora(method: RandLoRA, adaptation: Adaptation, bases: bool) -> Contents
     tensors: dict[str, Tensor] = {}
     for (site, update), root in zip(updates, roots, strict=True):
         missing = math.ceil(site.small / rank) - len(update.lambda_)
-        if missing < 0:
-            raise SettingsError(f"{site.name} has {len(update.lambda_)} bases; PEFT has at most {site.small} / {rank}")
         pad = (0, 0, 0, missing)  # PEFT rounds up: bases that we lack do nothing there
         tensors[f"{PREFIX}{site.name}.randlora_lambda"] = nn.functional.pad(update.lambda_ * (root / common), pad).T
         tensors[f"{PREFIX}{site.name}.randlora_gamma"] = nn.functional.pad(update.gamma, pad)
     if bases:
         tensors[f"{SHARED}randlora_A"], tensors[f"{SHARED}randlora_B"] = _randlora_bases(rank, updates)
-    else:
-        _check_peft_draws([update.basis_A for _, update in updates], method.basis)
     return Contents(settings, tensors, "" if all(root == common for root in roots) else SCALES_DIFFER)
 
 
@@ -277,19 +334,12 @@ def _randlora_bases(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> tu
     outputs, inputs = (max(sizes) for sizes in zip(*(site.shape for site, _ in updates), strict=True))
     small, large = min(outputs, inputs), max(outputs, inputs)
     A, B = torch.zeros(rank, 1, small), torch.zeros(large, math.ceil(small / rank), rank)
-    written: dict[tuple[int, int], Tensor] = {}
     for site, update in updates:
         fixed = update.fixed()
         n = math.ceil(site.small / rank)
         A[:, 0, : site.small] = fixed.A.float().cpu()
         matrix = nn.functional.pad(fixed.B.matrix().float().cpu(), (0, n * rank - fixed.B.columns))
-        B[: site.large, :n] = written[site.large, n] = columns_as_peft(matrix, n)
-    for (rows, n), block in written.items():
-        if not torch.equal(B[:rows, :n], block):
-            raise SettingsError(
-                "PEFT's order of B's columns depends on a matrix's smaller side, and the sites have several: "
-                "train with method.basis=peft, or merge the model and save it whole"
-            )
+        B[: site.large, :n] = columns_as_peft(matrix, n)
     return A, B
 
 
@@ -304,7 +354,7 @@ def _updates(adaptation: Adaptation, expected: type[AnyUpdate]) -> list[tuple[Si
     return pairs
 
 
-def _shared_matrix(bases: list[Basis], basis: str) -> Tensor:
+def _shared_matrix(bases: Sequence[Basis], basis: str) -> Tensor:
     """The one dense matrix of all sites."""
     first = bases[0]
     if any(other is not first for other in bases) or not isinstance(first, DenseBasis):
@@ -314,9 +364,9 @@ def _shared_matrix(bases: list[Basis], basis: str) -> Tensor:
     return first.block(*first.matrix.shape)
 
 
-def _check_peft_draws(bases: list[Basis], basis: str) -> None:
+def _check_peft_draws(first: Basis, basis: str) -> None:
     """SettingsError unless PEFT can draw these bases from the seed."""
-    if basis != PEFT or not bases[0].reproducible:
+    if basis != PEFT or not first.reproducible:
         raise SettingsError(
             f"PEFT cannot draw the bases of basis={basis}: write them (bases=True) or train with basis=peft"
         )

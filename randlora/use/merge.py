@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import randlora
 from randlora.errors import SettingsError
+from randlora.peft import refusal
 from randlora.tasks.mixins import Classifies
 from randlora.use.trained import Trained
 
@@ -42,6 +43,8 @@ def merge(trained: Trained, folder: Path) -> str:
 
 def export(trained: Trained, folder: Path) -> str:
     """Writes the updates in PEFT's format, and a head in HEAD; a sentence on it. SettingsError as `to_peft`."""
+    if reason := refusal(trained.backbone.module):
+        raise SettingsError(reason)  # before a folder is made
     new_folder(folder)
     randlora.to_peft(trained.backbone.module, folder)
     if trained.bound.head is None:

@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import randlora
+from randlora.config import build
 from randlora.errors import SettingsError
+from randlora.models.base import Model, Source
 from randlora.records import Result, read
 from randlora.studies.collect import without_folders
 from randlora.studies.commands import Commands
@@ -32,7 +34,7 @@ def push(run: Path, repository: str, licence: str | None = None, private: bool =
         Where it is.
 
     Raises:
-        SettingsError: The run has not finished, or rests on weights in a folder of this machine, or the hub refuses.
+        SettingsError: The run has not finished, or rests on weights of this machine alone, or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -63,9 +65,9 @@ def card(result: Result, seeds: list[Result], repository: str, licence: str | No
     """
     from huggingface_hub import ModelCardData
 
-    base = result.config["model"].get("weights")
+    base = _source(result)
     data = ModelCardData(
-        base_model=base if _on_hub(base) else None, library_name="peft" if peft else "randlora", license=licence,
+        base_model=base.hub, library_name="peft" if peft else "randlora", license=licence,
         tags=["randlora", result.method],
     )  # fmt: skip
     rows = []
@@ -78,7 +80,7 @@ def card(result: Result, seeds: list[Result], repository: str, licence: str | No
         f"# {repository.rpartition('/')[2]}",
         f"`{result.model}` fine-tuned on `{result.task}` with `{result.method}`: {result.trainable_parameters:,} "
         f"parameters trained in the adapted matrices, {result.head_parameters or 0:,} in a head.",
-        "* Base: " + (f"`{base}`" if base else f"the weights that randlora's `model={result.model}` loads"),
+        f"* Base: {base.words}",
         "* Data: " + ", ".join([f"`{result.task}`", *(f"{key} {n:,}" for key, n in budget.items() if n is not None)]),
         "* Licence: " + (licence or "not stated; that of the base and of the data apply"),
         "## Scores",
@@ -101,17 +103,18 @@ def _finished(run: Path) -> Result:
     result = Result.read(run / "result.json")
     if result.status != "finished":
         raise SettingsError(f"{run}: this run is {result.status}; give its command again to finish it")
-    weights = result.config["model"].get("weights")
-    if weights and not _on_hub(weights):
+    if local := _source(result).local:
         raise SettingsError(
-            f"{run} rests on model.weights={weights}, a folder of this machine: nobody else could load it. Merge it "
-            "(randlora merge), or train on weights of the hub"
+            f"{run} rests on {local}, files of this machine: nobody else could load it. Merge it (randlora merge), or "
+            "train on weights of the hub"
         )
     return result
 
 
-def _on_hub(weights: str | None) -> bool:
-    return bool(weights) and not Path(str(weights)).exists()
+def _source(result: Result) -> Source:
+    """Where the weights that the run began with come from."""
+    model: Model = build(result.config["model"])
+    return model.source()
 
 
 def _siblings(run: Path, result: Result) -> list[Result]:
