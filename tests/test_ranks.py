@@ -88,9 +88,9 @@ def test_the_script_prints_both_tables_and_draws(
         f"| 1,040 | 8 | 2.5 | {results[0].method} | 8 |  | {rate:g} | 1040 | {mean:.1f} ± {deviation:.1f} | 4 |"
         in output.getvalue()
     )
-    assert "| about 1,043 parameters | rank |" in output.getvalue()
+    assert "| about 1,000 parameters | rank |" in output.getvalue()
     assert "| rank 65 | parameters |" in output.getvalue()
-    assert all(text in figure.read_text() for text in ("about 1,043 parameters", "rank 65", "n = 3"))
+    assert all(text in figure.read_text() for text in ("about 1,000 parameters", "rank 65", "n = 3"))
     with pytest.raises(SettingsError, match=r"the run 53 has no row in the spectra: give randlora spectra all runs"):
         places(results, spectra(results)[:-1])
     with pytest.raises(SettingsError, match="no three arms"), contextlib.redirect_stdout(io.StringIO()):

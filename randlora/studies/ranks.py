@@ -123,6 +123,11 @@ def draw_lines(of_lines: Sequence[Line], *paths: Path) -> None:
                 [place.deviation for place in line.places],
                 marker=marker, capsize=3, color=colour, label=name(line),
             )  # fmt: skip
+            methods = [place.runs[0].method for place in line.places]
+            for place, method in zip(line.places, methods, strict=True):
+                if method != max(methods, key=methods.count):
+                    at = other(place), place.mean
+                    axis.annotate(method, at, xytext=(5, 6), textcoords="offset points", color=colour)
         axis.set(xscale="log", xlabel="rank of the update" if alike == "parameters" else "trained parameters")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
@@ -136,7 +141,8 @@ def draw_lines(of_lines: Sequence[Line], *paths: Path) -> None:
 
 def name(line: Line) -> str:
     """What its arms have alike, in words."""
-    return f"about {line.value:,.0f} parameters" if line.alike == "parameters" else f"rank {line.value:.0f}"
+    rounded = float(f"{line.value:.2g}")
+    return f"about {rounded:,.0f} parameters" if line.alike == "parameters" else f"rank {line.value:.0f}"
 
 
 def _parameters(place: Place) -> float:
