@@ -27,6 +27,7 @@ PAGES = sorted(STUDIES.glob("*/README.md"))
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import figure  # noqa: E402 - scripts are no package
 import forgetting  # noqa: E402
+import ranks  # noqa: E402
 import searches  # noqa: E402
 import table  # noqa: E402
 
@@ -80,9 +81,10 @@ def test_tables_are_what_the_pages_commands_print(page: Path, monkeypatch: pytes
             ("scripts/table.py", table.main),
             ("scripts/searches.py", searches.main),
             ("scripts/forgetting.py", forgetting.main),
+            ("scripts/ranks.py", ranks.main),
         )
         for arguments in commands(page, script)
-        if arguments[0].startswith("experiments/")
+        if arguments[0].startswith("experiments/") and "--out" not in arguments
         for text in tables_of(printed(main, arguments))
     ]
     tables = tables_of(page.read_text())
@@ -98,8 +100,10 @@ def test_figures_come_out_again(page: Path, tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.chdir(REPOSITORY)
     drawn = []
-    for *arguments, file in commands(page, "scripts/figure.py"):
-        figure.main([*arguments, str(tmp_path / "figure.svg")])
+    scripts = ("scripts/figure.py", figure.main), ("scripts/ranks.py", ranks.main)
+    lines = [(main, line) for script, main in scripts for line in commands(page, script) if "--out" in line]
+    for main, (*arguments, file) in lines:
+        printed(main, [*arguments, str(tmp_path / "figure.svg")])
         expected = Path(file).read_text()
         drawn.append(file)
         if f"Matplotlib v{matplotlib.__version__}," in expected:  # another version draws other paths
