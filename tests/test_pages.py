@@ -20,6 +20,8 @@ from statsmodels.stats.proportion import proportion_confint
 from conftest import REPOSITORY
 from randlora.analysis import campaign
 from randlora.records import read
+from randlora.studies.collect import read_curves
+from randlora.studies.groups import select
 from randlora.studies.tables import over_seeds
 
 STUDIES = REPOSITORY / "experiments"
@@ -35,6 +37,7 @@ import table  # noqa: E402
 BY_HAND = {
     "analyses": ["model", "matrix"],
     "faults": ["program"],
+    "forgetting_one_rate": ["method"],
     "image_protocol": ["where"],
     "many_runs": ["runs"],
     "mutants": ["room", "sample"],
@@ -258,6 +261,26 @@ def test_tables_of_analyses() -> None:
         ]  # fmt: skip
     base = [row["cka"] for row in kept["cka"] if (row["model"], row["run"]) == ("clip_tiny", "base")]
     assert min(base) == pytest.approx(0.44, abs=0.005)
+
+
+def test_losses_of_the_search_for_rates() -> None:
+    """Those that were logged after the last of 30 steps; the best of each method is marked."""
+    folder = STUDIES / "forgetting_one_rate"
+    curves = read_curves(folder)
+    losses: dict[str, dict[float, float]] = {}
+    for run in select(read(folder), ["collection=search"]):
+        (loss,) = [
+            row["validation/loss"]
+            for row in curves["search", run.signature]
+            if row["step"] == 30 and "validation/loss" in row
+        ]
+        losses.setdefault(run.method, {})[run.config["trainer"]["learning_rate"]] = loss
+    for method, rates, *texts in rows_of("forgetting_one_rate", "method"):
+        known = sorted(losses.pop(method).items())
+        best = min(known, key=lambda pair: pair[1])
+        assert rates == ", ".join(f"{rate:g}" for rate, _ in known)
+        assert texts == [", ".join(f"{loss:.3f}" for _, loss in known), f"{best[0]:g}"]
+    assert losses == {}
 
 
 def test_table_of_baselines() -> None:

@@ -146,7 +146,11 @@ def _draw_at_scores(rows: Rows, paths: Sequence[Path]) -> None:
             siblings[method] += 1
         axis.axhline(0, linestyle="--", color="#999999", linewidth=1)
         axis.set_xticks(range(len(scores)), [f"{score:g}" for score in scores])
-        axis.set(title=f"{model} on {on}", xlabel="first validation score of", ylabel=f"change of {metric}")
+        axis.set(
+            title=f"{model} on {on}",
+            xlabel=f"first validation {part[0].get('by') or 'score'} of",
+            ylabel=f"change of {metric}",
+        )
         axis.grid(alpha=0.3, axis="y")
         axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, *paths)
