@@ -33,6 +33,7 @@ from randlora.records.lock import Lock, living
 from randlora.records.metrics import Row
 from randlora.records.record import Record
 from randlora.records.result import Result
+from randlora.signals import STOP
 from randlora.sweeps.launcher import Local
 from randlora.sweeps.planning import Planned, complaints, seconds_per_step
 from randlora.sweeps.pool import Pool
@@ -56,14 +57,21 @@ def exhaust() -> None:
     raise MemoryError
 
 
+def until_told() -> None:
+    """Waits, a minute at most, until this run is asked to stop."""
+    deadline = time.monotonic() + 60
+    while not STOP.came and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def orphan() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(1)  # until it is noticed
+    until_told()
 
 
 def stop() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(1)  # until it is passed on
+    until_told()
 
 
 def stuck() -> None:
