@@ -36,6 +36,7 @@ from randlora.studies.figures import COLOURS, MARKERS
 from randlora.studies.frame import tidy
 from randlora.studies.layouts import grids, latex_table, markdown_table
 from randlora.studies.published import beside, read_scores
+from randlora.use import figures
 
 STUDIES = REPOSITORY / "experiments"
 SCORES = {  # by method and task: test scores of seeds 0, 1, …
@@ -477,9 +478,9 @@ def test_analyses_beside_the_records_have_a_place(tmp_path: Path) -> None:
         ["m", "dtd", "retention", "token_loss", "0.4", "lora, alpha=4", "6", "0.5", "1", "0.1"],
         ["m", "dtd", "retention", "token_loss", "", "lora, alpha=4", "", "", "0.5", "0.1"],
     ]
-    report.report(load([runs]), tmp_path / "late", "randlora", {})
-    assert "or at their end (`randlora forgetting`)" in (tmp_path / "late" / "tables.md").read_text()
-    assert "lora, alpha=4" in (tmp_path / "late" / "figures" / "runs_forgetting_late.svg").read_text()
+    assert (late.command, late.columns()[:3]) == ("forgetting", ["model", "task", "on"])
+    figures.draw(late.rows, tmp_path / "late.svg")
+    assert "lora, alpha=4" in (tmp_path / "late.svg").read_text()
     (runs / "forgetting_late.jsonl").unlink()
     (runs / "cka.jsonl").write_text('{"model": "m"}\n')
     with pytest.raises(SettingsError, match=r"cka.jsonl has rows without against"):

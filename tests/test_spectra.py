@@ -101,11 +101,11 @@ def test_the_command_has_a_row_for_each_site(tmp_path: Path, program: Callable) 
     other = Experiment.from_config(settings(f"run_root={tmp_path}", "model=clip_tiny_vision", "method=lora", *short))
     assert run(other, "as: given\n").code == FINISHED
     figure = tmp_path / "spectra.svg"
-    given = ["--into", means, "--figure", figure]
+    both = [f"lora {folder.name}" for folder in (experiment.folder, other.folder)]
+    given = ["--into", into, "--figure", figure]
     assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, *given) == FINISHED
-    assert f"lora {other.folder.name}" in figure.read_text()
-    both = [json.loads(line) for line in means.read_text().splitlines()]
-    assert both[0] == row | {"run": f"lora {experiment.folder.name}"}
-    assert both[1]["rank"] == other.method.rank > 2
-    assert program(REPOSITORY / "train.py", "spectra", experiment.folder, other.folder, "--into", into) == FINISHED
-    assert [row["run"] for row in csv.DictReader(into.open())] == [both[0]["run"]] * 19 + [both[1]["run"]] * 19
+    several = [*csv.DictReader(into.open())]
+    assert [row.pop("run") for row in several] == [name for name in both for _ in range(19)]
+    assert several[:19] == [*rows, mean]
+    assert float(several[-1]["rank"]) == other.method.rank > 2
+    assert both[1] in figure.read_text()
