@@ -8,6 +8,7 @@ nothing is trained, so that training goes on alike on both sides; `to_peft` says
 """
 
 from randlora.peft.reading import from_peft
-from randlora.peft.writing import export_warning, refusal, to_peft
+from randlora.peft.refusals import export_warning, refusal
+from randlora.peft.writing import to_peft
 
 __all__ = ["export_warning", "from_peft", "refusal", "to_peft"]

@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from randlora.adapters.attention import UnfusedAttention
 from randlora.adapters.core import Adaptation, adapted_layers, require_adaptation
-from randlora.adapters.interface import Site, Update
+from randlora.adapters.interface import Site
 from randlora.adapters.ties import shared
-from randlora.bases import PEFT, Basis, DenseBasis
 from randlora.bases.peft import columns_as_peft
 from randlora.errors import SettingsError
 from randlora.methods.common import LowRankUpdate, relative_scale
@@ -31,8 +29,8 @@ from randlora.methods.ranked_lora import RankedDoRA, RankedLoRA
 from randlora.methods.vera import VeRA, VeRAUpdate
 from randlora.peft.biases import ALL, NONE, ONLY, biases
 from randlora.peft.layout import CONFIG, NOTE, PREFIX, SHARED, TENSORS
+from randlora.peft.refusals import check, shared_matrix, updates_of
 
-AnyUpdate = TypeVar("AnyUpdate", bound=Update)
 Number = TypeVar("Number", bound=float)
 
 INFERENCE_ONLY = (
@@ -91,7 +89,7 @@ def to_peft(
             several sizes; and for `modules` that share parameters with the rest of the model.
     """
     adaptation, modules = require_adaptation(model), modules or {}
-    _check(model, adaptation, bases)
+    check(model, adaptation, bases)
     known = dict(model.named_modules())
     if strange := [name for name, module in modules.items() if known.get(name) is not module]:
         raise SettingsError(
@@ -140,88 +138,6 @@ def to_peft(
     return sum(file.stat().st_size for name in (CONFIG, TENSORS, NOTE) if (file := folder / name).exists())
 
 
-def refusal(model: nn.Module, bases: bool = True) -> str | None:
-    """Why `to_peft` refuses an adapted model, in a sentence with the remedy; None where it writes it.
-
-    Known as soon as the model is adapted: no value is looked at, and a model on the meta device will do.
-    """
-    adaptation = require_adaptation(model)
-    try:
-        _check(model, adaptation, bases)
-    except SettingsError as error:
-        return str(error)
-    return None
-
-
-def export_warning(model: nn.Module) -> str | None:
-    """What to say as training begins where PEFT has the method and `to_peft` will refuse these sites or settings."""
-    reason = refusal(model)
-    if reason is None or not _has_method(require_adaptation(model)):
-        return None
-    return f"the adapter cannot be exported to PEFT: {reason}"
-
-
-def _has_method(adaptation: Adaptation) -> bool:
-    """Whether PEFT has the method, or a LoRA that computes the same."""
-    low_rank = all(isinstance(update, LowRankUpdate) for update in adaptation.updates.values())
-    return low_rank or isinstance(adaptation.method, DoRA | RankedDoRA | VeRA | RandLoRA)
-
-
-def _check(model: nn.Module, adaptation: Adaptation, bases: bool) -> None:
-    """Raises SettingsError for whatever PEFT does not have."""
-    _check_sites(model, adaptation)
-    method = adaptation.method
-    if not _has_method(adaptation):
-        raise SettingsError(f"PEFT has no {method.name} that reads ours: merge the model and save it whole")
-    if isinstance(method, VeRA):
-        pairs = [(update.basis_A, update.basis_B) for _, update in _updates(adaptation, VeRAUpdate)]
-        if not bases:
-            _check_peft_draws(pairs[0][0], method.basis)
-        for one in zip(*pairs, strict=True) if bases else ():
-            _shared_matrix(one, method.basis)
-    elif isinstance(method, RandLoRA):
-        updates = _updates(adaptation, RandLoRAUpdate)
-        for site, update in updates:
-            if (n := len(update.lambda_)) > math.ceil(site.small / method.rank):
-                raise SettingsError(f"{site.name} has {n} bases; PEFT has at most {site.small} / {method.rank}")
-        if not bases:
-            _check_peft_draws(updates[0][1].basis_A, method.basis)
-        elif method.basis != PEFT:
-            _check_one_order(method.rank, updates)
-    elif len({update.dropout for update in adaptation.updates.values() if isinstance(update, LowRankUpdate)}) > 1:
-        raise SettingsError("the sites differ in dropout, and a LoRA of PEFT has one: merge instead")
-
-
-def _check_one_order(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> None:
-    """Raises SettingsError unless one B of PEFT holds the columns of every site where PEFT looks for them."""
-    orders = []
-    for site, update in updates:
-        n, columns = math.ceil(site.small / rank), update.shape[1]
-        numbers = nn.functional.pad(torch.arange(columns)[None], (0, n * rank - columns), value=-1)
-        orders.append(columns_as_peft(numbers, n)[0])  # (n, rank): which column of ours is there
-    longest = max(orders, key=len)
-    alike = all(torch.equal(order, longest[: len(order)]) for order in orders)
-    if not alike or any(update.basis_B is not updates[0][1].basis_B for _, update in updates):
-        raise SettingsError(
-            "PEFT's order of B's columns depends on a matrix's smaller side, and the sites have several: "
-            "train with method.basis=peft, or merge the model and save it whole"
-        )
-
-
-def _check_sites(model: nn.Module, adaptation: Adaptation) -> None:
-    whole = set(adapted_layers(model))
-    for site in adaptation.sites:
-        if isinstance(model.get_submodule(site.name.rpartition(".")[0]), UnfusedAttention):
-            raise SettingsError(
-                f"{site.name} lies inside nn.MultiheadAttention, which PEFT does not unfuse: its LoRA has a layer for "
-                "all of it, and its DoRA, VeRA and RandLoRA have none; merge instead"
-            )
-        if site.name not in whole:
-            raise SettingsError(
-                f"{site.name} is a slice of a fused matrix, and PEFT adapts matrices whole: merge instead"
-            )
-
-
 def _biases(
     model: nn.Module, adaptation: Adaptation, sites: list[str], modules: Mapping[str, nn.Module], peft_type: str
 ) -> tuple[str, dict[str, Tensor]]:
@@ -245,14 +161,14 @@ def _number(value: float) -> float | int:
 
 
 def _low_rank(adaptation: Adaptation) -> Contents:
-    updates = _updates(adaptation, LowRankUpdate)
+    updates = updates_of(adaptation, LowRankUpdate)
     settings, tensors = _loras([(site, update, update.low_rank()) for site, update in updates])
     plain = isinstance(adaptation.method, LoRA | GeLoRA | RankedLoRA)  # the latter: what has closed or gained ranks
     return Contents(settings, tensors, "" if plain else TRAINS_OTHERWISE)
 
 
 def _dora(adaptation: Adaptation) -> Contents:
-    updates = _updates(adaptation, DoRAUpdate)
+    updates = updates_of(adaptation, DoRAUpdate)
     settings, tensors = _loras([(site, update, update.factors()) for site, update in updates])
     tensors |= {f"{PREFIX}{site.name}.lora_magnitude_vector": update.magnitude for site, update in updates}
     detached = all(update.detach_norm for _, update in updates)
@@ -290,12 +206,12 @@ def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
         "peft_type": "VERA", "r": method.rank, "d_initial": method.d_initial, "vera_dropout": method.dropout,
         "projection_prng_key": adaptation.seed, "save_projection": bases,
     }  # fmt: skip
-    updates = _updates(adaptation, VeRAUpdate)
+    updates = updates_of(adaptation, VeRAUpdate)
     common = _common([update.scale for _, update in updates])
     tensors: dict[str, Tensor] = {}
     if bases:
-        A = _shared_matrix([update.basis_A for _, update in updates], method.basis)
-        B = _shared_matrix([update.basis_B for _, update in updates], method.basis)
+        A = shared_matrix([update.basis_A for _, update in updates], method.basis)
+        B = shared_matrix([update.basis_B for _, update in updates], method.basis)
         tensors |= {f"{SHARED}vera_A": A * common, f"{SHARED}vera_B": B}
     for site, update in updates:
         tensors[f"{PREFIX}{site.name}.vera_lambda_b"] = update.b
@@ -306,7 +222,7 @@ def _vera(method: VeRA, adaptation: Adaptation, bases: bool) -> Contents:
 
 def _randlora(method: RandLoRA, adaptation: Adaptation, bases: bool) -> Contents:
     rank, alpha = method.rank, 2 * method.rank if method.alpha is None else method.alpha
-    updates = _updates(adaptation, RandLoRAUpdate)
+    updates = updates_of(adaptation, RandLoRAUpdate)
     roots = [update.scale / relative_scale(rank, method.alpha) for _, update in updates]  # 1, or 1/√n
     common = _common(roots)
     settings = {
@@ -341,32 +257,3 @@ def _randlora_bases(rank: int, updates: list[tuple[Site, RandLoRAUpdate]]) -> tu
         matrix = nn.functional.pad(fixed.B.matrix().float().cpu(), (0, n * rank - fixed.B.columns))
         B[: site.large, :n] = columns_as_peft(matrix, n)
     return A, B
-
-
-def _updates(adaptation: Adaptation, expected: type[AnyUpdate]) -> list[tuple[Site, AnyUpdate]]:
-    """The sites with their updates, all of the class that their method builds."""
-    pairs = []
-    for site in adaptation.sites:
-        update = adaptation.updates[site.name]
-        if not isinstance(update, expected):
-            raise SettingsError(f"PEFT has no {type(update).__name__}: merge the model and save it whole")
-        pairs.append((site, update))
-    return pairs
-
-
-def _shared_matrix(bases: Sequence[Basis], basis: str) -> Tensor:
-    """The one dense matrix of all sites."""
-    first = bases[0]
-    if any(other is not first for other in bases) or not isinstance(first, DenseBasis):
-        raise SettingsError(
-            f"PEFT has one dense matrix for all sites, unlike basis={basis}: merge the model and save it"
-        )
-    return first.block(*first.matrix.shape)
-
-
-def _check_peft_draws(first: Basis, basis: str) -> None:
-    """SettingsError unless PEFT can draw these bases from the seed."""
-    if basis != PEFT or not first.reproducible:
-        raise SettingsError(
-            f"PEFT cannot draw the bases of basis={basis}: write them (bases=True) or train with basis=peft"
-        )
