@@ -93,5 +93,7 @@ def test_the_script_prints_both_tables_and_draws(
     assert all(text in figure.read_text() for text in ("about 1,000 parameters", "rank 65", "n = 3"))
     with pytest.raises(SettingsError, match=r"the run 53 has no row in the spectra: give randlora spectra all runs"):
         places(results, spectra(results)[:-1])
+    with pytest.raises(SettingsError, match="the run 00 has no trained update, and so no rank"):
+        places(results, [row | {"rank": 0} for row in spectra(results)])
     with pytest.raises(SettingsError, match="no three arms"), contextlib.redirect_stdout(io.StringIO()):
         ranks.main([str(tmp_path), "--spectra", str(file), "--only", f"trainable_parameters={ARMS[0][0]}"])

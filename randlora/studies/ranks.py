@@ -74,7 +74,7 @@ def places(results: Sequence[Result], spectra: Sequence[Mapping[str, Any]]) -> l
         spectra: What ``randlora spectra RUNS --into FILE.jsonl`` has written of these runs.
 
     Raises:
-        SettingsError: A run has no row in `spectra`.
+        SettingsError: A run has no row in `spectra`, or has trained nothing.
     """
     of_run = {row["run"].rpartition(" ")[2]: row for row in spectra}
     found = []
@@ -83,8 +83,12 @@ def places(results: Sequence[Result], spectra: Sequence[Mapping[str, Any]]) -> l
             raise SettingsError(f"the run {missing[0]} has no row in the spectra: give randlora spectra all runs")
         rows = [of_run[run.signature] for run in runs]
         rank, stable = (float(np.mean([row[name] for row in rows])) for name in ("rank", "stable_rank"))
+        if not rank or not runs[0].trainable_parameters:
+            raise SettingsError(
+                f"the run {runs[0].signature} has no trained update, and so no rank: leave it out by --only"
+            )
         scores = {run.seed: percent(run) for run in runs}
-        found.append(Place(runs, runs[0].trainable_parameters or 0, rank, stable, scores))
+        found.append(Place(runs, runs[0].trainable_parameters, rank, stable, scores))
     return sorted(found, key=lambda place: (place.parameters, place.rank))
 
 
